@@ -1,0 +1,134 @@
+"""Eq. (6) for one tile: what each row needs of it, its value from staged or recomputed logits, and the label's entry.
+
+With a = -g_kl and b = -g_logp, every entry but the label's is ``dz = p * (b + a * expm1(delta'))``. Rows with a = 0 need only p; rows with
+a = b need only q = p e^delta'. The label's entry is written on its own, from 1 - p_y = -expm1(logp), which 1 - exp(logp) would lose.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from ..types import Inputs
+from .slab import Grid, StagedTile
+from .tile_math import floor_exponent
+
+FP16_HEADROOM = 2.0**14  # |dz| is scaled to stay below it
+
+
+class Kind(Enum):
+    """What a row block's cotangents leave to compute."""
+
+    NOTHING = 0
+    ONLY_P = 1
+    ONLY_Q = 2
+    GENERAL = 3
+
+
+class Coefficients:
+    """Per-row coefficients of eq. (6), and each row block's kind, read from the device in one go."""
+
+    def __init__(self, inputs: Inputs, grid: Grid, row_values: tuple[Tensor, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None) -> None:
+        lse_z, lse_r, lse_diff, logp, ref_logp = row_values
+        self.lse_z, self.lse_r, self.lse_diff = lse_z, lse_r, lse_diff
+        g_logp = torch.zeros_like(logp) if g_logp_T is None else g_logp_T.to(logp.dtype)
+        g_kl = torch.zeros_like(logp) if g_kl_T is None else g_kl_T.to(logp.dtype)
+        self.kinds, largest = _kinds(grid, g_logp, g_kl, inputs.policy.head.softcap is not None, g_kl_T is None)
+        self.scale = _power_of_two(largest) if inputs.policy.dtype == torch.float16 else 1.0
+        factor = self.scale * inputs.policy.head.logit_scale
+        self.a, self.b = g_kl * -factor, g_logp * -factor
+        only_q = g_kl == g_logp
+        self.label_constant = self.b * torch.expm1(torch.where(only_q, ref_logp, logp))
+        self.label_slope = torch.where(only_q, 0.0, self.a * logp.exp())  # times expm1(delta') at the label
+
+
+def _kinds(grid: Grid, g_logp: Tensor, g_kl: Tensor, softcap: bool, no_kl: bool) -> tuple[list[Kind], float]:
+    """The kind of each row block, and the largest |g_logp| + |g_kl|, which bounds |dz|."""
+    rows = grid.row_blocks()
+    if g_kl.is_cuda and torch.cuda.is_current_stream_capturing():
+        return [Kind.ONLY_P if no_kl else Kind.GENERAL] * len(rows), 1.0
+    no_q, no_p = g_kl == 0, (g_kl == g_logp) & (not softcap)  # a softcap's slope needs z whatever else is needed
+    flags = torch.stack([_all(x, grid) for x in (no_q & (g_logp == 0), no_q, no_p)])
+    largest = (g_logp.abs() + g_kl.abs()).amax() if g_kl.numel() else g_kl.new_zeros(())
+    *flags, largest = torch.cat([flags.flatten().to(g_kl.dtype), largest[None]]).tolist()
+    nothing, only_p, only_q = (flags[i * len(rows) : (i + 1) * len(rows)] for i in range(3))
+    kinds = [
+        Kind.NOTHING if none else Kind.ONLY_P if p else Kind.ONLY_Q if q else Kind.GENERAL
+        for none, p, q in zip(nothing, only_p, only_q, strict=True)
+    ]
+    return kinds, largest
+
+
+def _all(flag_T: Tensor, grid: Grid) -> Tensor:
+    blocks = [flag_T[rows].all() for rows in grid.row_blocks()]
+    return torch.stack(blocks) if blocks else flag_T.new_zeros(0)
+
+
+def _power_of_two(largest: float) -> float:
+    if not 0 < largest < math.inf:
+        return 1.0
+    return 2.0 ** math.floor(math.log2(FP16_HEADROOM / largest))
+
+
+class LabelColumn:
+    """Where each row's label falls in a block of columns, if it does."""
+
+    def __init__(self, labels_R: Tensor, cols: slice) -> None:
+        self.inside = (labels_R >= cols.start) & (labels_R < cols.stop)
+        self.index = (labels_R - cols.start).clamp_(0, cols.stop - cols.start - 1)[:, None]
+
+    def read(self, tile: Tensor) -> Tensor:
+        """The tile's value at each row's label; anything where the label is elsewhere."""
+        return tile.gather(1, self.index)[:, 0]
+
+    def pick(self, tile: Tensor, otherwise_R: Tensor) -> Tensor:
+        return torch.where(self.inside, self.read(tile), otherwise_R)
+
+    def write_(self, tile: Tensor, value_R: Tensor) -> None:
+        tile.scatter_(1, self.index, torch.where(self.inside, value_R, self.read(tile))[:, None])
+
+
+def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, label: LabelColumn, dz: Tensor) -> Tensor:
+    """dz of a staged tile into `dz`. The tile's own scale e^(lse_z_k - L) is held like p is, see `tile_math.hold_`."""
+    away = staged.lse_z - c.lse_z[rows]
+    held = away.clamp(min=-floor_exponent(away.dtype))
+    weight = held.exp()
+    a, b = c.a[rows] * weight, c.b[rows] * weight
+    if kind is Kind.ONLY_P:
+        torch.mul(staged.p, b[:, None], out=dz)
+        label.write_(dz, c.label_constant[rows])
+    else:
+        offset = c.lse_diff[rows] - staged.mean + (away - held)
+        torch.sub(offset[:, None], staged.y, out=dz).expm1_()
+        value = c.label_constant[rows] + c.label_slope[rows] * label.read(dz)
+        dz.mul_(a[:, None]).add_(b[:, None]).mul_(staged.p)
+        label.write_(dz, value)
+    return dz if staged.slope is None else dz.mul_(staged.slope)
+
+
+def from_p(c: Coefficients, rows: slice, z: Tensor, label: LabelColumn) -> Tensor:
+    return _softmax_only_(z, c.lse_z[rows], c, rows, label)
+
+
+def from_q(c: Coefficients, rows: slice, r: Tensor, label: LabelColumn) -> Tensor:
+    return _softmax_only_(r, c.lse_r[rows], c, rows, label)
+
+
+def _softmax_only_(x: Tensor, lse: Tensor, c: Coefficients, rows: slice, label: LabelColumn) -> Tensor:
+    x.sub_(lse[:, None]).exp_().mul_(c.b[rows, None])
+    label.write_(x, c.label_constant[rows])
+    return x
+
+
+def from_both(c: Coefficients, rows: slice, z: Tensor, r: Tensor, label: LabelColumn) -> Tensor:
+    """dz from recomputed logits, into r. z is held 2F below L, so that p never vanishes where q = p e^delta' does not."""
+    lse_z = c.lse_z[rows, None]
+    torch.maximum(z, lse_z - 2 * floor_exponent(z.dtype), out=z)
+    r.sub_(z).add_(c.lse_diff[rows, None]).expm1_()
+    value = c.label_constant[rows] + c.label_slope[rows] * label.read(r)
+    r.mul_(c.a[rows, None]).add_(c.b[rows, None]).mul_(z.sub_(lse_z).exp_())
+    label.write_(r, value)
+    return r

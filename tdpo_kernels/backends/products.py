@@ -1,0 +1,95 @@
+"""Matrix products: what is multiplied in which dtype on which device, and how 16-bit gradients are summed in fp32."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+def forward_operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
+    """CUDA multiplies 16-bit operands into fp32 tiles; elsewhere a 16-bit product would come back in 16 bits, so operands are widened."""
+    return compute if device.type == "cuda" and stats == torch.float32 else stats
+
+
+def backward_operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
+    """dz and what it multiplies stay in 16 bits, except for fp16 off CUDA, whose products would overflow and crawl."""
+    if compute in SIXTEEN_BIT and stats == torch.float32 and (device.type == "cuda" or compute == torch.bfloat16):
+        return compute
+    return stats
+
+
+def logits_(out_RC: Tensor, hidden_RD: Tensor, weight_CD: Tensor, compute: torch.dtype) -> None:
+    """``hidden @ weight^T`` into an fp32 (float64) tile, accumulated in its dtype. Operands are exact in `compute`."""
+    if hidden_RD.dtype != out_RC.dtype:
+        torch.mm(hidden_RD, weight_CD.T, out_dtype=out_RC.dtype, out=out_RC)
+        return
+    with _exact_bf16_products(compute, out_RC):
+        torch.mm(hidden_RD, weight_CD.T, out=out_RC)
+
+
+def accumulate_(acc: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """``acc += alpha * a @ b``; alpha is a power of two. bf16 products on a CPU come back rounded to bf16, once per tile."""
+    if a.dtype == acc.dtype:
+        acc.addmm_(a, b, alpha=alpha)
+    elif a.device.type == "cuda":
+        acc.add_(torch.mm(a, b, out_dtype=acc.dtype), alpha=alpha)
+    else:
+        acc.add_(torch.mm(a, b), alpha=alpha)
+
+
+class GradientSum:
+    """Sums products into blocks of rows of a gradient, in the accumulator's dtype, so that a 16-bit gradient is rounded once.
+
+    A gradient already in that dtype is its own accumulator. Otherwise `held` rows of accumulator are kept: all of them where blocks are
+    returned to, one block where each is finished (`close`) before the next is begun.
+    """
+
+    def __init__(self, grad: Tensor, index: Tensor | None, dtype: torch.dtype, held: int) -> None:
+        self.grad, self.index, self.held = grad, index, held
+        self.acc = None if grad.dtype == dtype else grad.new_zeros(held, grad.shape[1], dtype=dtype)
+
+    def add(self, block: slice, a: Tensor, b: Tensor, alpha: float) -> None:
+        if self.acc is not None:
+            accumulate_(self.acc[self._within(block)], a, b, alpha)
+        elif self.index is None:
+            accumulate_(self.grad[block], a, b, alpha)
+        else:
+            partial = self.grad.new_zeros(a.shape[0], b.shape[1])
+            accumulate_(partial, a, b, alpha)
+            self.grad.index_add_(0, self.index[block], partial)
+
+    def close(self, block: slice) -> None:
+        """`block` is complete: round it into the gradient, and make room for the next."""
+        if self.acc is None:
+            return
+        done = self.acc[self._within(block)]
+        if self.index is None:
+            self.grad[block].copy_(done)
+        else:
+            self.grad.index_copy_(0, self.index[block], done.to(self.grad.dtype))
+        done.zero_()
+
+    def _within(self, block: slice) -> slice:
+        return block if block.stop <= self.held else slice(0, block.stop - block.start)
+
+
+@contextlib.contextmanager
+def _exact_bf16_products(compute: torch.dtype, out: Tensor):
+    """Lets oneDNN take an fp32 product of bf16-valued operands on the bf16 units: exact products, fp32 sums, several times faster.
+
+    The switch is process-wide, so it is held only around the product. Torch before 2.9 has no such switch, and multiplies in fp32.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if compute != torch.bfloat16 or out.device.type != "cpu" or out.dtype != torch.float32 or matmul is None:
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

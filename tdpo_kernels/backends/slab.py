@@ -1,0 +1,159 @@
+"""The walk over the logits: how ``[T, V]`` is cut into tiles, what a tile needs loaded, and what is staged from forward to backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..types import Inputs, Model
+from .products import SIXTEEN_BIT, backward_operand_dtype, forward_operand_dtype
+
+WORKSPACE = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # bytes of tiles and gathered operands held at once
+TILE = {"cpu": (512, 2048), "cuda": (2048, 4096)}  # rows x columns where the workspace allows
+SMALLEST = 64
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``[T, V]`` cut into tiles of at most ``R x C``, evenly, the last ones shorter. Depends on shapes only, never on the budget."""
+
+    T: int
+    V: int
+    R: int
+    C: int
+
+    def row_blocks(self) -> list[slice]:
+        return _blocks(self.T, self.R)
+
+    def col_blocks(self) -> list[slice]:
+        return _blocks(self.V, self.C)
+
+
+def _blocks(length: int, step: int) -> list[slice]:
+    return [slice(a, min(a + step, length)) for a in range(0, length, step)]
+
+
+def _even(length: int, most: int, multiple: int) -> int:
+    """The step, a multiple of `multiple`, that cuts `length` into as few nearly equal blocks as `most` allows."""
+    count = max(-(-length // most), 1)
+    return max(-(-length // (count * multiple)) * multiple, multiple)
+
+
+def make_grid(inputs: Inputs) -> Grid:
+    T, (V, D) = inputs.rows.count, inputs.policy.head.weight.shape
+    widest = max(D, inputs.reference.hidden.shape[1])
+    device, size = inputs.policy.hidden.device.type, inputs.stats_dtype.itemsize
+    workspace = WORKSPACE.get(device, WORKSPACE["cpu"])
+    R, C = TILE.get(device, TILE["cpu"])
+
+    def held(R: int, C: int) -> int:
+        """Five tiles; gathered hidden rows, a partial dh; widened weight columns, a dW accumulator."""
+        return size * (5 * R * C + 4 * R * widest + 3 * C * widest)
+
+    while held(R, C) > workspace and max(R, C) > SMALLEST:
+        R, C = (R, C // 2) if C > R else (R // 2, C)
+    return Grid(T, V, _even(T, R, 1), _even(V, C, 16))
+
+
+class Workspace:
+    """Buffers by name, made at first use and used again, so that no tile costs page faults twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        """A contiguous ``(rows, cols)`` view of the buffer `name`, grown if need be; its content is whatever was there."""
+        have = self.buffers.get(name)
+        if have is None or have.numel() < rows * cols or have.dtype != dtype:
+            have = self.buffers[name] = torch.empty(rows * cols, dtype=dtype, device=self.device)
+        return have[: rows * cols].view(rows, cols)
+
+
+class Operand:
+    """Blocks of one matrix, gathered, rounded to the compute dtype and widened to the dtype of the product; no copy where none is needed."""
+
+    def __init__(self, work: Workspace, name: str, source: Tensor, index: Tensor | None, compute: torch.dtype) -> None:
+        self.work, self.name, self.source, self.index, self.compute = work, name, source, index, compute
+        self.loaded: dict[torch.dtype, tuple[slice, Tensor]] = {}
+
+    def block(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        have = self.loaded.get(dtype)
+        if have is None or have[0] != rows:
+            have = self.loaded[dtype] = (rows, self._load(rows, dtype))
+        return have[1]
+
+    def _load(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        n, width = rows.stop - rows.start, self.source.shape[1]
+        x = self.source[rows] if self.index is None else None
+        if x is None:
+            x = self.work.get(f"{self.name} gathered", n, width, self.source.dtype)
+            torch.index_select(self.source, 0, self.index[rows], out=x)
+        for step in dict.fromkeys((self.compute, dtype)):  # round first, then widen
+            if x.dtype != step:
+                x = self.work.get(f"{self.name} {step}", n, width, step).copy_(x)
+        return x
+
+
+class Side:
+    """One model in the walk: hands out tiles of its logits, and the operands of its gradient products."""
+
+    def __init__(self, model: Model, index_T: Tensor | None, work: Workspace, name: str, stats: torch.dtype) -> None:
+        device = model.hidden.device
+        self.model, self.name, self.work, self.stats = model, name, work, stats
+        self.hidden = Operand(work, f"{name} hidden", model.hidden, index_T, model.dtype)
+        self.weight = Operand(work, f"{name} weight", model.head.weight, None, model.dtype)
+        self.forward_dtype = forward_operand_dtype(model.dtype, stats, device)
+        self.backward_dtype = backward_operand_dtype(model.dtype, stats, device)
+
+    def gradient_operand(self, dz_RC: Tensor) -> Tensor:
+        """dz rounded to the compute dtype, on every device alike, in the dtype its products are taken in."""
+        for step in dict.fromkeys((self.model.dtype if self.model.dtype in SIXTEEN_BIT else dz_RC.dtype, self.backward_dtype)):
+            if dz_RC.dtype != step:
+                dz_RC = self.work.get(f"dz {step}", *dz_RC.shape, step).copy_(dz_RC)
+        return dz_RC
+
+
+@dataclass(frozen=True)
+class StagedTile:
+    """p and y = z - r - mu of one tile (`tile_math.py`), the softcap's slope if there is one, and the rows' lse_z and mu."""
+
+    p: Tensor
+    y: Tensor
+    slope: Tensor | None
+    lse_z: Tensor
+    mean: Tensor
+
+
+class Stage:
+    """What is kept for backward: the first tiles in column order, as many as the budget holds, in one flat buffer."""
+
+    def __init__(self, inputs: Inputs, grid: Grid, flat: Tensor | None = None, row_values: Tensor | None = None) -> None:
+        self.grid, self.row_count = grid, max(len(grid.row_blocks()), 1)
+        self.planes = 2 if inputs.policy.head.softcap is None else 3
+        self.dtype = torch.bfloat16 if inputs.policy.dtype in SIXTEEN_BIT else inputs.stats_dtype
+        self.flat, self.row_values = flat, row_values
+        if flat is None:
+            slot = self.planes * grid.R * grid.C
+            per_tile = slot * self.dtype.itemsize + 2 * grid.R * inputs.stats_dtype.itemsize
+            count = min(inputs.memory_budget // per_tile, self.row_count * len(grid.col_blocks()))
+            device = inputs.policy.hidden.device
+            self.flat = torch.empty(count, slot, dtype=self.dtype, device=device)
+            self.row_values = torch.empty(count, 2, grid.R, dtype=inputs.stats_dtype, device=device)
+
+    def tile(self, i: int, k: int, rows: int, cols: int) -> StagedTile | None:
+        """Where row block i and column block k are staged, or None if they are to be recomputed."""
+        slot = k * self.row_count + i
+        if slot >= self.flat.shape[0]:
+            return None
+        planes = self.flat[slot][: self.planes * rows * cols].view(self.planes, rows, cols)
+        lse_z, mean = self.row_values[slot, :, :rows]
+        return StagedTile(planes[0], planes[1], planes[2] if self.planes == 3 else None, lse_z, mean)
+
+
+def blocks(slices: list[slice]) -> Iterator[tuple[int, slice, int]]:
+    """Index, slice and length of each block."""
+    return ((i, s, s.stop - s.start) for i, s in enumerate(slices))

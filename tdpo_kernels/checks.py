@@ -1,0 +1,168 @@
+"""What a call must look like. Every function names the argument, what was seen and what is wanted, before any work."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .loss import DEFAULT_ALPHA, REDUCTIONS, VARIANTS
+from .reference import EXTRAS
+from .types import LMHead
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def seen(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    return f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str, bool, type(None))) else type(x).__name__
+
+
+def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
+    """A ``(V, D)`` tensor, an ``nn.Linear`` or an ``LMHead``, checked."""
+    if isinstance(head, nn.Linear):
+        head = LMHead(head.weight, head.bias)
+    elif isinstance(head, Tensor):
+        head = LMHead(head)
+    if not isinstance(head, LMHead):
+        raise TypeError(f"{name}: got {seen(head)}, wanted a (V, D) tensor, an nn.Linear or an LMHead")
+    _tensor(head.weight, f"{name}.weight", FLOATS)
+    if head.weight.dim() != 2 or head.weight.shape[0] == 0:
+        raise ValueError(f"{name}.weight: got {seen(head.weight)}, wanted (V, D) with V >= 1")
+    if head.bias is not None:
+        _tensor(head.bias, f"{name}.bias", (head.weight.dtype,))
+        if head.bias.shape != head.weight.shape[:1]:
+            raise ValueError(f"{name}.bias: got {seen(head.bias)}, wanted ({head.weight.shape[0]},) as {name}.weight has rows")
+        _same_device(head.bias, f"{name}.bias", head.weight, f"{name}.weight")
+    _number(head.logit_scale, f"{name}.logit_scale")
+    if head.softcap is not None:
+        _number(head.softcap, f"{name}.softcap")
+        if head.softcap <= 0:
+            raise ValueError(f"{name}.softcap: got {head.softcap}, wanted > 0, or None for no cap")
+    return head
+
+
+def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, labels: Tensor) -> None:
+    """Shapes, dtypes and devices of one call; no value is read."""
+    _tensor(hidden, "hidden", FLOATS)
+    _tensor(ref_hidden, "ref_hidden", FLOATS)
+    _tensor(labels, "labels", (torch.int64, torch.int32))
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden: got {seen(hidden)}, wanted (..., L, D), or (N, D) when packed")
+    for name, x in (("labels", labels), ("ref_hidden", ref_hidden)):
+        want = hidden.shape[:-1]
+        have = x.shape if name == "labels" else x.shape[:-1]
+        if have != want:
+            tail = "" if name == "labels" else ", E"
+            raise ValueError(f"{name}: got {seen(x)}, wanted ({', '.join(map(str, want))}{tail}) to match hidden {seen(hidden)}")
+    for prefix, x, h in (("", hidden, head), ("ref_", ref_hidden, ref_head)):
+        if x.shape[-1] != h.weight.shape[1]:
+            raise ValueError(
+                f"{prefix}head.weight: got {seen(h.weight)}, wanted (V, {x.shape[-1]}) to match {prefix}hidden {seen(x)}"
+            )
+        _same_device(x, f"{prefix}hidden", hidden, "hidden")
+        _same_device(h.weight, f"{prefix}head.weight", hidden, "hidden")
+    _same_device(labels, "labels", hidden, "hidden")
+    if head.weight.shape[0] != ref_head.weight.shape[0]:
+        raise ValueError(
+            f"ref_head.weight: got {seen(ref_head.weight)}, wanted V = {head.weight.shape[0]} as head.weight {seen(head.weight)}; "
+            "the KL needs one vocabulary, so slice padded rows off the longer head"
+        )
+
+
+def compute_dtype(hidden: Tensor, head: LMHead, prefix: str) -> torch.dtype:
+    """The dtype `F.linear` would multiply in: the common one, or autocast's."""
+    device = hidden.device.type
+    pair = (hidden.dtype, head.weight.dtype)
+    if torch.is_autocast_enabled(device) and torch.float64 not in pair:
+        return torch.get_autocast_dtype(device)
+    if pair[0] != pair[1]:
+        raise TypeError(
+            f"{prefix}hidden is {pair[0]} but {prefix}head.weight is {pair[1]}: cast one of them, "
+            "or call under torch.autocast as you would F.linear"
+        )
+    return pair[0]
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
+    _tensor(cu_seqlens, "cu_seqlens", (torch.int32, torch.int64))
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden: got {seen(hidden)}, wanted packed (N, D) when cu_seqlens is given")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens: got {seen(cu_seqlens)}, wanted (S + 1,) offsets from 0 to N")
+    _same_device(cu_seqlens, "cu_seqlens", hidden, "hidden")
+    offsets, rows = cu_seqlens.tolist(), hidden.shape[0]
+    if offsets[0] != 0 or offsets[-1] != rows:
+        raise ValueError(f"cu_seqlens: runs from {offsets[0]} to {offsets[-1]}, wanted 0 to N = {rows} as hidden {seen(hidden)}")
+    for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if a > b:
+            raise ValueError(f"cu_seqlens: decreases from {a} to {b} at index {i + 1}, wanted offsets that never decrease")
+
+
+def check_pairs(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None:
+        if hidden.dim() != 3:
+            raise ValueError(f"hidden: got {seen(hidden)}, wanted (2P, L, D), or (N, D) with cu_seqlens")
+        count, name = hidden.shape[0], f"hidden: got {seen(hidden)}"
+    else:
+        count, name = cu_seqlens.numel() - 1, f"cu_seqlens: got {seen(cu_seqlens)}"
+    if count < 2 or count % 2:
+        raise ValueError(f"{name}, that is {count} sequences; wanted 2P of them: the P chosen first, then their P rejected")
+
+
+def check_loss(beta: float, alpha: float | None, variant: str, reduction: str) -> float:
+    """Checks the loss's numbers and returns alpha with its default filled in."""
+    for name, value, allowed in (("variant", variant, VARIANTS), ("reduction", reduction, REDUCTIONS)):
+        if value not in allowed:
+            raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, allowed))}")
+    _number(beta, "beta")
+    if beta <= 0:
+        raise ValueError(f"beta: got {beta}, wanted > 0")
+    if alpha is None:
+        return DEFAULT_ALPHA
+    if variant == "tdpo1":
+        raise ValueError(f"alpha: got {alpha} with variant='tdpo1', which has no alpha; leave it out, or use variant='tdpo2'")
+    _number(alpha, "alpha")
+    if alpha < 0:
+        raise ValueError(f"alpha: got {alpha}, wanted >= 0")
+    return float(alpha)
+
+
+def check_options(ignore_index: int | None, shift: bool, extras: tuple[str, ...], memory_budget: int) -> None:
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        raise TypeError(f"ignore_index: got {seen(ignore_index)}, wanted an int, or None when every label counts")
+    if not isinstance(shift, bool):
+        raise TypeError(f"shift: got {seen(shift)}, wanted True or False")
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
+        raise ValueError(f"memory_budget: got {seen(memory_budget)}, wanted a number of bytes >= 0")
+    unknown = [name for name in extras if name not in EXTRAS]
+    if isinstance(extras, str) or unknown:
+        raise ValueError(f"extras: got {extras!r}, wanted a tuple of names from {', '.join(EXTRAS)}")
+
+
+def check_tensor(x: object, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {seen(x)}, wanted a tensor")
+
+
+def _tensor(x: object, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    check_tensor(x, name)
+    wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: got {seen(x)}, wanted {wanted}")
+    if x.layout != torch.strided or hasattr(x, "full_tensor"):
+        raise TypeError(f"{name}: got a {type(x).__name__} with layout {x.layout}, wanted a plain dense tensor on one device")
+
+
+def _number(x: object, name: str) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name}: got {seen(x)}, wanted a number")
+    if not math.isfinite(x):
+        raise ValueError(f"{name}: got {x}, wanted a finite number")
+
+
+def _same_device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device}, wanted {other.device} as {other_name}")

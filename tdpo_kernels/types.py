@@ -1,0 +1,145 @@
+"""The words of the library: its axes, its plain data, and what a backend is.
+
+Axes, used as shape suffixes everywhere (``lse_T`` has shape ``(T,)``):
+
+====  =========================================================================
+N     rows of ``hidden`` as the caller gave them (``2P * L``, or the packed length)
+T     valid response tokens, what is left of N once ignored labels are dropped
+S     sequences, ``2P``: the P chosen first, then their P rejected
+P     preference pairs
+D, E  hidden size of the policy, of the reference model
+V     vocabulary
+R, C  rows and columns of one tile of logits;  K = number of column tiles
+====  =========================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The map from a hidden state to logits: ``softcap * tanh(logit_scale * (h W^T + b) / softcap)``.
+
+    weight: ``(V, D)``; bias: ``(V,)`` or None, in the weight's dtype; ``softcap=None`` leaves out the tanh.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """One side of the comparison: its hidden states ``(N, D)``, its head, and the dtype its products are taken in."""
+
+    hidden: Tensor
+    head: LMHead
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which hidden row predicts which label. ``None`` stands for "all N, in order", which costs no gather."""
+
+    hidden_T: Tensor | None  # int64, the row of `hidden` that predicts
+    label_T: Tensor | None  # int64, the position in `labels` that the statistics belong to
+    labels_T: Tensor  # int64, in [0, V)
+
+    @property
+    def count(self) -> int:
+        return self.labels_T.numel()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are wanted. A part that is not wanted costs neither time nor memory."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a backend sees. Nothing in it knows about preferences."""
+
+    policy: Model
+    reference: Model
+    rows: Rows
+    memory_budget: int  # bytes staged between forward and backward
+    extras: tuple[str, ...] = ()
+
+    @property
+    def stats_dtype(self) -> torch.dtype:
+        """fp32, or float64 as soon as one side is float64."""
+        either = torch.promote_types(self.policy.hidden.dtype, self.reference.hidden.dtype)
+        return torch.promote_types(either, torch.float32)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a backend's forward returns: the statistics of the T rows, and the tensors its backward wants back."""
+
+    logp_T: Tensor
+    ref_logp_T: Tensor
+    kl_T: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    saved: tuple[Tensor | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gradients:
+    hidden: Tensor | None  # (N, D), zero in rows that predict nothing
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (V,)
+
+
+class Backend(Protocol):
+    """A way to compute eqs. (1), (2) and their gradient (6), (7). A module with these two functions is one."""
+
+    def forward(self, inputs: Inputs, needs: Needs) -> Forward: ...
+
+    def backward(
+        self, inputs: Inputs, needs: Needs, saved: tuple[Tensor | None, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None
+    ) -> Gradients: ...
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Per-token statistics, shaped like ``labels``, fp32 (float64 for float64 inputs), zero where a label is ignored.
+
+    ``logp`` and ``kl`` are differentiable; ``ref_logp`` and ``extras`` are not. Units: nats.
+    """
+
+    logp: Tensor
+    ref_logp: Tensor
+    kl: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TDPOOutput:
+    """``loss`` (scalar, or ``(P,)`` with ``reduction="none"``) and detached ``(P,)`` sums over each sequence's tokens.
+
+    Rewards are eq. (5): ``beta * (m + k)``. They include the KL, as in the paper's published code.
+    """
+
+    loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_kl: Tensor
+    rejected_kl: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
