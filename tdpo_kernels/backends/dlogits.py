@@ -32,8 +32,7 @@ class Coefficients:
     """Per-row coefficients of eq. (6), and each row block's kind, read from the device in one go."""
 
     def __init__(self, inputs: Inputs, grid: Grid, row_values: tuple[Tensor, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None) -> None:
-        lse_z, lse_r, lse_diff, logp, ref_logp = row_values
-        self.lse_z, self.lse_r, self.lse_diff = lse_z, lse_r, lse_diff
+        self.lse_z, self.lse_r, self.lse_diff, self.z_anchor, self.r_anchor, logp, ref_logp = row_values
         g_logp = torch.zeros_like(logp) if g_logp_T is None else g_logp_T.to(logp.dtype)
         g_kl = torch.zeros_like(logp) if g_kl_T is None else g_kl_T.to(logp.dtype)
         self.kinds, largest = _kinds(grid, g_logp, g_kl, inputs.policy.head.softcap is not None, g_kl_T is None)
@@ -42,7 +41,14 @@ class Coefficients:
         self.a, self.b = g_kl * -factor, g_logp * -factor
         only_q = g_kl == g_logp
         self.label_constant = self.b * torch.expm1(torch.where(only_q, ref_logp, logp))
-        self.label_slope = torch.where(only_q, 0.0, self.a * logp.exp())  # times expm1(delta') at the label
+        a = torch.where(only_q, 0.0, self.a)
+        self.label_near, self.label_far = a * logp.exp(), a * (ref_logp.exp() - logp.exp())
+
+
+    def label(self, rows: slice, ratio_R: Tensor) -> Tensor:
+        """dz at the label, from expm1(delta') there: p expm1(delta') where that is accurate, q - p where it overflows."""
+        near = self.label_near[rows] * ratio_R
+        return self.label_constant[rows] + torch.where(ratio_R.abs() < 1, near, self.label_far[rows])
 
 
 def _kinds(grid: Grid, g_logp: Tensor, g_kl: Tensor, softcap: bool, no_kl: bool) -> tuple[list[Kind], float]:
@@ -101,9 +107,9 @@ def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, lab
         torch.mul(staged.p, b[:, None], out=dz)
         label.write_(dz, c.label_constant[rows])
     else:
-        offset = c.lse_diff[rows] - staged.mean + (away - held)
-        torch.sub(offset[:, None], staged.y, out=dz).expm1_()
-        value = c.label_constant[rows] + c.label_slope[rows] * label.read(dz)
+        offset = c.lse_diff[rows] - staged.offset + (away - held)
+        torch.sub(offset[:, None], staged.t, out=dz).expm1_()
+        value = c.label(rows, label.read(dz))
         dz.mul_(a[:, None]).add_(b[:, None]).mul_(staged.p)
         label.write_(dz, value)
     return dz if staged.slope is None else dz.mul_(staged.slope)
@@ -128,7 +134,7 @@ def from_both(c: Coefficients, rows: slice, z: Tensor, r: Tensor, label: LabelCo
     lse_z = c.lse_z[rows, None]
     torch.maximum(z, lse_z - 2 * floor_exponent(z.dtype), out=z)
     r.sub_(z).add_(c.lse_diff[rows, None]).expm1_()
-    value = c.label_constant[rows] + c.label_slope[rows] * label.read(r)
+    value = c.label(rows, label.read(r))
     r.mul_(c.a[rows, None]).add_(c.b[rows, None]).mul_(z.sub_(lse_z).exp_())
     label.write_(r, value)
     return r

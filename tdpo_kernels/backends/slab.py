@@ -119,13 +119,14 @@ class Side:
 
 @dataclass(frozen=True)
 class StagedTile:
-    """p and y = z - r - mu of one tile (`tile_math.py`), the softcap's slope if there is one, and the rows' lse_z and mu."""
+    """One tile of p and t = log(p / q), each softmax within the tile; the softcap's slope if there is one; and of each row
+    the tile's lse_z and the offset that, added to t, gives log(p / q) over the whole vocabulary but for L - L'."""
 
     p: Tensor
-    y: Tensor
+    t: Tensor
     slope: Tensor | None
     lse_z: Tensor
-    mean: Tensor
+    offset: Tensor
 
 
 class Stage:
@@ -150,8 +151,8 @@ class Stage:
         if slot >= self.flat.shape[0]:
             return None
         planes = self.flat[slot][: self.planes * rows * cols].view(self.planes, rows, cols)
-        lse_z, mean = self.row_values[slot, :, :rows]
-        return StagedTile(planes[0], planes[1], planes[2] if self.planes == 3 else None, lse_z, mean)
+        lse_z, offset = self.row_values[slot, :, :rows]
+        return StagedTile(planes[0], planes[1], planes[2] if self.planes == 3 else None, lse_z, offset)
 
 
 def blocks(slices: list[slice]) -> Iterator[tuple[int, slice, int]]:

@@ -1,18 +1,21 @@
-r"""Row mathematics of one ``(R, C)`` tile of logits, in torch, in place. No products, no loops, no knowledge of labels' meaning.
+r"""Row mathematics of one ``(R, C)`` tile of logits, in torch, in place. No products, no loops, no labels.
 
-A *part* is a slice of the vocabulary. Of each row of a part we keep four numbers: its log-sum-exps ``lse_z`` and ``lse_r``, the mean
+Logits come *anchored*: less one number per row and model (`anchor`), the same for every tile of the row, so that an offset between the
+models, which changes nothing, costs no digits either.
+
+A *part* is a slice of the vocabulary. Of each row of a part four numbers are kept: its log-sum-exps ``lse_z`` and ``lse_r``, the mean
 ``mu = E_q[z - r]`` under the part's own softmax of r, and ``M = E_q[expm1(y) - y] >= 0`` with ``y = z - r - mu``: eq. (2b) of
-`reference.py` with the sign of delta turned, so that its exponential needs no negation. Then, per part as for the whole,
+`reference.py` with the sign of delta turned, so that its exponential needs no negation. Then, for a part as for the whole,
 
     (8)   KL = log1p(M)        L - L' = KL + mu        E_q[e^y] = 1 + M = exp(lse_z - lse_r - mu)
 
-Parts k merge exactly, in any order, with weights ``w_k = exp(lse_r_k - L')``, ``mu = sum w_k mu_k`` and ``Y_k = mu_k - mu``:
+Parts k merge exactly, in any order, with weights ``w = softmax_k(lse_r_k)``, ``mu = sum w_k mu_k`` and ``Y_k = mu_k - mu``:
 
-    (9)   M = sum_k [ w_k (e^Y_k M_k + expm1(Y_k) - Y_k) ]
+    (9)   M = sum_k [ w_k (e^Y_k M_k + expm1(Y_k) - Y_k) ]  =  sum_k [ exp(lse_z_k - L' - mu) - w_k (1 + Y_k) ]
 
-A single column is itself a part with M = 0, so (9) is also how a tile is summed. e^y overflows where the reference all but rules out
-what the policy likes. There ``q e^y`` is still known from the policy's side, ``q_v e^y_v = p_v exp(lse_z - lse_r - mu)`` by (8), and with the exponent cut at
-CUT the missing part is ``relu(p_v exp(lse_z - lse_r - mu) - q_v e^CUT)``: zero, but for rounding, wherever nothing was cut.
+where the second form is for large terms: it asks nothing of a part's own M, which overflows where the reference all but rules out what
+the policy likes. A single column is a part with M = 0, so (9) also says how a tile is summed: there the exponent is cut at CUT, and what that
+leaves out is ``relu(p_v exp(lse_z - lse_r - mu) - q_v e^CUT)``, zero, but for rounding, wherever nothing was cut.
 """
 
 from __future__ import annotations
@@ -24,13 +27,15 @@ import torch
 from torch import Tensor
 
 CUT = 16.0
-LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
+LARGE = 1e12  # terms of (9) above it are summed in their second form
+TOP_EXPONENT = 80.0  # keeps exp() finite in fp32; a part that needs more is LARGE anyway
 LARGEST_KL = 60.0  # above it 1 + M leaves fp32, and KL = L - L' - mu no longer cancels
+LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
 
 
 @dataclass(frozen=True)
 class RowState:
-    """The whole vocabulary's parts merged, each ``(R,)``."""
+    """The whole vocabulary's parts merged, each ``(R,)``, still anchored."""
 
     lse_z: Tensor
     lse_r: Tensor
@@ -38,9 +43,19 @@ class RowState:
     lse_diff: Tensor  # L - L', without cancellation
 
 
+def is_lowest(x: Tensor) -> Tensor:
+    return x < LOWEST / 10
+
+
+def anchor(x_RC: Tensor) -> Tensor:
+    """The number to take off a row of logits: its first tile's largest, or 0 where that tile is ruled out altogether."""
+    top_R = x_RC.amax(-1)
+    return torch.where(is_lowest(top_R), 0.0, top_R)
+
+
 def floor_exponent(dtype: torch.dtype) -> float:
-    """F: probabilities below e^-F within a part are held at e^-F, so that e^-F * e^-F is still a normal number of `dtype`."""
-    return -0.46 * math.log(torch.finfo(dtype).tiny)
+    """F: probabilities below e^-F within a part are held at e^-F: far below rounding, and 2F leaves room in e^(2F) for cotangents."""
+    return -0.345 * math.log(torch.finfo(dtype).tiny)
 
 
 def softmax_(x: Tensor, out: Tensor) -> Tensor:
@@ -50,36 +65,40 @@ def softmax_(x: Tensor, out: Tensor) -> Tensor:
 
 
 def divergence_(z: Tensor, r: Tensor, p: Tensor, q: Tensor, y: Tensor, lse_z: Tensor, lse_r: Tensor) -> tuple[Tensor, Tensor]:
-    """mu and M of the part; writes the centred y, and uses z as scratch."""
+    """mu and M of the part; writes the centred y, and uses z as scratch. Centring twice leaves no trace of q's sum not being 1."""
     torch.sub(z, r, out=y)
     mean = torch.linalg.vecdot(q, y)
     y.sub_(mean[:, None])
+    rest = torch.linalg.vecdot(q, y)
+    y.sub_(rest[:, None])
+    mean = mean + rest
     terms = torch.clamp(y, max=CUT, out=z).expm1_().sub_(y)
     phi = torch.linalg.vecdot(q, terms)
-    torch.mul(p, (lse_z - lse_r - mean).exp_()[:, None], out=terms)
+    mass = (lse_z - lse_r - mean).clamp_(max=TOP_EXPONENT).exp_()
+    torch.mul(p, mass[:, None], out=terms)
     missing = terms.sub_(q, alpha=math.exp(CUT)).clamp_(min=0.0).sum(-1)
     return mean, (phi + missing).clamp_(min=0.0)
 
 
 def merge(parts_4KR: Tensor) -> RowState:
     """Eq. (9) over K parts, then (8)."""
-    lse_z, lse_r, mean, phi = parts_4KR
+    lse_z_K, lse_r_K, mean_K, phi_K = parts_4KR
     if parts_4KR.shape[1] == 1:
-        lse_z, lse_r, mean, phi = lse_z[0], lse_r[0], mean[0], phi[0]
+        lse_z, lse_r, mean, phi = parts_4KR[:, 0]
     else:
-        lse_z_K, lse_r_K, mean_K, phi_K = lse_z, lse_r, mean, phi
         lse_z, lse_r = lse_z_K.logsumexp(0), lse_r_K.logsumexp(0)
-        w_K = (lse_r_K - lse_r).exp_()
+        w_K = lse_r_K.softmax(0)
         mean = (w_K * mean_K).sum(0)
         y_K = mean_K - mean
-        cut_K = y_K.clamp(max=CUT)
-        whole = w_K * (cut_K.exp() * phi_K + cut_K.expm1() - y_K)
-        missing = (lse_z_K - lse_r - mean).exp_() - w_K * math.exp(CUT) * (1 + phi_K)
-        phi = (whole + missing.clamp_(min=0.0)).sum(0).clamp_(min=0.0)
+        rest = (w_K * y_K).sum(0)
+        mean, y_K = mean + rest, y_K - rest
+        small = (y_K < CUT) & (phi_K < LARGE)  # False for NaN
+        accurate = w_K * (y_K.exp() * phi_K + y_K.expm1() - y_K)
+        by_mass = (lse_z_K - lse_r - mean).exp() - w_K * (1 + y_K)
+        phi = torch.where(small, accurate, by_mass).sum(0).clamp_(min=0.0)
     kl = phi.log1p()
-    direct = lse_z - lse_r - mean
     near = kl < LARGEST_KL  # False for NaN
-    kl = torch.where(near, kl, direct)
+    kl = torch.where(near, kl, (lse_z - lse_r - mean).clamp(min=0.0))
     return RowState(lse_z, lse_r, kl, torch.where(near, kl + mean, lse_z - lse_r))
 
 
@@ -96,11 +115,29 @@ def hold_(p: Tensor, y: Tensor, r: Tensor, lse_z: Tensor, mean: Tensor) -> None:
     p.clamp_(min=math.exp(-floor))
 
 
+def log_ratio_(y: Tensor, lse_z: Tensor, lse_r: Tensor, mean: Tensor, phi: Tensor) -> Tensor:
+    """Turns y into log(p / q) within the part, in place; returns the offset that makes it log(p / q) of the whole but for L - L'.
+
+    By (8) it is y less the part's own KL. That is what is staged: it is small where p and q agree, whatever the other tiles do.
+    """
+    kl = torch.where(phi < LARGE, phi.log1p(), lse_z - lse_r - mean)
+    y.sub_(kl[:, None])
+    return mean + kl
+
+
+def compensate_(p: Tensor, t: Tensor, scratch: Tensor, dtype: torch.dtype) -> None:
+    """Before t = log(p / q) is rounded to 16 bits: where q > p, scales p so that q = p e^-t stays exact, and p takes the error."""
+    torch.clamp(t, max=0.0, out=scratch)
+    rounded = scratch.to(dtype)
+    p.mul_(torch.sub(rounded, scratch, out=scratch).exp_())
+
+
 class Extras:
     """Statistics of the policy's own distribution, over parts of the vocabulary: `reference.extra_statistics`."""
 
-    def __init__(self, rows: int, like: Tensor) -> None:
-        self.total, self.largest = like.new_zeros(rows), like.new_full((rows,), -math.inf)
+    def __init__(self, anchor_R: Tensor) -> None:
+        self.anchor, self.total = anchor_R, torch.zeros_like(anchor_R)
+        self.largest = torch.full_like(anchor_R, -math.inf)
         self.lse_k: list[Tensor] = []
         self.mean_k: list[Tensor] = []  # E_p[z] within the part
 
@@ -111,5 +148,7 @@ class Extras:
         self.mean_k.append(torch.linalg.vecdot(p, z))
 
     def results(self, lse_z: Tensor, z_y: Tensor, vocab: int) -> dict[str, Tensor]:
-        entropy = sum((lse_k - lse_z).exp() * (lse_z - mean_k) for lse_k, mean_k in zip(self.lse_k, self.mean_k, strict=True))
-        return {"entropy": entropy, "mean_logit": self.total / vocab, "is_argmax": (z_y >= self.largest).to(z_y.dtype)}
+        parts = zip(self.lse_k, self.mean_k, strict=True)
+        entropy = sum((lse_k - lse_z).exp() * (lse_z - mean_k) for lse_k, mean_k in parts)
+        is_argmax = (z_y >= self.largest).to(z_y.dtype)
+        return {"entropy": entropy, "mean_logit": self.total / vocab + self.anchor, "is_argmax": is_argmax}

@@ -6,6 +6,8 @@ Forward, row blocks outside: both logits tiles, their parts (`tile_math.py`), on
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,10 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     logp, ref_logp = whole("logp"), whole("ref_logp")
-    saved = (whole("lse_z"), whole("lse_r"), whole("lse_diff"), logp, ref_logp, stage.flat, stage.row_values) if stage else ()
+    saved = ()
+    if stage:
+        rows = [whole(name) for name in ("lse_z", "lse_r", "lse_diff", "z_anchor", "r_anchor")]
+        saved = (*rows, logp, ref_logp, stage.flat, stage.row_values)
     shown = (tile_math.to_infinity(x) for x in (logp, ref_logp, whole("kl")))
     return Forward(*shown, {name: tile_math.to_infinity(whole(name)) for name in inputs.extras}, saved)
 
@@ -42,38 +47,45 @@ def _row_block(inputs: Inputs, grid: Grid, sides: tuple[Side, Side], stage: Stag
     labels_R = inputs.rows.labels_T[rows]
     R, columns = labels_R.numel(), grid.col_blocks()
     parts_4KR = torch.empty(4, len(columns), R, dtype=inputs.stats_dtype, device=labels_R.device)
-    z_y, r_y = parts_4KR.new_zeros(2, R)
-    extras = tile_math.Extras(R, parts_4KR) if inputs.extras else None
+    z_y, r_y, ruled_out = parts_4KR.new_zeros(3, R)
     for k, cols, C in blocks(columns):
         z, r = _tile(policy, rows, cols), _tile(reference, rows, cols)
+        if k == 0:
+            z_anchor, r_anchor = tile_math.anchor(z), tile_math.anchor(r)
+            extras = tile_math.Extras(z_anchor) if inputs.extras else None
+        staged = stage.tile(i, k, R, C) if stage else None
+        if staged is not None and staged.slope is not None:
+            staged.slope.copy_(_softcap_slope(z, inputs.policy.head.softcap, policy.work.get("slope", R, C, z.dtype)))
+        z.sub_(z_anchor[:, None])
+        r.sub_(r_anchor[:, None])
         label = LabelColumn(labels_R, cols)
         z_y, r_y = label.pick(z, z_y), label.pick(r, r_y)
-        staged = stage.tile(i, k, R, C) if stage else None
-        parts_4KR[:, k] = _part(inputs, z, r, staged, policy.work, extras)
+        if inputs.policy.head.bias is not None:
+            ruled_out = ruled_out + (tile_math.is_lowest(z) & ~tile_math.is_lowest(r)).any(-1)
+        parts_4KR[:, k] = _part(z, r, staged, policy.work, extras)
     state = tile_math.merge(parts_4KR)
-    found = dict(vars(state), logp=z_y - state.lse_z, ref_logp=r_y - state.lse_r)
+    found = dict(vars(state), logp=z_y - state.lse_z, ref_logp=r_y - state.lse_r, z_anchor=z_anchor, r_anchor=r_anchor)
+    found["kl"] = torch.where(ruled_out > 0, math.inf, state.kl)
     return found if extras is None else found | extras.results(state.lse_z, z_y, grid.V)
 
 
-def _part(
-    inputs: Inputs, z: Tensor, r: Tensor, staged: StagedTile | None, work: Workspace, extras: tile_math.Extras | None
-) -> Tensor:
+def _part(z: Tensor, r: Tensor, staged: StagedTile | None, work: Workspace, extras: tile_math.Extras | None) -> Tensor:
     """``(4, R)``: the part's lse_z, lse_r, mu, M. Fills `staged`; z and r are used up."""
     direct = staged is not None and staged.p.dtype == z.dtype
-    p, y = (staged.p, staged.y) if direct else (work.get("p", *z.shape, z.dtype), work.get("y", *z.shape, z.dtype))
-    lse_z, lse_r = tile_math.softmax_(z, out=p), tile_math.softmax_(r, out=(q := work.get("q", *z.shape, z.dtype)))
+    p, y = (staged.p, staged.t) if direct else (work.get(name, *z.shape, z.dtype) for name in ("p", "y"))
+    q = work.get("q", *z.shape, z.dtype)
+    lse_z, lse_r = tile_math.softmax_(z, out=p), tile_math.softmax_(r, out=q)
     if extras is not None:
         extras.add(z, p, lse_z)
-    if staged is not None and staged.slope is not None:
-        staged.slope.copy_(_softcap_slope(z, inputs.policy.head.softcap, work.get("slope", *z.shape, z.dtype)))
     mean, phi = tile_math.divergence_(z, r, p, q, y, lse_z, lse_r)
     if staged is not None:
         tile_math.hold_(p, y, r, lse_z, mean)
+        staged.offset.copy_(tile_math.log_ratio_(y, lse_z, lse_r, mean, phi))
         staged.lse_z.copy_(lse_z)
-        staged.mean.copy_(mean)
         if not direct:
+            tile_math.compensate_(p, y, q, staged.t.dtype)
             staged.p.copy_(p)
-            staged.y.copy_(y)
+            staged.t.copy_(y)
     return torch.stack([lse_z, lse_r, mean, phi])
 
 
@@ -106,14 +118,15 @@ def _dz(
         dz = policy.work.get("z", *staged.p.shape, c.a.dtype)
         return dlogits.from_stage(c, kind, rows, staged, label, dz)
     if kind is Kind.ONLY_Q:
-        return dlogits.from_q(c, rows, _tile(reference, rows, cols), label)
+        return dlogits.from_q(c, rows, _tile(reference, rows, cols).sub_(c.r_anchor[rows, None]), label)
     z = _tile(policy, rows, cols)
     softcap = inputs.policy.head.softcap
     slope = None if softcap is None else _softcap_slope(z, softcap, policy.work.get("slope", *z.shape, z.dtype))
+    z.sub_(c.z_anchor[rows, None])
     if kind is Kind.ONLY_P:
         dz = dlogits.from_p(c, rows, z, label)
     else:
-        dz = dlogits.from_both(c, rows, z, _tile(reference, rows, cols), label)
+        dz = dlogits.from_both(c, rows, z, _tile(reference, rows, cols).sub_(c.r_anchor[rows, None]), label)
     return dz if slope is None else dz.mul_(slope)
 
 
