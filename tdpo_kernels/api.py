@@ -37,13 +37,14 @@ def fused_tdpo_loss(
         ref_hidden: ``(2P, L, E)`` or ``(N, E)``, the reference model's, detached.
         labels: ``(2P, L)`` or ``(N,)``; prompts and padding set to ``ignore_index``.
         beta: > 0, the strength of the pull towards the reference.
-        alpha: >= 0, the weight of the KL difference in TDPO2; None means 0.5. ``alpha=0`` is DPO. TDPO1 has none: giving it raises.
+        alpha: >= 0, the weight of the KL difference in TDPO2; None means 0.5. ``alpha=0`` is DPO. TDPO1 has none:
+            giving it raises.
         variant: ``"tdpo2"`` or ``"tdpo1"``. TDPO1 is not TDPO2 with alpha = 1: same value, other gradient.
         reduction: over pairs: ``"mean"``, ``"sum"``, or ``"none"`` for one loss per pair.
 
     Returns:
-        `TDPOOutput`. An empty completion counts as m = k = 0. With every label ignored the loss is log 2 and gradients are
-        zero, not None.
+        `TDPOOutput`. An empty completion counts as m = k = 0. With every label ignored the loss is log 2 and
+        gradients are zero, not None.
 
     Raises:
         TypeError, ValueError: naming the argument, what was seen and what is wanted.

@@ -34,7 +34,9 @@ def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
     if head.bias is not None:
         _tensor(head.bias, f"{name}.bias", (head.weight.dtype,))
         if head.bias.shape != head.weight.shape[:1]:
-            raise ValueError(f"{name}.bias: got {seen(head.bias)}, wanted ({head.weight.shape[0]},) as {name}.weight has rows")
+            raise ValueError(
+                f"{name}.bias: got {seen(head.bias)}, wanted ({head.weight.shape[0]},) as {name}.weight has rows"
+            )
         _same_device(head.bias, f"{name}.bias", head.weight, f"{name}.weight")
     _number(head.logit_scale, f"{name}.logit_scale")
     if head.softcap is not None:
@@ -56,19 +58,22 @@ def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMH
         have = x.shape if name == "labels" else x.shape[:-1]
         if have != want:
             tail = "" if name == "labels" else ", E"
-            raise ValueError(f"{name}: got {seen(x)}, wanted ({', '.join(map(str, want))}{tail}) to match hidden {seen(hidden)}")
+            raise ValueError(
+                f"{name}: got {seen(x)}, wanted ({', '.join(map(str, want))}{tail}) to match hidden {seen(hidden)}"
+            )
     for prefix, x, h in (("", hidden, head), ("ref_", ref_hidden, ref_head)):
         if x.shape[-1] != h.weight.shape[1]:
             raise ValueError(
-                f"{prefix}head.weight: got {seen(h.weight)}, wanted (V, {x.shape[-1]}) to match {prefix}hidden {seen(x)}"
+                f"{prefix}head.weight: got {seen(h.weight)}, wanted (V, {x.shape[-1]}) to match "
+                f"{prefix}hidden {seen(x)}"
             )
         _same_device(x, f"{prefix}hidden", hidden, "hidden")
         _same_device(h.weight, f"{prefix}head.weight", hidden, "hidden")
     _same_device(labels, "labels", hidden, "hidden")
     if head.weight.shape[0] != ref_head.weight.shape[0]:
         raise ValueError(
-            f"ref_head.weight: got {seen(ref_head.weight)}, wanted V = {head.weight.shape[0]} as head.weight {seen(head.weight)}; "
-            "the KL needs one vocabulary, so slice padded rows off the longer head"
+            f"ref_head.weight: got {seen(ref_head.weight)}, wanted V = {head.weight.shape[0]} as head.weight "
+            f"{seen(head.weight)}; the KL needs one vocabulary, so slice padded rows off the longer head"
         )
 
 
@@ -95,10 +100,14 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
     _same_device(cu_seqlens, "cu_seqlens", hidden, "hidden")
     offsets, rows = cu_seqlens.tolist(), hidden.shape[0]
     if offsets[0] != 0 or offsets[-1] != rows:
-        raise ValueError(f"cu_seqlens: runs from {offsets[0]} to {offsets[-1]}, wanted 0 to N = {rows} as hidden {seen(hidden)}")
+        raise ValueError(
+            f"cu_seqlens: runs from {offsets[0]} to {offsets[-1]}, wanted 0 to N = {rows} as hidden {seen(hidden)}"
+        )
     for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
         if a > b:
-            raise ValueError(f"cu_seqlens: decreases from {a} to {b} at index {i + 1}, wanted offsets that never decrease")
+            raise ValueError(
+                f"cu_seqlens: decreases from {a} to {b} at index {i + 1}, wanted offsets that never decrease"
+            )
 
 
 def check_pairs(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -109,7 +118,9 @@ def check_pairs(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
     else:
         count, name = cu_seqlens.numel() - 1, f"cu_seqlens: got {seen(cu_seqlens)}"
     if count < 2 or count % 2:
-        raise ValueError(f"{name}, that is {count} sequences; wanted 2P of them: the P chosen first, then their P rejected")
+        raise ValueError(
+            f"{name}, that is {count} sequences; wanted 2P of them: the P chosen first, then their P rejected"
+        )
 
 
 def check_loss(beta: float, alpha: float | None, variant: str, reduction: str) -> float:
@@ -123,7 +134,9 @@ def check_loss(beta: float, alpha: float | None, variant: str, reduction: str) -
     if alpha is None:
         return DEFAULT_ALPHA
     if variant == "tdpo1":
-        raise ValueError(f"alpha: got {alpha} with variant='tdpo1', which has no alpha; leave it out, or use variant='tdpo2'")
+        raise ValueError(
+            f"alpha: got {alpha} with variant='tdpo1', which has no alpha; leave it out, or use variant='tdpo2'"
+        )
     _number(alpha, "alpha")
     if alpha < 0:
         raise ValueError(f"alpha: got {alpha}, wanted >= 0")
@@ -153,7 +166,9 @@ def _tensor(x: object, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: got {seen(x)}, wanted {wanted}")
     if x.layout != torch.strided or hasattr(x, "full_tensor"):
-        raise TypeError(f"{name}: got a {type(x).__name__} with layout {x.layout}, wanted a plain dense tensor on one device")
+        raise TypeError(
+            f"{name}: got a {type(x).__name__} with layout {x.layout}, wanted a plain dense tensor on one device"
+        )
 
 
 def _number(x: object, name: str) -> None:

@@ -32,25 +32,31 @@ def token_stats(
 ) -> TokenStats:
     """Per-token policy log-probability, reference log-probability and KL(reference || policy) over the full vocabulary.
 
-    Eqs. (1) and (2) of `tdpo_kernels.reference` (Zeng et al. 2024, arXiv 2404.11999), with gradients (6) and (7), without
-    ever holding ``[tokens, vocabulary]`` (backend ``"naive"`` excepted).
+    Eqs. (1) and (2) of `tdpo_kernels.reference` (Zeng et al. 2024, arXiv 2404.11999), with gradients (6) and (7),
+    without ever holding ``[tokens, vocabulary]`` (backend ``"naive"`` excepted).
 
     Args:
-        hidden: ``(..., L, D)`` last hidden states of the policy, or ``(N, D)`` packed with ``cu_seqlens``. fp16, bf16, fp32, fp64.
+        hidden: ``(..., L, D)`` last hidden states of the policy, or ``(N, D)`` packed with ``cu_seqlens``. fp16,
+            bf16, fp32, fp64.
         head: ``(V, D)`` tensor, ``nn.Linear`` or `LMHead`, in hidden's dtype (or any under ``torch.autocast``).
-        ref_hidden, ref_head: the same for the reference, ``(..., L, E)`` and ``(V, E)``; detached. E and the dtype may differ from the policy's.
+        ref_hidden, ref_head: the same for the reference, ``(..., L, E)`` and ``(V, E)``; detached. E and the dtype
+            may differ from the policy's.
         labels: ``(..., L)`` int64 or int32, aligned with the inputs.
-        ignore_index: labels equal to it are dropped before any product. None: every label counts (no synchronisation on CUDA).
+        ignore_index: labels equal to it are dropped before any product. None: every label counts (no synchronisation
+            on CUDA).
         shift: True: ``labels[..., t]`` is predicted by ``hidden[..., t - 1]``, and the first label of a sequence has no
             predictor. False: by ``hidden[..., t]``.
         cu_seqlens: ``(S + 1,)`` int32 or int64 offsets from 0 to N; the shift never crosses one.
-        extras: names out of ``entropy``, ``mean_logit``, ``is_argmax``, computed for the policy in the same pass, detached.
+        extras: names out of ``entropy``, ``mean_logit``, ``is_argmax``, computed for the policy in the same pass,
+            detached.
         backend: ``"auto"``, ``"tiled"`` or ``"naive"``.
-        memory_budget: bytes that may be kept from forward to backward to save recomputation. Nothing is kept without grad.
+        memory_budget: bytes that may be kept from forward to backward to save recomputation. Nothing is kept without
+            grad.
 
     Returns:
-        `TokenStats`, shaped like ``labels``, zero where ignored. ``logp`` and ``kl`` take independent per-token cotangents;
-        gradients flow to ``hidden``, ``head.weight`` and ``head.bias``, in each one's dtype. Not twice differentiable.
+        `TokenStats`, shaped like ``labels``, zero where ignored. ``logp`` and ``kl`` take independent per-token
+        cotangents; gradients flow to ``hidden``, ``head.weight`` and ``head.bias``, in each one's dtype. Not twice
+        differentiable.
 
     Raises:
         TypeError, ValueError: naming the argument, what was seen and what is wanted.
@@ -81,7 +87,8 @@ class _Call:
 
 
 class _TokenStats(torch.autograd.Function):
-    """Tensors go through `save_for_backward`, so that torch notices when one is changed between forward and backward."""
+    """Tensors go through `save_for_backward`, so that torch notices when one is changed between forward and
+    backward."""
 
     @staticmethod
     def forward(ctx, call: _Call, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None):
@@ -121,7 +128,12 @@ _TENSORS = 9
 def _tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
     sides = (inputs.policy, inputs.reference)
     rows = inputs.rows
-    return (*(x for s in sides for x in (s.hidden, s.head.weight, s.head.bias)), rows.hidden_T, rows.label_T, rows.labels_T)
+    return (
+        *(x for s in sides for x in (s.hidden, s.head.weight, s.head.bias)),
+        rows.hidden_T,
+        rows.label_T,
+        rows.labels_T,
+    )
 
 
 def _with_tensors(inputs: Inputs, tensors: tuple[Tensor | None, ...]) -> Inputs:

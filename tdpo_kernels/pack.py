@@ -9,7 +9,8 @@ from .types import Rows
 
 
 def pack(labels_N: Tensor, starts_S: Tensor, vocab: int, *, ignore_index: int | None, shift: bool) -> Rows:
-    """The rows that count. ``starts_S``: where each sequence begins in ``labels_N``; the label there has no predictor when shifted.
+    """The rows that count. ``starts_S``: where each sequence begins in ``labels_N``; the label there has no
+    predictor when shifted.
 
     Makes one synchronisation on CUDA (how many rows are left), and reads the verdict on the labels' range within it.
     ``ignore_index=None`` with ``shift=False`` says that every row counts: then nothing is read back from a CUDA device.
@@ -38,7 +39,7 @@ def _check_range(labels_N: Tensor, valid_N: Tensor, vocab: int) -> int:
     if outside:
         where = int(outside_N.nonzero()[0, 0])
         raise ValueError(
-            f"labels: {outside} label(s) outside [0, {vocab}), the first is {int(labels_N[where])} at flat position {where}; "
-            "wanted token ids below the heads' V, or ignore_index where a token does not count"
+            f"labels: {outside} label(s) outside [0, {vocab}), the first is {int(labels_N[where])} at flat position "
+            f"{where}; wanted token ids below the heads' V, or ignore_index where a token does not count"
         )
     return count

@@ -1,17 +1,20 @@
 r"""The specification: TDPO's token statistics in plain torch, any dtype including float64. Slow, large, and right.
 
-Notation: ``z = head(h)`` the policy's logits, ``r = ref_head(h')`` the reference's, ``p = softmax z``, ``q = softmax r``,
-``L = logsumexp z``, ``L' = logsumexp r``, ``y`` the label, ``delta = r - z`` and ``delta' = delta + L - L' = log q - log p``.
+Notation: ``z = head(h)`` the policy's logits, ``r = ref_head(h')`` the reference's, ``p = softmax z``, ``q = softmax
+r``, ``L = logsumexp z``, ``L' = logsumexp r``, ``y`` the label, ``delta = r - z`` and ``delta' = delta + L - L' =
+log q - log p``.
 Tokens are packed (T of them), sequences are ``S = 2P``: the P chosen, then their P rejected.
 
-Per token (Zeng et al. 2024, arXiv 2404.11999, eqs. 9 and 10; the KL runs from the reference, forward, and is never clamped)::
+Per token (Zeng et al. 2024, arXiv 2404.11999, eqs. 9 and 10; the KL runs from the reference, forward, and is never
+clamped)::
 
     (1)  logp = z[y] - L                  ref_logp = r[y] - L'
     (2)  kl   = KL(q || p) = sum_v q_v (log q_v - log p_v) = E_q[delta] - L' + L
 
 Per sequence and pair::
 
-    (3)  m_s  = sum over tokens of s of (logp - ref_logp)        k_s = sum over tokens of s of kl        (no length norm)
+    (3)  m_s  = sum over tokens of s of (logp - ref_logp)        k_s = sum over tokens of s of kl        (no length
+    norm)
     (4)  h    = (m_w - m_l) - d      TDPO1: d = k_l - k_w        TDPO2: d = alpha * (k_l - stopgrad(k_w))
     (5)  loss = -log sigmoid(beta * h), mean over pairs          reward_s = beta * (m_s + k_s), detached
 
@@ -27,8 +30,8 @@ Forms of (2) that do not cancel where the two models nearly agree. Since ``sum_v
     (2b)  kl = log1p( E_q[ phi(delta - mu) ] ),   mu = E_q[delta],   L - L' = kl - mu        one pass, ignores offsets
 
 (2a) is what this file computes; (2b), with its exact merge of parts of the vocabulary, is what the tiles use
-(`backends/tile_math.py`). Consequences of (6) that tests hold: rows of dz sum to 0; rows with g_kl = 0 need no q (DPO, the
-chosen half of TDPO2), rows with g_kl = g_logp need no p (TDPO1).
+(`backends/tile_math.py`). Consequences of (6) that tests hold: rows of dz sum to 0; rows with g_kl = 0 need no q
+(DPO, the chosen half of TDPO2), rows with g_kl = g_logp need no p (TDPO1).
 """
 
 from __future__ import annotations
@@ -71,7 +74,8 @@ def statistics(z_TV: Tensor, r_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Te
 
 
 def extra_statistics(z_TV: Tensor, labels_T: Tensor) -> dict[str, Tensor]:
-    """Statistics of the policy that trainers log: entropy (nats), mean logit over V, and whether the label is the argmax (0/1)."""
+    """Statistics of the policy that trainers log: entropy (nats), mean logit over V, and whether the label is the
+    argmax (0/1)."""
     log_p = z_TV.log_softmax(-1)
     entropy = -torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * log_p).sum(-1)
     is_argmax = z_TV.gather(1, labels_T[:, None])[:, 0] >= z_TV.amax(-1)

@@ -110,7 +110,12 @@ class Backend(Protocol):
     def forward(self, inputs: Inputs, needs: Needs) -> Forward: ...
 
     def backward(
-        self, inputs: Inputs, needs: Needs, saved: tuple[Tensor | None, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None
+        self,
+        inputs: Inputs,
+        needs: Needs,
+        saved: tuple[Tensor | None, ...],
+        g_logp_T: Tensor | None,
+        g_kl_T: Tensor | None,
     ) -> Gradients: ...
 
 

@@ -1,7 +1,8 @@
 """Eq. (6) for one tile: what each row needs of it, its value from staged or recomputed logits, and the label's entry.
 
-With a = -g_kl and b = -g_logp, every entry but the label's is ``dz = p * (b + a * expm1(delta'))``. Rows with a = 0 need only p; rows with
-a = b need only q = p e^delta'. The label's entry is written on its own, from 1 - p_y = -expm1(logp), which 1 - exp(logp) would lose.
+With a = -g_kl and b = -g_logp, every entry but the label's is ``dz = p * (b + a * expm1(delta'))``. Rows with a = 0
+need only p; rows with a = b need only q = p e^delta'. The label's entry is written on its own, from 1 - p_y =
+-expm1(logp), which 1 - exp(logp) would lose.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Kind(Enum):
 class Coefficients:
     """Per-row coefficients of eq. (6), and each row block's kind, read from the device in one go."""
 
-    def __init__(self, inputs: Inputs, grid: Grid, row_values: tuple[Tensor, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None) -> None:
+    def __init__(
+        self, inputs: Inputs, grid: Grid, row_values: tuple[Tensor, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None
+    ) -> None:
         self.lse_z, self.lse_r, self.lse_diff, self.z_anchor, self.r_anchor, logp, ref_logp = row_values
         g_logp = torch.zeros_like(logp) if g_logp_T is None else g_logp_T.to(logp.dtype)
         g_kl = torch.zeros_like(logp) if g_kl_T is None else g_kl_T.to(logp.dtype)
@@ -44,9 +47,9 @@ class Coefficients:
         a = torch.where(only_q, 0.0, self.a)
         self.label_near, self.label_far = a * logp.exp(), a * (ref_logp.exp() - logp.exp())
 
-
     def label(self, rows: slice, ratio_R: Tensor) -> Tensor:
-        """dz at the label, from expm1(delta') there: p expm1(delta') where that is accurate, q - p where it overflows."""
+        """dz at the label, from expm1(delta') there: p expm1(delta') where that is accurate, q - p where it
+        overflows."""
         near = self.label_near[rows] * ratio_R
         return self.label_constant[rows] + torch.where(ratio_R.abs() < 1, near, self.label_far[rows])
 
@@ -130,7 +133,8 @@ def _softmax_only_(x: Tensor, lse: Tensor, c: Coefficients, rows: slice, label: 
 
 
 def from_both(c: Coefficients, rows: slice, z: Tensor, r: Tensor, label: LabelColumn) -> Tensor:
-    """dz from recomputed logits, into r. z is held 2F below L, so that p never vanishes where q = p e^delta' does not."""
+    """dz from recomputed logits, into r. z is held 2F below L, so that p never vanishes where q = p e^delta' does
+    not."""
     lse_z = c.lse_z[rows, None]
     torch.maximum(z, lse_z - 2 * floor_exponent(z.dtype), out=z)
     r.sub_(z).add_(c.lse_diff[rows, None]).expm1_()

@@ -1,4 +1,5 @@
-"""The reference behind the backend interface: builds ``[T, V]``, again in backward. The baseline, and the switch to throw when in doubt."""
+"""The reference behind the backend interface: builds ``[T, V]``, again in backward. The baseline, and the switch to
+throw when in doubt."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def _both_logits(inputs: Inputs, hidden: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def _logits(side: Model, index_T: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Operands are rounded to the compute dtype (only autocast makes that differ from their own), products are taken in `dtype`."""
+    """Operands are rounded to the compute dtype (only autocast makes that differ from their own), products are taken
+    in `dtype`."""
     hidden_TD = side.hidden if index_T is None else side.hidden.index_select(0, index_T)
     bias = None if side.head.bias is None else side.head.bias.to(side.dtype)
     head = replace(side.head, weight=side.head.weight.to(side.dtype), bias=bias)

@@ -11,7 +11,8 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 def forward_operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
-    """CUDA multiplies 16-bit operands into fp32 tiles; elsewhere a 16-bit product would come back in 16 bits, so operands are widened."""
+    """CUDA multiplies 16-bit operands into fp32 tiles; elsewhere a 16-bit product would come back in 16 bits, so
+    operands are widened."""
     return compute if device.type == "cuda" and stats == torch.float32 else stats
 
 
@@ -32,7 +33,8 @@ def logits_(out_RC: Tensor, hidden_RD: Tensor, weight_CD: Tensor, compute: torch
 
 
 def accumulate_(acc: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    """``acc += alpha * a @ b``; alpha is a power of two. bf16 products on a CPU come back rounded to bf16, once per tile."""
+    """``acc += alpha * a @ b``; alpha is a power of two. bf16 products on a CPU come back rounded to bf16, once per
+    tile."""
     if a.dtype == acc.dtype:
         acc.addmm_(a, b, alpha=alpha)
     elif a.device.type == "cuda":
@@ -42,10 +44,11 @@ def accumulate_(acc: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
 
 
 class GradientSum:
-    """Sums products into blocks of rows of a gradient, in the accumulator's dtype, so that a 16-bit gradient is rounded once.
+    """Sums products into blocks of rows of a gradient, in the accumulator's dtype, so that a 16-bit gradient is
+    rounded once.
 
-    A gradient already in that dtype is its own accumulator. Otherwise `held` rows of accumulator are kept: all of them where blocks are
-    returned to, one block where each is finished (`close`) before the next is begun.
+    A gradient already in that dtype is its own accumulator. Otherwise `held` rows of accumulator are kept: all of
+    them where blocks are returned to, one block where each is finished (`close`) before the next is begun.
     """
 
     def __init__(self, grad: Tensor, index: Tensor | None, dtype: torch.dtype, held: int) -> None:
@@ -79,9 +82,11 @@ class GradientSum:
 
 @contextlib.contextmanager
 def _exact_bf16_products(compute: torch.dtype, out: Tensor):
-    """Lets oneDNN take an fp32 product of bf16-valued operands on the bf16 units: exact products, fp32 sums, several times faster.
+    """Lets oneDNN take an fp32 product of bf16-valued operands on the bf16 units: exact products, fp32 sums, several
+    times faster.
 
-    The switch is process-wide, so it is held only around the product. Torch before 2.9 has no such switch, and multiplies in fp32.
+    The switch is process-wide, so it is held only around the product. Torch before 2.9 has no such switch, and
+    multiplies in fp32.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if compute != torch.bfloat16 or out.device.type != "cpu" or out.dtype != torch.float32 or matmul is None:

@@ -1,4 +1,5 @@
-"""The walk over the logits: how ``[T, V]`` is cut into tiles, what a tile needs loaded, and what is staged from forward to backward."""
+"""The walk over the logits: how ``[T, V]`` is cut into tiles, what a tile needs loaded, and what is staged from
+forward to backward."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ SMALLEST = 64
 
 @dataclass(frozen=True)
 class Grid:
-    """``[T, V]`` cut into tiles of at most ``R x C``, evenly, the last ones shorter. Depends on shapes only, never on the budget."""
+    """``[T, V]`` cut into tiles of at most ``R x C``, evenly, the last ones shorter. Depends on shapes only, never
+    on the budget."""
 
     T: int
     V: int
@@ -66,7 +68,8 @@ class Workspace:
         self.buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-        """A contiguous ``(rows, cols)`` view of the buffer `name`, grown if need be; its content is whatever was there."""
+        """A contiguous ``(rows, cols)`` view of the buffer `name`, grown if need be; its content is whatever was
+        there."""
         have = self.buffers.get(name)
         if have is None or have.numel() < rows * cols or have.dtype != dtype:
             have = self.buffers[name] = torch.empty(rows * cols, dtype=dtype, device=self.device)
@@ -74,7 +77,8 @@ class Workspace:
 
 
 class Operand:
-    """Blocks of one matrix, gathered, rounded to the compute dtype and widened to the dtype of the product; no copy where none is needed."""
+    """Blocks of one matrix, gathered, rounded to the compute dtype and widened to the dtype of the product; no copy
+    where none is needed."""
 
     def __init__(self, work: Workspace, name: str, source: Tensor, index: Tensor | None, compute: torch.dtype) -> None:
         self.work, self.name, self.source, self.index, self.compute = work, name, source, index, compute
@@ -111,7 +115,9 @@ class Side:
 
     def gradient_operand(self, dz_RC: Tensor) -> Tensor:
         """dz rounded to the compute dtype, on every device alike, in the dtype its products are taken in."""
-        for step in dict.fromkeys((self.model.dtype if self.model.dtype in SIXTEEN_BIT else dz_RC.dtype, self.backward_dtype)):
+        for step in dict.fromkeys(
+            (self.model.dtype if self.model.dtype in SIXTEEN_BIT else dz_RC.dtype, self.backward_dtype)
+        ):
             if dz_RC.dtype != step:
                 dz_RC = self.work.get(f"dz {step}", *dz_RC.shape, step).copy_(dz_RC)
         return dz_RC
@@ -119,8 +125,9 @@ class Side:
 
 @dataclass(frozen=True)
 class StagedTile:
-    """One tile of p and t = log(p / q), each softmax within the tile; the softcap's slope if there is one; and of each row
-    the tile's lse_z and the offset that, added to t, gives log(p / q) over the whole vocabulary but for L - L'."""
+    """One tile of p and t = log(p / q), each softmax within the tile; the softcap's slope if there is one; and of
+    each row the tile's lse_z and the offset that, added to t, gives log(p / q) over the whole vocabulary but for L -
+    L'."""
 
     p: Tensor
     t: Tensor
@@ -132,7 +139,9 @@ class StagedTile:
 class Stage:
     """What is kept for backward: the first tiles in column order, as many as the budget holds, in one flat buffer."""
 
-    def __init__(self, inputs: Inputs, grid: Grid, flat: Tensor | None = None, row_values: Tensor | None = None) -> None:
+    def __init__(
+        self, inputs: Inputs, grid: Grid, flat: Tensor | None = None, row_values: Tensor | None = None
+    ) -> None:
         self.grid, self.row_count = grid, max(len(grid.row_blocks()), 1)
         self.planes = 2 if inputs.policy.head.softcap is None else 3
         self.dtype = torch.bfloat16 if inputs.policy.dtype in SIXTEEN_BIT else inputs.stats_dtype

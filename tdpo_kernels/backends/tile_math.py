@@ -1,21 +1,23 @@
 r"""Row mathematics of one ``(R, C)`` tile of logits, in torch, in place. No products, no loops, no labels.
 
-Logits come *anchored*: less one number per row and model (`anchor`), the same for every tile of the row, so that an offset between the
-models, which changes nothing, costs no digits either.
+Logits come *anchored*: less one number per row and model (`anchor`), the same for every tile of the row, so that an
+offset between the models, which changes nothing, costs no digits either.
 
-A *part* is a slice of the vocabulary. Of each row of a part four numbers are kept: its log-sum-exps ``lse_z`` and ``lse_r``, the mean
-``mu = E_q[z - r]`` under the part's own softmax of r, and ``M = E_q[expm1(y) - y] >= 0`` with ``y = z - r - mu``: eq. (2b) of
-`reference.py` with the sign of delta turned, so that its exponential needs no negation. Then, for a part as for the whole,
+A *part* is a slice of the vocabulary. Of each row of a part four numbers are kept: its log-sum-exps ``lse_z`` and
+``lse_r``, the mean ``mu = E_q[z - r]`` under the part's own softmax of r, and ``M = E_q[expm1(y) - y] >= 0`` with
+``y = z - r - mu``: eq. (2b) of `reference.py` with the sign of delta turned, so that its exponential needs no
+negation. Then, for a part as for the whole,
 
     (8)   KL = log1p(M)        L - L' = KL + mu        E_q[e^y] = 1 + M = exp(lse_z - lse_r - mu)
 
-Parts k merge exactly, in any order, with weights ``w = softmax_k(lse_r_k)``, ``mu = sum w_k mu_k`` and ``Y_k = mu_k - mu``:
+Parts k merge exactly, in any order, with ``w = softmax_k(lse_r_k)``, ``mu = sum w_k mu_k`` and ``Y_k = mu_k - mu``:
 
     (9)   M = sum_k [ w_k (e^Y_k M_k + expm1(Y_k) - Y_k) ]  =  sum_k [ exp(lse_z_k - L' - mu) - w_k (1 + Y_k) ]
 
-where the second form is for large terms: it asks nothing of a part's own M, which overflows where the reference all but rules out what
-the policy likes. A single column is a part with M = 0, so (9) also says how a tile is summed: there the exponent is cut at CUT, and what that
-leaves out is ``relu(p_v exp(lse_z - lse_r - mu) - q_v e^CUT)``, zero, but for rounding, wherever nothing was cut.
+where the second form is for large terms: it asks nothing of a part's own M, which overflows where the reference all
+but rules out what the policy likes. A single column is a part with M = 0, so (9) also says how a tile is summed:
+there the exponent is cut at CUT, and what that leaves out is ``relu(p_v exp(lse_z - lse_r - mu) - q_v e^CUT)``,
+zero, but for rounding, wherever nothing was cut.
 """
 
 from __future__ import annotations
@@ -48,24 +50,30 @@ def is_lowest(x: Tensor) -> Tensor:
 
 
 def anchor(x_RC: Tensor) -> Tensor:
-    """The number to take off a row of logits: its first tile's largest, or 0 where that tile is ruled out altogether."""
+    """The number to take off a row of logits: its first tile's largest, or 0 where that tile is ruled out
+    altogether."""
     top_R = x_RC.amax(-1)
     return torch.where(is_lowest(top_R), 0.0, top_R)
 
 
 def floor_exponent(dtype: torch.dtype) -> float:
-    """F: probabilities below e^-F within a part are held at e^-F: far below rounding, and 2F leaves room in e^(2F) for cotangents."""
+    """F: probabilities below e^-F within a part are held at e^-F: far below rounding, and 2F leaves room in e^(2F)
+    for cotangents."""
     return -0.345 * math.log(torch.finfo(dtype).tiny)
 
 
 def softmax_(x: Tensor, out: Tensor) -> Tensor:
-    """Softmax of each row of the part into `out`; returns its log-sum-exp. The largest probability is 1 / sum exp(x - max)."""
+    """Softmax of each row of the part into `out`; returns its log-sum-exp. The largest probability is 1 / sum exp(x
+    - max)."""
     torch.softmax(x, -1, out=out)
     return x.amax(-1) - out.amax(-1).log()
 
 
-def divergence_(z: Tensor, r: Tensor, p: Tensor, q: Tensor, y: Tensor, lse_z: Tensor, lse_r: Tensor) -> tuple[Tensor, Tensor]:
-    """mu and M of the part; writes the centred y, and uses z as scratch. Centring twice leaves no trace of q's sum not being 1."""
+def divergence_(
+    z: Tensor, r: Tensor, p: Tensor, q: Tensor, y: Tensor, lse_z: Tensor, lse_r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """mu and M of the part; writes the centred y, and uses z as scratch. Centring twice leaves no trace of q's sum
+    not being 1."""
     torch.sub(z, r, out=y)
     mean = torch.linalg.vecdot(q, y)
     y.sub_(mean[:, None])
@@ -108,7 +116,8 @@ def to_infinity(x: Tensor) -> Tensor:
 
 
 def hold_(p: Tensor, y: Tensor, r: Tensor, lse_z: Tensor, mean: Tensor) -> None:
-    """Holds p at e^-F and moves y so that p e^-y still gives q there: q may be large where p is nothing. Uses r as scratch."""
+    """Holds p at e^-F and moves y so that p e^-y still gives q there: q may be large where p is nothing. Uses r as
+    scratch."""
     floor = floor_exponent(p.dtype)
     torch.sub((lse_z - mean - floor)[:, None], r, out=r)
     torch.maximum(y, r, out=y)
@@ -116,9 +125,11 @@ def hold_(p: Tensor, y: Tensor, r: Tensor, lse_z: Tensor, mean: Tensor) -> None:
 
 
 def log_ratio_(y: Tensor, lse_z: Tensor, lse_r: Tensor, mean: Tensor, phi: Tensor) -> Tensor:
-    """Turns y into log(p / q) within the part, in place; returns the offset that makes it log(p / q) of the whole but for L - L'.
+    """Turns y into log(p / q) within the part, in place; returns the offset that makes it log(p / q) of the whole
+    but for L - L'.
 
-    By (8) it is y less the part's own KL. That is what is staged: it is small where p and q agree, whatever the other tiles do.
+    By (8) it is y less the part's own KL. That is what is staged: it is small where p and q agree, whatever the
+    other tiles do.
     """
     kl = torch.where(phi < LARGE, phi.log1p(), lse_z - lse_r - mean)
     y.sub_(kl[:, None])
@@ -126,7 +137,8 @@ def log_ratio_(y: Tensor, lse_z: Tensor, lse_r: Tensor, mean: Tensor, phi: Tenso
 
 
 def compensate_(p: Tensor, t: Tensor, scratch: Tensor, dtype: torch.dtype) -> None:
-    """Before t = log(p / q) is rounded to 16 bits: where q > p, scales p so that q = p e^-t stays exact, and p takes the error."""
+    """Before t = log(p / q) is rounded to 16 bits: where q > p, scales p so that q = p e^-t stays exact, and p takes
+    the error."""
     torch.clamp(t, max=0.0, out=scratch)
     rounded = scratch.to(dtype)
     p.mul_(torch.sub(rounded, scratch, out=scratch).exp_())

@@ -1,6 +1,8 @@
-"""Library products into cache-sized tiles, row mathematics in torch between them. Runs on any torch device; never ``[T, V]``.
+"""Library products into cache-sized tiles, row mathematics in torch between them. Runs on any torch device; never
+``[T, V]``.
 
-Forward, row blocks outside: both logits tiles, their parts (`tile_math.py`), one merge per row block. Backward: each tile's dz
+Forward, row blocks outside: both logits tiles, their parts (`tile_math.py`), one merge per row block. Backward: each
+tile's dz
 (`dlogits.py`) from the stage or from recomputed logits, then the products (7) (`products.py`).
 """
 
@@ -41,7 +43,9 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
     return Forward(*shown, {name: tile_math.to_infinity(whole(name)) for name in inputs.extras}, saved)
 
 
-def _row_block(inputs: Inputs, grid: Grid, sides: tuple[Side, Side], stage: Stage | None, i: int, rows: slice) -> dict[str, Tensor]:
+def _row_block(
+    inputs: Inputs, grid: Grid, sides: tuple[Side, Side], stage: Stage | None, i: int, rows: slice
+) -> dict[str, Tensor]:
     """Every statistic of one block of rows, over the whole vocabulary."""
     policy, reference = sides
     labels_R = inputs.rows.labels_T[rows]
@@ -109,7 +113,13 @@ def backward(
 
 
 def _dz(
-    inputs: Inputs, c: Coefficients, sides: tuple[Side, Side], staged: StagedTile | None, kind: Kind, rows: slice, cols: slice
+    inputs: Inputs,
+    c: Coefficients,
+    sides: tuple[Side, Side],
+    staged: StagedTile | None,
+    kind: Kind,
+    rows: slice,
+    cols: slice,
 ) -> Tensor:
     """The gradient at the outputs of ``h W^T + b`` for one tile: eq. (6), through softcap and logit_scale."""
     policy, reference = sides
@@ -131,7 +141,8 @@ def _dz(
 
 
 class _Sums:
-    """The gradients under construction. The columns go outside unless dW is not wanted or its fp32 sum is the larger of the two."""
+    """The gradients under construction. The columns go outside unless dW is not wanted or its fp32 sum is the larger
+    of the two."""
 
     def __init__(self, inputs: Inputs, grid: Grid, needs: Needs, policy: Side, scale: float) -> None:
         self.policy, self.needs, self.alpha, dtype = policy, needs, 1.0 / scale, inputs.stats_dtype
@@ -180,7 +191,9 @@ def _tile(side: Side, rows: slice, cols: slice) -> Tensor:
     """One tile of one model's logits, in the statistics' dtype, in the workspace."""
     out = side.work.get(side.name, rows.stop - rows.start, cols.stop - cols.start, side.stats)
     head = side.model.head
-    logits_(out, side.hidden.block(rows, side.forward_dtype), side.weight.block(cols, side.forward_dtype), side.model.dtype)
+    logits_(
+        out, side.hidden.block(rows, side.forward_dtype), side.weight.block(cols, side.forward_dtype), side.model.dtype
+    )
     return _apply_head_(out, head, cols, side.model.dtype)
 
 

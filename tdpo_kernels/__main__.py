@@ -1,0 +1,78 @@
+"""``python -m tdpo_kernels env | verify``: what runs here and why; every backend against float64."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from . import __version__
+from .backends import availability, choose
+from .verify import Line, verify
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tdpo_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("env", help="versions, devices, and each backend: available, or why not")
+    check = commands.add_parser("verify", help="worst errors of every backend against float64; exits 1 on a failure")
+    check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "env":
+        return _env()
+    try:
+        device = torch.device(arguments.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {arguments.device}: {str(error).splitlines()[0]}")
+    return _verify(device)
+
+
+def _env() -> int:
+    print(f"tdpo-kernels {__version__}")
+    for package in ("torch", "triton", "transformers", "trl"):
+        print(f"{package:13}{_version(package)}")
+    print(f"{'python':13}{platform.python_version()} on {platform.system()} {platform.machine()}")
+    print(f"{'cpu threads':13}{torch.get_num_threads()}")
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        cuda = device.type == "cuda"
+        print(f"\n{device}: {torch.cuda.get_device_name(device) if cuda else platform.processor() or 'cpu'}")
+        for name, reason in availability(device).items():
+            print(f"  {name:9}{reason}")
+        print(f"  auto     {choose('auto', device)[0]}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+HEADER = f"{'backend':9}{'dtype':7}{'problem':19}{'budget':8}{'worst':10}{'error':>9}{'plain':>9}{'allowed':>9}"
+
+
+def _verify(device: torch.device) -> int:
+    print(f"errors against float64 on {device}, relative to the truth's norm; plain: torch's own in the same dtype\n")
+    print(HEADER)
+    lines = verify(device, report=lambda line: print(_row(line), flush=True))
+    failures = [line for line in lines if not line.passed]
+    print(f"\n{len(lines) - len(failures)} passed, {len(failures)} failed")
+    return 1 if failures else 0
+
+
+def _row(line: Line) -> str:
+    verdict = "" if line.passed else "  FAILED"
+    return (
+        f"{line.backend:9}{line.dtype:7}{line.problem:19}{line.budget:8}{line.quantity:10}"
+        f"{line.error:9.1e}{line.plain:9.1e}{line.allowed:9.1e}{verdict}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""Every available backend against float64: worst errors, next to what plain torch makes of the same inputs in the
+same dtype.
+
+The bound is scale-free: ``error <= 2 * plain + 4 * eps``, errors relative to the truth's norm. Gradients of 16-bit
+inputs may instead be within 3e-3, the price of staging p and log(p / q) in 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import BACKENDS
+from .op import token_stats
+from .reference import logits
+from .types import LMHead
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = ("logp", "ref_logp", "kl", "dh", "dW", "db")
+STAGED_16_BIT = 3e-3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One hard shape: heads and hidden states of both models, labels, and independent cotangents for every token."""
+
+    name: str
+    hidden: Tensor
+    head: LMHead
+    ref_hidden: Tensor
+    ref_head: LMHead
+    labels: Tensor
+    g_logp: Tensor
+    g_kl: Tensor
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        def cast(head: LMHead) -> LMHead:
+            return replace(head, weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
+
+        return replace(
+            self,
+            hidden=self.hidden.to(dtype),
+            head=cast(self.head),
+            ref_hidden=self.ref_hidden.to(dtype),
+            ref_head=cast(self.ref_head),
+        )
+
+
+def problems(device: torch.device) -> Iterator[Problem]:
+    """Small in size, hard in shape: ragged tiles, peaked rows, near-equal models, offsets, ruled-out tokens, a
+    softcapped head."""
+    yield _problem("flat", device)
+    yield _problem("ragged V, D != E", device, V=4099, E=40)
+    yield _problem("peaked", device, spread=10.0)
+    yield _problem("near-equal", device, apart=1e-4)
+    yield _problem("offset 50", device, apart=1e-2, offset=50.0)
+    yield _problem("-inf in both", device, ruled_out=0.2)
+    yield _problem("softcap", device, spread=4.0, bias=True, logit_scale=1.5, softcap=5.0)
+    yield _problem("one token", device, T=1)
+
+
+def _problem(
+    name: str, device: torch.device, *, T: int = 96, V: int = 5003, D: int = 64, E: int = 64, spread: float = 1.0,
+    apart: float | None = None, offset: float = 0.0, ruled_out: float = 0.0, bias: bool = False,
+    logit_scale: float = 1.0, softcap: float | None = None,
+) -> Problem:  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight = normal(T, D), normal(V, D) * spread * D**-0.5
+    ref_hidden, ref_weight = normal(T, E), normal(V, E) * spread * E**-0.5
+    if apart is not None:
+        ref_hidden, ref_weight = hidden + apart * ref_hidden, weight
+    biases = (normal(V), normal(V)) if bias else (None, None)
+    if offset or ruled_out:
+        out = torch.rand(V, generator=generator) < ruled_out
+        biases = tuple(torch.full((V,), c).double().masked_fill(out, -torch.inf) for c in (0.0, offset))
+    allowed = torch.arange(V) if biases[0] is None else torch.isfinite(biases[0]).nonzero()[:, 0]
+    labels = allowed[torch.randint(len(allowed), (T,), generator=generator)]
+    heads = [LMHead(w, b, logit_scale, softcap) for w, b in zip((weight, ref_weight), biases, strict=True)]
+    parts = (hidden, heads[0], ref_hidden, heads[1], labels, normal(T), normal(T))
+    return Problem(name, *(_move(x, device) for x in parts))
+
+
+def _move(x: Tensor | LMHead, device: torch.device) -> Tensor | LMHead:
+    if isinstance(x, Tensor):
+        return x.to(device)
+    return replace(x, weight=x.weight.to(device), bias=None if x.bias is None else x.bias.to(device))
+
+
+def evaluate(problem: Problem, backend: str, memory_budget: int) -> list[Tensor]:
+    """Statistics and gradients (`NAMES`) of one backend."""
+
+    def stats(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        out = token_stats(
+            p.hidden,
+            p.head,
+            p.ref_hidden,
+            p.ref_head,
+            p.labels,
+            shift=False,
+            backend=backend,
+            memory_budget=memory_budget,
+        )
+        return out.logp, out.ref_logp, out.kl
+
+    return _with_gradients(problem, stats)
+
+
+def plain_torch(problem: Problem) -> list[Tensor]:
+    """The same from what a user would write: logits in the inputs' dtype, then fp32 (float64) log-softmaxes."""
+
+    def rounded_logits(hidden: Tensor, head: LMHead) -> Tensor:
+        z = F.linear(hidden, head.weight, head.bias) * head.logit_scale
+        z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+        return z.to(torch.promote_types(z.dtype, torch.float32))
+
+    def stats(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        z, r = rounded_logits(p.hidden, p.head), rounded_logits(p.ref_hidden, p.ref_head)
+        log_p, log_q = z.log_softmax(-1), r.log_softmax(-1)
+        picked = (x.gather(1, p.labels[:, None])[:, 0] for x in (log_p, log_q))
+        return *picked, F.kl_div(log_p, log_q, reduction="none", log_target=True).nan_to_num(0.0).sum(-1)
+
+    return _with_gradients(problem, stats)
+
+
+def truth(problem: Problem) -> list[Tensor]:
+    """Float64, by the cancellation-free form (2a)."""
+    return evaluate(problem.to(torch.float64), "naive", 0)
+
+
+def _with_gradients(problem: Problem, stats) -> list[Tensor]:
+    leaves = [
+        x.detach().clone().requires_grad_()
+        for x in (problem.hidden, problem.head.weight, problem.head.bias)
+        if x is not None
+    ]
+    head = replace(problem.head, weight=leaves[1], bias=leaves[2] if len(leaves) > 2 else None)
+    logp, ref_logp, kl = stats(replace(problem, hidden=leaves[0], head=head))
+    loss = (logp * problem.g_logp.to(logp.dtype)).sum() + (kl * problem.g_kl.to(kl.dtype)).sum()
+    return [logp.detach(), ref_logp.detach(), kl.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """||x - exact|| / ||exact||; inf for a NaN."""
+    error = (torch.linalg.vector_norm(x.double() - exact) / torch.linalg.vector_norm(exact).clamp(min=1e-300)).item()
+    return error if error == error else float("inf")
+
+
+def _scales(problem: Problem, exact: list[Tensor]) -> list[float]:
+    """How many times larger than the result are the numbers it is a difference of: logits, for log-probabilities."""
+    scales = [1.0] * len(exact)
+    for i, (hidden, head) in enumerate(((problem.hidden, problem.head), (problem.ref_hidden, problem.ref_head))):
+        z = logits(hidden, head, torch.float64)
+        largest = z[torch.isfinite(z)].abs().amax() * exact[i].numel() ** 0.5
+        scales[i] = max(1.0, (largest / torch.linalg.vector_norm(exact[i])).item())
+    return scales
+
+
+@dataclass(frozen=True)
+class Line:
+    """The worst quantity of one (backend, dtype, problem, budget): its error, plain torch's, and what is allowed."""
+
+    backend: str
+    dtype: str
+    problem: str
+    budget: str
+    quantity: str
+    error: float
+    plain: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+
+BUDGETS = {"0": 0, "2 MB": 2 * 10**6, "all": 2**40}
+
+
+def verify(device: torch.device, report=lambda line: None) -> list[Line]:
+    """Runs everything; calls `report` with each line as it is known."""
+    lines = []
+    for name, dtype in DTYPES.items():
+        for problem in (p.to(dtype) for p in problems(device)):
+            exact, plain = truth(problem), plain_torch(problem)
+            plain_errors = [relative_error(x, e) for x, e in zip(plain, exact, strict=True)]
+            scales = _scales(problem, exact)
+            for backend in BACKENDS:
+                for budget, size in BUDGETS.items() if backend != "naive" else [("-", 0)]:
+                    found = evaluate(problem, backend, size)
+                    errors = [relative_error(x, e) for x, e in zip(found, exact, strict=True)]
+                    lines.append(_worst(backend, name, problem, budget, errors, plain_errors, scales, dtype))
+                    report(lines[-1])
+    return lines
+
+
+def _worst(
+    backend: str, dtype_name: str, problem: Problem, budget: str, errors, plain_errors, scales, dtype: torch.dtype
+) -> Line:
+    """The quantity closest to, or furthest over, what it is allowed."""
+    candidates = []
+    for quantity, error, plain, scale in zip(NAMES, errors, plain_errors, scales, strict=False):
+        gradient = quantity.startswith("d")
+        eps = torch.finfo(dtype if gradient else torch.promote_types(dtype, torch.float32)).eps
+        allowed = 2 * plain + 4 * eps * scale
+        if gradient and dtype.itemsize == 2:
+            allowed = max(allowed, STAGED_16_BIT)
+        candidates.append(Line(backend, dtype_name, problem.name, budget, quantity, error, plain, allowed))
+    return max(candidates, key=lambda line: line.error / line.allowed)
