@@ -138,14 +138,10 @@ def _tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
 
 def _with_tensors(inputs: Inputs, tensors: tuple[Tensor | None, ...]) -> Inputs:
     def side(model: Model, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Model:
-        return replace(model, hidden=hidden, head=replace(model.head, weight=weight, bias=bias))
+        return Model(hidden, LMHead(weight, bias, model.head.logit_scale, model.head.softcap), model.dtype)
 
-    return replace(
-        inputs,
-        policy=side(inputs.policy, *tensors[:3]),
-        reference=side(inputs.reference, *tensors[3:6]),
-        rows=Rows(*tensors[6:9]),
-    )
+    policy, reference = side(inputs.policy, *tensors[:3]), side(inputs.reference, *tensors[3:6])
+    return Inputs(policy, reference, Rows(*tensors[6:9]), inputs.memory_budget, inputs.extras)
 
 
 def _without_tensors(inputs: Inputs) -> Inputs:

@@ -11,6 +11,7 @@ import math
 from enum import Enum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import Inputs
@@ -55,25 +56,24 @@ class Coefficients:
 
 
 def _kinds(grid: Grid, g_logp: Tensor, g_kl: Tensor, softcap: bool, no_kl: bool) -> tuple[list[Kind], float]:
-    """The kind of each row block, and the largest |g_logp| + |g_kl|, which bounds |dz|."""
-    rows = grid.row_blocks()
+    """The kind of each row block, and the largest |g_logp| + |g_kl|, which bounds |dz|: one read from the device."""
+    count = len(grid.row_blocks())
+    if count == 0:
+        return [], 0.0
     if g_kl.is_cuda and torch.cuda.is_current_stream_capturing():
-        return [Kind.ONLY_P if no_kl else Kind.GENERAL] * len(rows), 1.0
-    no_q, no_p = g_kl == 0, (g_kl == g_logp) & (not softcap)  # a softcap's slope needs z whatever else is needed
-    flags = torch.stack([_all(x, grid) for x in (no_q & (g_logp == 0), no_q, no_p)])
-    largest = (g_logp.abs() + g_kl.abs()).amax() if g_kl.numel() else g_kl.new_zeros(())
-    *flags, largest = torch.cat([flags.flatten().to(g_kl.dtype), largest[None]]).tolist()
-    nothing, only_p, only_q = (flags[i * len(rows) : (i + 1) * len(rows)] for i in range(3))
-    kinds = [
-        Kind.NOTHING if none else Kind.ONLY_P if p else Kind.ONLY_Q if q else Kind.GENERAL
-        for none, p, q in zip(nothing, only_p, only_q, strict=True)
-    ]
+        return [Kind.ONLY_P if no_kl else Kind.GENERAL] * count, 1.0
+    no_q, no_p = g_kl == 0, g_kl == g_logp
+    needed_3T = torch.stack([~no_q, ~no_p, (g_logp != 0) | ~no_q])
+    needed_3KR = F.pad(needed_3T, (0, count * grid.R - grid.T)).view(3, count, grid.R)
+    largest = (g_logp.abs() + g_kl.abs()).amax()[None]
+    *flags, largest = torch.cat([needed_3KR.any(-1).flatten().to(largest.dtype), largest]).tolist()
+    needs_q, needs_p, needs_any = flags[:count], flags[count : 2 * count], flags[2 * count :]
+    kinds = []
+    for q, p, anything in zip(needs_q, needs_p, needs_any, strict=True):
+        # a softcap's slope needs z whatever else is needed
+        kind = Kind.ONLY_P if not q else Kind.ONLY_Q if not p and not softcap else Kind.GENERAL
+        kinds.append(kind if anything else Kind.NOTHING)
     return kinds, largest
-
-
-def _all(flag_T: Tensor, grid: Grid) -> Tensor:
-    blocks = [flag_T[rows].all() for rows in grid.row_blocks()]
-    return torch.stack(blocks) if blocks else flag_T.new_zeros(0)
 
 
 def _power_of_two(largest: float) -> float:

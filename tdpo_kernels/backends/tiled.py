@@ -39,8 +39,15 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
     if stage:
         rows = [whole(name) for name in ("lse_z", "lse_r", "lse_diff", "z_anchor", "r_anchor")]
         saved = (*rows, logp, ref_logp, stage.flat, stage.row_values)
-    shown = (tile_math.to_infinity(x) for x in (logp, ref_logp, whole("kl")))
-    return Forward(*shown, {name: tile_math.to_infinity(whole(name)) for name in inputs.extras}, saved)
+    shown = [logp, ref_logp, whole("kl"), *(whole(name) for name in inputs.extras)]
+    if _can_rule_out(inputs):
+        shown = [tile_math.to_infinity(x) for x in shown]
+    return Forward(*shown[:3], dict(zip(inputs.extras, shown[3:], strict=True)), saved)
+
+
+def _can_rule_out(inputs: Inputs) -> bool:
+    """Only a bias can put an entry at -inf."""
+    return inputs.policy.head.bias is not None or inputs.reference.head.bias is not None
 
 
 def _row_block(
@@ -51,7 +58,8 @@ def _row_block(
     labels_R = inputs.rows.labels_T[rows]
     R, columns = labels_R.numel(), grid.col_blocks()
     parts_4KR = torch.empty(4, len(columns), R, dtype=inputs.stats_dtype, device=labels_R.device)
-    z_y, r_y, ruled_out = parts_4KR.new_zeros(3, R)
+    z_y, r_y = parts_4KR.new_zeros(2, R)
+    infinite = torch.zeros(R, dtype=torch.bool, device=labels_R.device)
     for k, cols, C in blocks(columns):
         z, r = _tile(policy, rows, cols), _tile(reference, rows, cols)
         if k == 0:
@@ -65,11 +73,11 @@ def _row_block(
         label = LabelColumn(labels_R, cols)
         z_y, r_y = label.pick(z, z_y), label.pick(r, r_y)
         if inputs.policy.head.bias is not None:
-            ruled_out = ruled_out + (tile_math.is_lowest(z) & ~tile_math.is_lowest(r)).any(-1)
+            infinite |= (tile_math.is_lowest(z) & ~tile_math.is_lowest(r)).any(-1)
         parts_4KR[:, k] = _part(z, r, staged, policy.work, extras)
     state = tile_math.merge(parts_4KR)
     found = dict(vars(state), logp=z_y - state.lse_z, ref_logp=r_y - state.lse_r, z_anchor=z_anchor, r_anchor=r_anchor)
-    found["kl"] = torch.where(ruled_out > 0, math.inf, state.kl)
+    found["kl"].masked_fill_(infinite, math.inf)
     return found if extras is None else found | extras.results(state.lse_z, z_y, grid.V)
 
 
