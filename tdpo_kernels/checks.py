@@ -53,6 +53,11 @@ def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMH
     _tensor(labels, "labels", (torch.int64, torch.int32))
     if hidden.dim() < 2:
         raise ValueError(f"hidden: got {seen(hidden)}, wanted (..., L, D), or (N, D) when packed")
+    if hidden.device.type == "meta":
+        raise ValueError(f"hidden: got {seen(hidden)}, wanted a device that holds values, not 'meta'")
+    for name, x in (("hidden", hidden), ("ref_hidden", ref_hidden)):
+        if x.shape[-1] == 0:
+            raise ValueError(f"{name}: got {seen(x)}, wanted at least one hidden dimension")
     for name, x in (("labels", labels), ("ref_hidden", ref_hidden)):
         want = hidden.shape[:-1]
         have = x.shape if name == "labels" else x.shape[:-1]
@@ -150,9 +155,8 @@ def check_options(ignore_index: int | None, shift: bool, extras: tuple[str, ...]
         raise TypeError(f"shift: got {seen(shift)}, wanted True or False")
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
         raise ValueError(f"memory_budget: got {seen(memory_budget)}, wanted a number of bytes >= 0")
-    unknown = [name for name in extras if name not in EXTRAS]
-    if isinstance(extras, str) or unknown:
-        raise ValueError(f"extras: got {extras!r}, wanted a tuple of names from {', '.join(EXTRAS)}")
+    if not isinstance(extras, (tuple, list)) or len(set(map(str, extras))) < len(extras) or set(extras) - set(EXTRAS):
+        raise ValueError(f"extras: got {extras!r}, wanted a tuple of different names from {', '.join(EXTRAS)}")
 
 
 def check_tensor(x: object, name: str) -> None:
@@ -162,8 +166,8 @@ def check_tensor(x: object, name: str) -> None:
 
 def _tensor(x: object, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
     check_tensor(x, name)
-    wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     if x.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: got {seen(x)}, wanted {wanted}")
     if x.layout != torch.strided or hasattr(x, "full_tensor"):
         raise TypeError(

@@ -23,12 +23,13 @@ def sequence_sums(per_token: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def preference_loss(
     stats: TokenStats, *, beta: float, alpha: float, variant: str, reduction: str, cu_seqlens: Tensor | None = None
 ) -> TDPOOutput:
-    logp_S, ref_S, kl_S = (sequence_sums(x, cu_seqlens) for x in (stats.logp, stats.ref_logp, stats.kl))
-    margin_S = logp_S - ref_S
+    # the margin token by token: two sums of hundreds of nats would cancel
+    per_token = (stats.logp.detach(), stats.ref_logp, stats.kl, stats.logp - stats.ref_logp)
+    logp_S, ref_S, kl_S, margin_S = (sequence_sums(x, cu_seqlens) for x in per_token)
     (m_w, m_l), (k_w, k_l) = margin_S.chunk(2), kl_S.chunk(2)
     d_P = k_l - k_w if variant == "tdpo1" else alpha * (k_l - k_w.detach())
     loss_P = -F.logsigmoid(beta * ((m_w - m_l) - d_P))
     loss = loss_P if reduction == "none" else getattr(loss_P, reduction)()
     reward_S = beta * (margin_S + kl_S).detach()
-    halves = [half for x in (logp_S.detach(), ref_S, kl_S.detach(), reward_S) for half in x.chunk(2)]
+    halves = [half for x in (logp_S, ref_S, kl_S.detach(), reward_S) for half in x.chunk(2)]
     return TDPOOutput(loss, *halves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,7 +101,7 @@ class _TokenStats(torch.autograd.Function):
             ctx.set_materialize_grads(False)
             ctx.backend = call.backend
             ctx.inputs = _without_tensors(inputs)
-            ctx.save_for_backward(*_tensors(inputs), *out.saved)
+            _save(ctx, (*_tensors(inputs), *out.saved))
         count = hidden_ND.shape[0]
         logp, kl, ref_logp, *extras = (
             _spread(x, inputs.rows, count) for x in (out.logp_T, out.kl_T, out.ref_logp_T, *out.extras.values())
@@ -111,8 +112,8 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp: Tensor | None, g_kl: Tensor | None, *_: None):
-        tensors, saved = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
-        inputs = _with_tensors(ctx.inputs, tensors)
+        every = _saved(ctx)
+        inputs, saved = _with_tensors(ctx.inputs, every[:_TENSORS]), every[_TENSORS:]
         needs = Needs(*ctx.needs_input_grad[1:])
         g_logp_T, g_kl_T = (g if g is None else _gather(g, inputs.rows) for g in (g_logp, g_kl))
         if g_logp_T is None and g_kl_T is None:
@@ -120,6 +121,16 @@ class _TokenStats(torch.autograd.Function):
         with _no_autocast(inputs.policy.hidden):
             grads = ctx.backend.backward(inputs, needs, saved, g_logp_T, g_kl_T)
         return None, grads.hidden, grads.weight, grads.bias
+
+
+def _save(ctx, tensors: tuple[Tensor | None, ...]) -> None:
+    """Torch does not save inference tensors (they have no version to check); references often run in inference mode."""
+    ctx.unversioned = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.unversioned else x for i, x in enumerate(tensors)))
+
+
+def _saved(ctx) -> tuple[Tensor | None, ...]:
+    return tuple(ctx.unversioned.get(i, x) for i, x in enumerate(ctx.saved_tensors))
 
 
 _TENSORS = 9
@@ -170,6 +181,8 @@ def _gather(g: Tensor, rows: Rows) -> Tensor:
     return g if rows.label_T is None else g.index_select(0, rows.label_T)
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """The compute dtype was settled in `checks.compute_dtype`; nothing below may cast behind our back."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

@@ -16,30 +16,30 @@ def pack(labels_N: Tensor, starts_S: Tensor, vocab: int, *, ignore_index: int | 
     ``ignore_index=None`` with ``shift=False`` says that every row counts: then nothing is read back from a CUDA device.
     """
     labels_N = labels_N.long()
-    if ignore_index is None and not shift:
-        if labels_N.device.type == "cpu":
-            _check_range(labels_N, torch.ones_like(labels_N, dtype=torch.bool), vocab)
-        return Rows(None, None, labels_N)
+    everything = Rows(None, None, labels_N)
+    if labels_N.numel() == 0 or (ignore_index is None and not shift and labels_N.device.type != "cpu"):
+        return everything
+    lowest, highest = torch.stack(labels_N.aminmax()).tolist()
+    in_range = lowest >= 0 and highest < vocab
+    if not shift and in_range and (ignore_index is None or not lowest <= ignore_index <= highest):
+        return everything
     valid_N = torch.ones_like(labels_N, dtype=torch.bool) if ignore_index is None else labels_N != ignore_index
-    if shift and labels_N.numel():
+    if shift:
         # an empty sequence at the very end begins at N: send it to a slot past the end
         padded = torch.cat([valid_N, valid_N.new_zeros(1)])
         valid_N = padded.index_fill(0, starts_S, False)[:-1]
-    count = _check_range(labels_N, valid_N, vocab)
-    if count == labels_N.numel():
-        return Rows(None, None, labels_N)
-    label_T = torch.nonzero_static(valid_N, size=count)[:, 0]
+    if not in_range:
+        _check_range(labels_N, valid_N, vocab)
+    label_T = valid_N.nonzero()[:, 0]
     return Rows(label_T - 1 if shift else label_T, label_T, labels_N[label_T])
 
 
-def _check_range(labels_N: Tensor, valid_N: Tensor, vocab: int) -> int:
-    """How many labels are valid; a ValueError if one of them is outside the vocabulary."""
+def _check_range(labels_N: Tensor, valid_N: Tensor, vocab: int) -> None:
+    """A ValueError if a label that counts is outside the vocabulary."""
     outside_N = valid_N & ((labels_N < 0) | (labels_N >= vocab))
-    count, outside = torch.stack([valid_N.sum(), outside_N.sum()]).tolist()
-    if outside:
+    if outside := int(outside_N.sum()):
         where = int(outside_N.nonzero()[0, 0])
         raise ValueError(
             f"labels: {outside} label(s) outside [0, {vocab}), the first is {int(labels_N[where])} at flat position "
             f"{where}; wanted token ids below the heads' V, or ignore_index where a token does not count"
         )
-    return count

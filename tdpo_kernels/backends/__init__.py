@@ -22,6 +22,6 @@ def choose(backend: str, device: torch.device) -> tuple[str, Backend]:
     """``"auto"`` is the leanest backend that runs on `device`; a named one is taken at its word or refused."""
     if backend == "auto":
         return "tiled", tiled
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {', '.join(map(repr, BACKENDS))}")
     return backend, BACKENDS[backend]

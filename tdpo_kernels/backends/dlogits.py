@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..types import Inputs
 from .slab import Grid, StagedTile
-from .tile_math import floor_exponent
+from .tile_math import largest_exponent, weigh_
 
 FP16_HEADROOM = 2.0**14  # |dz| is scaled to stay below it
 
@@ -39,8 +39,8 @@ class Coefficients:
         self.lse_z, self.lse_r, self.lse_diff, self.z_anchor, self.r_anchor, logp, ref_logp = row_values
         g_logp = torch.zeros_like(logp) if g_logp_T is None else g_logp_T.to(logp.dtype)
         g_kl = torch.zeros_like(logp) if g_kl_T is None else g_kl_T.to(logp.dtype)
-        self.kinds, largest = _kinds(grid, g_logp, g_kl, inputs.policy.head.softcap is not None, g_kl_T is None)
-        self.scale = _power_of_two(largest) if inputs.policy.dtype == torch.float16 else 1.0
+        self.kinds = _kinds(grid, g_logp, g_kl, inputs.policy.head.softcap is not None, g_kl_T is None)
+        self.scale = _fp16_scale(g_logp, g_kl) if inputs.policy.dtype == torch.float16 else 1.0
         factor = self.scale * inputs.policy.head.logit_scale
         self.a, self.b = g_kl * -factor, g_logp * -factor
         only_q = g_kl == g_logp
@@ -55,37 +55,41 @@ class Coefficients:
         return self.label_constant[rows] + torch.where(ratio_R.abs() < 1, near, self.label_far[rows])
 
 
-def _kinds(grid: Grid, g_logp: Tensor, g_kl: Tensor, softcap: bool, no_kl: bool) -> tuple[list[Kind], float]:
-    """The kind of each row block, and the largest |g_logp| + |g_kl|, which bounds |dz|: one read from the device."""
+def _kinds(grid: Grid, g_logp: Tensor, g_kl: Tensor, softcap: bool, no_kl: bool) -> list[Kind]:
+    """The kind of each row block: one read from the device."""
     count = len(grid.row_blocks())
     if count == 0:
-        return [], 0.0
+        return []
     if g_kl.is_cuda and torch.cuda.is_current_stream_capturing():
-        return [Kind.ONLY_P if no_kl else Kind.GENERAL] * count, 1.0
+        return [Kind.ONLY_P if no_kl else Kind.GENERAL] * count
     no_q, no_p = g_kl == 0, g_kl == g_logp
     needed_3T = torch.stack([~no_q, ~no_p, (g_logp != 0) | ~no_q])
-    needed_3KR = F.pad(needed_3T, (0, count * grid.R - grid.T)).view(3, count, grid.R)
-    largest = (g_logp.abs() + g_kl.abs()).amax()[None]
-    *flags, largest = torch.cat([needed_3KR.any(-1).flatten().to(largest.dtype), largest]).tolist()
-    needs_q, needs_p, needs_any = flags[:count], flags[count : 2 * count], flags[2 * count :]
+    if grid.T < count * grid.R:
+        needed_3T = F.pad(needed_3T, (0, count * grid.R - grid.T))
+    needs_q, needs_p, needs_any = needed_3T.view(3, count, grid.R).any(-1).tolist()
     kinds = []
     for q, p, anything in zip(needs_q, needs_p, needs_any, strict=True):
         # a softcap's slope needs z whatever else is needed
         kind = Kind.ONLY_P if not q else Kind.ONLY_Q if not p and not softcap else Kind.GENERAL
         kinds.append(kind if anything else Kind.NOTHING)
-    return kinds, largest
+    return kinds
 
 
-def _power_of_two(largest: float) -> float:
-    if not 0 < largest < math.inf:
+def _fp16_scale(g_logp: Tensor, g_kl: Tensor) -> float:
+    """The power of two that lifts dz clear of fp16's underflow: |dz| <= |g_logp| + |g_kl|."""
+    if g_kl.numel() == 0 or (g_kl.is_cuda and torch.cuda.is_current_stream_capturing()):
         return 1.0
-    return 2.0 ** math.floor(math.log2(FP16_HEADROOM / largest))
+    largest = (g_logp.abs() + g_kl.abs()).amax().item()
+    return 2.0 ** math.floor(math.log2(FP16_HEADROOM / largest)) if 0 < largest < math.inf else 1.0
 
 
 class LabelColumn:
-    """Where each row's label falls in a block of columns, if it does."""
+    """Where each row's label falls in a block of columns, if it does. The whole vocabulary has them all."""
 
-    def __init__(self, labels_R: Tensor, cols: slice) -> None:
+    def __init__(self, labels_R: Tensor, cols: slice, vocab: int) -> None:
+        if cols.stop - cols.start == vocab:
+            self.inside, self.index = None, labels_R[:, None]
+            return
         self.inside = (labels_R >= cols.start) & (labels_R < cols.stop)
         self.index = (labels_R - cols.start).clamp_(0, cols.stop - cols.start - 1)[:, None]
 
@@ -94,24 +98,26 @@ class LabelColumn:
         return tile.gather(1, self.index)[:, 0]
 
     def pick(self, tile: Tensor, otherwise_R: Tensor) -> Tensor:
-        return torch.where(self.inside, self.read(tile), otherwise_R)
+        value_R = self.read(tile)
+        return value_R if self.inside is None else torch.where(self.inside, value_R, otherwise_R)
 
     def write_(self, tile: Tensor, value_R: Tensor) -> None:
-        tile.scatter_(1, self.index, torch.where(self.inside, value_R, self.read(tile))[:, None])
+        if self.inside is not None:
+            value_R = torch.where(self.inside, value_R, self.read(tile))
+        tile.scatter_(1, self.index, value_R[:, None])
 
 
 def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, label: LabelColumn, dz: Tensor) -> Tensor:
-    """dz of a staged tile into `dz`. The tile's own scale e^(lse_z_k - L) is held like p is, see `tile_math.hold_`."""
-    away = staged.lse_z - c.lse_z[rows]
-    held = away.clamp(min=-floor_exponent(away.dtype))
-    weight = held.exp()
+    """dz of a staged tile into `dz`. The tile's own weight is made like its columns' p, by `tile_math.weigh_`."""
+    ratio = (staged.offset - c.lse_diff[rows]).clamp_(min=-largest_exponent(dz.dtype))
+    weight, ref_weight = (staged.lse_z - c.lse_z[rows]).exp(), (staged.lse_r - c.lse_r[rows]).exp()
+    weigh_(weight, ref_weight, ratio, scratch=torch.empty_like(ratio))
     a, b = c.a[rows] * weight, c.b[rows] * weight
     if kind is Kind.ONLY_P:
         torch.mul(staged.p, b[:, None], out=dz)
         label.write_(dz, c.label_constant[rows])
     else:
-        offset = c.lse_diff[rows] - staged.offset + (away - held)
-        torch.sub(offset[:, None], staged.t, out=dz).expm1_()
+        torch.sub(-ratio[:, None], staged.t, out=dz).expm1_()
         value = c.label(rows, label.read(dz))
         dz.mul_(a[:, None]).add_(b[:, None]).mul_(staged.p)
         label.write_(dz, value)
@@ -132,13 +138,15 @@ def _softmax_only_(x: Tensor, lse: Tensor, c: Coefficients, rows: slice, label: 
     return x
 
 
-def from_both(c: Coefficients, rows: slice, z: Tensor, r: Tensor, label: LabelColumn) -> Tensor:
-    """dz from recomputed logits, into r. z is held 2F below L, so that p never vanishes where q = p e^delta' does
-    not."""
-    lse_z = c.lse_z[rows, None]
-    torch.maximum(z, lse_z - 2 * floor_exponent(z.dtype), out=z)
-    r.sub_(z).add_(c.lse_diff[rows, None]).expm1_()
-    value = c.label(rows, label.read(r))
-    r.mul_(c.a[rows, None]).add_(c.b[rows, None]).mul_(z.sub_(lse_z).exp_())
-    label.write_(r, value)
-    return r
+def from_both(c: Coefficients, rows: slice, z: Tensor, r: Tensor, label: LabelColumn, scratch: Tensor) -> Tensor:
+    """dz from recomputed logits, into `scratch`; uses up z and r.
+
+    ``q - p = p expm1(min(delta', 1)) + relu(q - e p)``: right where p and q agree, and where q is far above p.
+    """
+    ratio = torch.sub(r, z, out=scratch).add_(c.lse_diff[rows, None]).clamp_(max=1.0).expm1_()
+    value = c.label(rows, label.read(ratio))
+    p, q = z.sub_(c.lse_z[rows, None]).exp_(), r.sub_(c.lse_r[rows, None]).exp_()
+    difference = ratio.mul_(p).add_(q.sub_(p, alpha=math.e).clamp_(min=0.0))
+    dz = difference.mul_(c.a[rows, None]).add_(p.mul_(c.b[rows, None]))
+    label.write_(dz, value)
+    return dz

@@ -27,8 +27,10 @@ def logits_(out_RC: Tensor, hidden_RD: Tensor, weight_CD: Tensor, compute: torch
     """``hidden @ weight^T`` into an fp32 (float64) tile, accumulated in its dtype. Operands are exact in `compute`."""
     if hidden_RD.dtype != out_RC.dtype:
         torch.mm(hidden_RD, weight_CD.T, out_dtype=out_RC.dtype, out=out_RC)
-        return
-    with _exact_bf16_products(compute, out_RC):
+    elif compute == torch.bfloat16 and out_RC.dtype == torch.float32 and out_RC.device.type == "cpu":
+        with _exact_bf16_products():
+            torch.mm(hidden_RD, weight_CD.T, out=out_RC)
+    else:
         torch.mm(hidden_RD, weight_CD.T, out=out_RC)
 
 
@@ -81,17 +83,10 @@ class GradientSum:
 
 
 @contextlib.contextmanager
-def _exact_bf16_products(compute: torch.dtype, out: Tensor):
+def _exact_bf16_products():
     """Lets oneDNN take an fp32 product of bf16-valued operands on the bf16 units: exact products, fp32 sums, several
-    times faster.
-
-    The switch is process-wide, so it is held only around the product. Torch before 2.9 has no such switch, and
-    multiplies in fp32.
-    """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if compute != torch.bfloat16 or out.device.type != "cpu" or out.dtype != torch.float32 or matmul is None:
-        yield
-        return
+    times faster. The switch is process-wide, so it is held only around the product."""
+    matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

@@ -125,14 +125,14 @@ class Side:
 
 @dataclass(frozen=True)
 class StagedTile:
-    """One tile of p and t = log(p / q), each softmax within the tile; the softcap's slope if there is one; and of
-    each row the tile's lse_z and the offset that, added to t, gives log(p / q) over the whole vocabulary but for L -
-    L'."""
+    """One tile as backward wants it: p within the tile and t = log(p / q), such that p e^-t is q (`tile_math.weigh_`);
+    the softcap's slope, if any; and of each row the tile's log-sum-exps and the offset that takes t to the whole."""
 
     p: Tensor
     t: Tensor
     slope: Tensor | None
     lse_z: Tensor
+    lse_r: Tensor
     offset: Tensor
 
 
@@ -148,11 +148,11 @@ class Stage:
         self.flat, self.row_values = flat, row_values
         if flat is None:
             slot = self.planes * grid.R * grid.C
-            per_tile = slot * self.dtype.itemsize + 2 * grid.R * inputs.stats_dtype.itemsize
+            per_tile = slot * self.dtype.itemsize + 3 * grid.R * inputs.stats_dtype.itemsize
             count = min(inputs.memory_budget // per_tile, self.row_count * len(grid.col_blocks()))
             device = inputs.policy.hidden.device
             self.flat = torch.empty(count, slot, dtype=self.dtype, device=device)
-            self.row_values = torch.empty(count, 2, grid.R, dtype=inputs.stats_dtype, device=device)
+            self.row_values = torch.empty(count, 3, grid.R, dtype=inputs.stats_dtype, device=device)
 
     def tile(self, i: int, k: int, rows: int, cols: int) -> StagedTile | None:
         """Where row block i and column block k are staged, or None if they are to be recomputed."""
@@ -160,8 +160,8 @@ class Stage:
         if slot >= self.flat.shape[0]:
             return None
         planes = self.flat[slot][: self.planes * rows * cols].view(self.planes, rows, cols)
-        lse_z, offset = self.row_values[slot, :, :rows]
-        return StagedTile(planes[0], planes[1], planes[2] if self.planes == 3 else None, lse_z, offset)
+        lse_z, lse_r, offset = self.row_values[slot, :, :rows]
+        return StagedTile(planes[0], planes[1], planes[2] if self.planes == 3 else None, lse_z, lse_r, offset)
 
 
 def blocks(slices: list[slice]) -> Iterator[tuple[int, slice, int]]:

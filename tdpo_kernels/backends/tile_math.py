@@ -56,9 +56,8 @@ def anchor(x_RC: Tensor) -> Tensor:
     return torch.where(is_lowest(top_R), 0.0, top_R)
 
 
-def floor_exponent(dtype: torch.dtype) -> float:
-    """F: probabilities below e^-F within a part are held at e^-F: far below rounding, and 2F leaves room in e^(2F)
-    for cotangents."""
+def largest_exponent(dtype: torch.dtype) -> float:
+    """F: log-ratios are held above -F. e^-F is far below rounding, and e^(2F) leaves room for cotangents in `dtype`."""
     return -0.345 * math.log(torch.finfo(dtype).tiny)
 
 
@@ -115,33 +114,25 @@ def to_infinity(x: Tensor) -> Tensor:
     return torch.where(x.abs() > -LOWEST / 10, torch.copysign(torch.full_like(x, math.inf), x), x)
 
 
-def hold_(p: Tensor, y: Tensor, r: Tensor, lse_z: Tensor, mean: Tensor) -> None:
-    """Holds p at e^-F and moves y so that p e^-y still gives q there: q may be large where p is nothing. Uses r as
-    scratch."""
-    floor = floor_exponent(p.dtype)
-    torch.sub((lse_z - mean - floor)[:, None], r, out=r)
-    torch.maximum(y, r, out=y)
-    p.clamp_(min=math.exp(-floor))
-
-
 def log_ratio_(y: Tensor, lse_z: Tensor, lse_r: Tensor, mean: Tensor, phi: Tensor) -> Tensor:
-    """Turns y into log(p / q) within the part, in place; returns the offset that makes it log(p / q) of the whole
-    but for L - L'.
+    """Turns y into log(p / q) within the part, in place, held above -F; returns what added to it gives log(p / q) of
+    the whole, but for L - L'.
 
     By (8) it is y less the part's own KL. That is what is staged: it is small where p and q agree, whatever the
     other tiles do.
     """
     kl = torch.where(phi < LARGE, phi.log1p(), lse_z - lse_r - mean)
-    y.sub_(kl[:, None])
+    y.sub_(kl[:, None]).clamp_(min=-largest_exponent(y.dtype))
     return mean + kl
 
 
-def compensate_(p: Tensor, t: Tensor, scratch: Tensor, dtype: torch.dtype) -> None:
-    """Before t = log(p / q) is rounded to 16 bits: where q > p, scales p so that q = p e^-t stays exact, and p takes
-    the error."""
-    torch.clamp(t, max=0.0, out=scratch)
-    rounded = scratch.to(dtype)
-    p.mul_(torch.sub(rounded, scratch, out=scratch).exp_())
+def weigh_(p: Tensor, q: Tensor, t: Tensor, scratch: Tensor) -> None:
+    """Rewrites p so that, with the t = log(p / q) that is kept, ``p e^-t`` is q to rounding, however far q is above p.
+
+    ``p = q e^min(t, 0) + relu(p - q)``: where p >= q, p as it was; where q > p, q e^t. Uses up q.
+    """
+    torch.clamp(t, max=0.0, out=scratch).exp_().mul_(q)
+    p.sub_(q).clamp_(min=0.0).add_(scratch)
 
 
 class Extras:
@@ -163,4 +154,4 @@ class Extras:
         parts = zip(self.lse_k, self.mean_k, strict=True)
         entropy = sum((lse_k - lse_z).exp() * (lse_z - mean_k) for lse_k, mean_k in parts)
         is_argmax = (z_y >= self.largest).to(z_y.dtype)
-        return {"entropy": entropy, "mean_logit": self.total / vocab + self.anchor, "is_argmax": is_argmax}
+        return {"entropy": entropy, "mean_logit": to_infinity(self.total) / vocab + self.anchor, "is_argmax": is_argmax}

@@ -28,10 +28,9 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
     for i, rows, _ in blocks(grid.row_blocks()):
         for name, value_R in _row_block(inputs, grid, sides, stage, i, rows).items():
             collected.setdefault(name, []).append(value_R)
-    empty = inputs.policy.hidden.new_empty(0, dtype=inputs.stats_dtype)
 
     def whole(name: str) -> Tensor:
-        parts = collected.get(name, [empty])
+        parts = collected.get(name) or [inputs.policy.hidden.new_empty(0, dtype=inputs.stats_dtype)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     logp, ref_logp = whole("logp"), whole("ref_logp")
@@ -59,7 +58,7 @@ def _row_block(
     R, columns = labels_R.numel(), grid.col_blocks()
     parts_4KR = torch.empty(4, len(columns), R, dtype=inputs.stats_dtype, device=labels_R.device)
     z_y, r_y = parts_4KR.new_zeros(2, R)
-    infinite = torch.zeros(R, dtype=torch.bool, device=labels_R.device)
+    infinite = parts_4KR.new_zeros(R, dtype=torch.bool) if inputs.policy.head.bias is not None else None
     for k, cols, C in blocks(columns):
         z, r = _tile(policy, rows, cols), _tile(reference, rows, cols)
         if k == 0:
@@ -70,34 +69,41 @@ def _row_block(
             staged.slope.copy_(_softcap_slope(z, inputs.policy.head.softcap, policy.work.get("slope", R, C, z.dtype)))
         z.sub_(z_anchor[:, None])
         r.sub_(r_anchor[:, None])
-        label = LabelColumn(labels_R, cols)
+        label = LabelColumn(labels_R, cols, grid.V)
         z_y, r_y = label.pick(z, z_y), label.pick(r, r_y)
-        if inputs.policy.head.bias is not None:
+        if infinite is not None:
             infinite |= (tile_math.is_lowest(z) & ~tile_math.is_lowest(r)).any(-1)
-        parts_4KR[:, k] = _part(z, r, staged, policy.work, extras)
+        parts_4KR[:, k] = _part(inputs, z, r, staged, policy.work, extras)
     state = tile_math.merge(parts_4KR)
     found = dict(vars(state), logp=z_y - state.lse_z, ref_logp=r_y - state.lse_r, z_anchor=z_anchor, r_anchor=r_anchor)
-    found["kl"].masked_fill_(infinite, math.inf)
+    if infinite is not None:
+        found["kl"].masked_fill_(infinite, math.inf)
     return found if extras is None else found | extras.results(state.lse_z, z_y, grid.V)
 
 
-def _part(z: Tensor, r: Tensor, staged: StagedTile | None, work: Workspace, extras: tile_math.Extras | None) -> Tensor:
+def _part(
+    inputs: Inputs, z: Tensor, r: Tensor, staged: StagedTile | None, work: Workspace, extras: tile_math.Extras | None
+) -> Tensor:
     """``(4, R)``: the part's lse_z, lse_r, mu, M. Fills `staged`; z and r are used up."""
     direct = staged is not None and staged.p.dtype == z.dtype
     p, y = (staged.p, staged.t) if direct else (work.get(name, *z.shape, z.dtype) for name in ("p", "y"))
     q = work.get("q", *z.shape, z.dtype)
     lse_z, lse_r = tile_math.softmax_(z, out=p), tile_math.softmax_(r, out=q)
+    if inputs.reference.head.bias is not None:  # a part that the reference rules out altogether has no q
+        q.masked_fill_(tile_math.is_lowest(lse_r)[:, None], 0.0)
     if extras is not None:
         extras.add(z, p, lse_z)
     mean, phi = tile_math.divergence_(z, r, p, q, y, lse_z, lse_r)
     if staged is not None:
-        tile_math.hold_(p, y, r, lse_z, mean)
         staged.offset.copy_(tile_math.log_ratio_(y, lse_z, lse_r, mean, phi))
         staged.lse_z.copy_(lse_z)
-        if not direct:
-            tile_math.compensate_(p, y, q, staged.t.dtype)
-            staged.p.copy_(p)
+        staged.lse_r.copy_(lse_r)
+        if not direct:  # p is to make up for the rounding of t
             staged.t.copy_(y)
+            y.copy_(staged.t)
+        tile_math.weigh_(p, q, y, scratch=z)
+        if not direct:
+            staged.p.copy_(p)
     return torch.stack([lse_z, lse_r, mean, phi])
 
 
@@ -131,7 +137,7 @@ def _dz(
 ) -> Tensor:
     """The gradient at the outputs of ``h W^T + b`` for one tile: eq. (6), through softcap and logit_scale."""
     policy, reference = sides
-    label = LabelColumn(inputs.rows.labels_T[rows], cols)
+    label = LabelColumn(inputs.rows.labels_T[rows], cols, inputs.policy.head.weight.shape[0])
     if staged is not None:
         dz = policy.work.get("z", *staged.p.shape, c.a.dtype)
         return dlogits.from_stage(c, kind, rows, staged, label, dz)
@@ -144,7 +150,8 @@ def _dz(
     if kind is Kind.ONLY_P:
         dz = dlogits.from_p(c, rows, z, label)
     else:
-        dz = dlogits.from_both(c, rows, z, _tile(reference, rows, cols).sub_(c.r_anchor[rows, None]), label)
+        r = _tile(reference, rows, cols).sub_(c.r_anchor[rows, None])
+        dz = dlogits.from_both(c, rows, z, r, label, policy.work.get("y", *z.shape, z.dtype))
     return dz if slope is None else dz.mul_(slope)
 
 
