@@ -1,0 +1,77 @@
+"""Under what conditions a row was measured. A number without them is a rumour."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE_KIND = "cpu"  # names the results file
+
+
+@dataclass(frozen=True)
+class Conditions:
+    device: str
+    threads: int
+    torch: str
+    python: str
+    commit: str
+    dirty: bool
+    date: str  # UTC
+
+
+def conditions() -> Conditions:
+    """Call it once per run: everything measured together shares them."""
+    return Conditions(
+        device=cpu_model(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        commit=_git("rev-parse", "--short=12", "HEAD") or "unknown",
+        dirty=bool(_git("status", "--porcelain", "--", "tdpo_kernels", "bench/*.py")),
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+class Neighbours:
+    """How many cores other processes kept busy since this was made. Many small operations suffer most from them."""
+
+    def __init__(self) -> None:
+        self.began, self.others = time.monotonic(), _others_seconds()
+
+    def cores(self) -> float | None:
+        """None where the system does not tell."""
+        if self.others is None:
+            return None
+        return max((_others_seconds() - self.others) / (time.monotonic() - self.began), 0.0)
+
+
+def _others_seconds() -> float | None:
+    """CPU seconds of everything on the machine but this process, since boot."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, stat.read_text().splitlines()[0].split()[1:9])
+    busy = user + nice + system + sum(interrupts_and_steal)
+    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""

@@ -1,0 +1,152 @@
+"""Preference pairs: read from JSONL, turned into token ids, split by prompt, collated into batches."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+FIELDS = ("prompt", "chosen", "rejected")
+IGNORED = -100
+Ids = tuple[int, ...]
+T = TypeVar("T")
+
+
+class UsageError(Exception):
+    """Something the person who called the script can mend; shown without a traceback."""
+
+
+@dataclass(frozen=True)
+class TextPair:
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids. The completions carry their end-of-sequence token, unless they were cut short."""
+
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``(rows, L)`` each, padded on the right. For pairs: the P chosen rows first, then their rejected partners."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+def read_pairs(path: Path, at_most: int | None = None) -> list[TextPair]:
+    """The pairs of a JSONL file. Whatever is wrong with it is reported with the line it is on."""
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    pairs = [_parse(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    return pairs[:at_most]
+
+
+def _parse(where: str, line: bytes) -> TextPair:
+    try:
+        record = json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{where}: not JSON in UTF-8: {error}") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{where}: got {_kind(record)}, wanted an object with the fields {', '.join(FIELDS)}")
+    for name in FIELDS:
+        if name not in record:
+            raise UsageError(f"{where}: field '{name}' is missing, wanted {', '.join(FIELDS)}")
+        if not isinstance(record[name], str):
+            raise UsageError(f"{where}: field '{name}' is {_kind(record[name])}, wanted a string")
+        if not record[name].strip():
+            raise UsageError(f"{where}: field '{name}' is empty, wanted some text")
+    return TextPair(*(record[name] for name in FIELDS))
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def split_by_prompt(
+    pairs: Sequence[TextPair], rng: Random, share: float = 0.1
+) -> tuple[list[TextPair], list[TextPair]]:
+    """Training and held-out pairs that have no prompt in common, else the held-out accuracy would flatter."""
+    names = sorted({pair.prompt for pair in pairs})
+    rng.shuffle(names)
+    wanted, held = max(1, round(share * len(pairs))), set[str]()
+    while names and sum(pair.prompt in held for pair in pairs) < wanted:
+        held.add(names.pop())
+    return [pair for pair in pairs if pair.prompt not in held], [pair for pair in pairs if pair.prompt in held]
+
+
+def prompt_ids(tokenizer, prompt: str) -> Ids:
+    """With whatever the tokenizer puts in front (a BOS), without what it may put behind."""
+    ids = tuple(tokenizer(prompt).input_ids)
+    return ids[:-1] if ids[-1:] == (tokenizer.eos_token_id,) else ids
+
+
+def completion_ids(tokenizer, text: str) -> Ids:
+    return (*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id)
+
+
+def encode(tokenizer, pairs: Sequence[TextPair], max_length: int) -> list[Pair]:
+    """Token ids of prompt and completion, tokenised apart so that both completions see the very same prompt.
+
+    Past `max_length` the prompt keeps its end, at most half of the room, and the completion its beginning.
+    """
+    encoded, cut = [], 0
+    for pair in pairs:
+        prompt = prompt_ids(tokenizer, pair.prompt)
+        if not prompt:
+            raise UsageError(f"the tokenizer makes no token of the prompt {pair.prompt!r}")
+        chosen, rejected = completion_ids(tokenizer, pair.chosen), completion_ids(tokenizer, pair.rejected)
+        if len(prompt) + max(len(chosen), len(rejected)) > max_length:
+            cut += 1
+            prompt = prompt[-(max_length // 2) :]
+            chosen, rejected = (ids[: max_length - len(prompt)] for ids in (chosen, rejected))
+        encoded.append(Pair(prompt, chosen, rejected))
+    if cut:
+        print(f"warning: {cut} of {len(pairs)} pairs were cut to {max_length} tokens (--max-length)", file=sys.stderr)
+    return encoded
+
+
+def collate(pairs: Sequence[Pair], pad: int, device: torch.device) -> Batch:
+    """The layout `fused_tdpo_loss` wants: chosen rows, then rejected rows, prompts and padding ignored."""
+    rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+    return collate_rows(rows, pad, device)
+
+
+def collate_rows(rows: Sequence[tuple[Ids, Ids]], pad: int, device: torch.device) -> Batch:
+    """Rows of (prompt, completion). Lengths make the mask, so a pad token that is also the EOS does no harm."""
+    length = max(len(prompt) + len(completion) for prompt, completion in rows)
+    input_ids = torch.full((len(rows), length), pad)
+    mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORED)
+    for row, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        input_ids[row, :end] = torch.tensor(prompt + completion)
+        labels[row, len(prompt) : end] = torch.tensor(completion)
+        mask[row, :end] = 1
+    return Batch(input_ids.to(device), mask.to(device), labels.to(device))
+
+
+def draw(items: Sequence[T], size: int, steps: int, rng: Random) -> Iterator[list[T]]:
+    """`steps` lists of at most `size` items, epoch after epoch, each epoch in a new order."""
+    queue: list[T] = []
+    for _ in range(steps):
+        if len(queue) < min(size, len(items)):
+            queue = rng.sample(list(items), len(items))
+        batch, queue = queue[:size], queue[size:]
+        yield batch

@@ -1,0 +1,302 @@
+"""The named cases every backend runs, at the sizes where it hurts: small enough for thousands of runs, nasty enough to
+matter.
+
+A `Case` is float64; `Case.problem(dtype)` rounds it to what a user would hold, and that rounded problem is what
+everyone, the truth included, computes from. Tiles are meant to be 16 x 64 (`conftest.small_tiles`).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from tdpo_kernels import LMHead
+
+IGNORE = -100
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INF = float("inf")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of `token_stats`."""
+
+    hidden: Tensor
+    head: LMHead
+    ref_hidden: Tensor
+    ref_head: LMHead
+    labels: Tensor
+    shift: bool
+    ignore_index: int | None
+
+    @property
+    def stats_dtype(self) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(self.hidden.dtype, self.ref_hidden.dtype), torch.float32)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Flat positions of the labels that count, and of the hidden states that predict them, the long way round."""
+        at, by, length = [], [], self.labels.shape[-1]
+        for n, label in enumerate(self.labels.flatten().tolist()):
+            if label != self.ignore_index and not (self.shift and n % length == 0):
+                at.append(n)
+                by.append(n - 1 if self.shift else n)
+        return torch.tensor(at, dtype=torch.long), torch.tensor(by, dtype=torch.long)
+
+    def to(self, device: str) -> Problem:
+        def head(h: LMHead) -> LMHead:
+            return replace(h, weight=h.weight.to(device), bias=None if h.bias is None else h.bias.to(device))
+
+        return replace(
+            self, hidden=self.hidden.to(device), head=head(self.head), ref_hidden=self.ref_hidden.to(device),
+            ref_head=head(self.ref_head), labels=self.labels.to(device),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    hidden: Tensor
+    weight: Tensor
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    labels: Tensor
+    bias: Tensor | None = None
+    ref_bias: Tensor | None = None
+    options: dict[str, float] = field(default_factory=dict)
+    ref_options: dict[str, float] = field(default_factory=dict)
+    shift: bool = True
+    ignore_index: int | None = IGNORE
+    ref_dtypes: dict[torch.dtype, torch.dtype] = field(default_factory=dict)
+    tile: tuple[int, int] = (16, 64)
+
+    def problem(self, dtype: torch.dtype) -> Problem:
+        other = self.ref_dtypes.get(dtype, dtype)
+        bias, ref_bias = (b if b is None else b.to(d) for b, d in ((self.bias, dtype), (self.ref_bias, other)))
+        return Problem(
+            self.hidden.to(dtype), LMHead(self.weight.to(dtype), bias, **self.options),
+            self.ref_hidden.to(other), LMHead(self.ref_weight.to(other), ref_bias, **self.ref_options),
+            self.labels, self.shift, self.ignore_index,
+        )  # fmt: skip
+
+
+def base(
+    seed: int = 0,
+    *,
+    B: int = 2,
+    L: int = 24,
+    D: int = 24,
+    V: int = 211,
+    std: float = 1.0,
+    apart: float = 0.3,
+    ignored: float = 0.25,
+) -> Case:
+    """Logits of standard deviation `std`; the reference is `apart` away; a part of the labels is ignored."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    hidden, weight = randn(B, L, D), randn(V, D) * std / D**0.5
+    ref_hidden, ref_weight = hidden + apart * randn(B, L, D), weight + apart * randn(V, D) * std / D**0.5
+    labels = torch.randint(0, V, (B, L), generator=g)
+    labels[torch.rand(B, L, generator=g) < ignored] = IGNORE
+    return Case(hidden, weight, ref_hidden, ref_weight, labels)
+
+
+def bias_of(case: Case, seed: int = 1, size: float = 1.0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return size * torch.randn(case.weight.shape[0], generator=g, dtype=torch.float64)
+
+
+def constant(case: Case, value: float) -> Tensor:
+    return torch.full_like(case.weight[:, 0], value)
+
+
+def dense() -> Case:
+    """Every row counts and none is gathered; five full row blocks."""
+    return replace(base(10, B=1, L=80, ignored=0.0), shift=False, ignore_index=None)
+
+
+def near_equal() -> Case:
+    """Apart by 1e-4 in the reference's bias, which 16 bits can hold too."""
+    case = base(3, apart=0.0, std=2.0)
+    return replace(case, bias=constant(case, 0.0), ref_bias=bias_of(case, 3, 1e-4))
+
+
+def offset(value: float) -> Case:
+    """All logits of one model higher than the other's by a constant, which changes nothing at all."""
+    case = base(4, apart=0.1)
+    return replace(case, ref_bias=constant(case, value))
+
+
+def near_equal_offset() -> Case:
+    case = base(5, apart=0.0)
+    return replace(case, bias=bias_of(case, 6, 0.01), ref_bias=constant(case, 50.0))
+
+
+def every_label(case: Case, choices: list[int]) -> Case:
+    chosen = torch.tensor(choices)[torch.arange(case.labels.numel()) % len(choices)].view_as(case.labels)
+    return replace(case, labels=torch.where(case.labels == IGNORE, IGNORE, chosen))
+
+
+def ruled_out(policy: bool = True, reference: bool = True, first_tile: bool = False) -> Case:
+    """-inf here and there, and through a whole tile: columns 128 to 191, or the very first."""
+    case = base(7)
+    out = torch.zeros(211, dtype=torch.bool)
+    out[3::11] = True
+    out[slice(0, 64) if first_tile else slice(128, 192)] = True
+    case = every_label(case, [v for v in range(211) if not out[v]][::7])
+    parts = (bias_of(case, s).masked_fill(out, -INF) if there else None for s, there in ((1, policy), (2, reference)))
+    bias, ref_bias = parts
+    return replace(case, bias=bias, ref_bias=ref_bias)
+
+
+def pushed(amount: float, *, policy: bool, count: int = 5) -> Case:
+    """A few tokens, one of them a label, that one model alone puts `amount` nats up or down."""
+    case = base(8)
+    bias = constant(case, 0.0)
+    bias[[0, 63, 64, 150, 210][:count]] = amount
+    case = every_label(case, [5, 64, 100, 209])
+    return replace(case, bias=bias) if policy else replace(case, bias=constant(case, 0.0), ref_bias=bias)
+
+
+def sure_of_different_tokens() -> Case:
+    """Policy and reference each all but certain, of other tokens in other tiles: KL beyond what exp() holds in fp32."""
+    case = base(9)
+    bias, ref_bias = constant(case, 0.0), constant(case, 0.0)
+    bias[10], ref_bias[200] = 150.0, 150.0
+    return replace(every_label(case, [10, 200, 70]), bias=bias, ref_bias=ref_bias)
+
+
+def softcap(tight: float = 5.0) -> Case:
+    case = base(11, std=4.0)
+    return replace(
+        case, bias=bias_of(case, 1, 2.0), ref_bias=bias_of(case, 2), options=dict(softcap=tight, logit_scale=0.7),
+        ref_options=dict(softcap=7.0, logit_scale=1.3),
+    )  # fmt: skip
+
+
+def other_width() -> Case:
+    case, other = base(12, D=24), base(13, D=40)
+    return replace(case, ref_hidden=other.ref_hidden, ref_weight=other.ref_weight)
+
+
+def reference_in(dtypes: dict[torch.dtype, torch.dtype]) -> Case:
+    return replace(base(14), ref_dtypes=dtypes)
+
+
+def tiny(V: int, B: int = 1, L: int = 1, shift: bool = False) -> Case:
+    case = base(15, B=B, L=L, V=V, ignored=0.0)
+    return replace(case, shift=shift, bias=bias_of(case))
+
+
+def all_ignored() -> Case:
+    case = base(16)
+    return replace(case, labels=torch.full_like(case.labels, IGNORE))
+
+
+def wide() -> Case:
+    """Tiles of 32 x 512 over a prime vocabulary."""
+    return replace(base(17, L=33, D=48, V=4099), tile=(32, 512))
+
+
+_OTHER = {
+    torch.float64: torch.float32,
+    torch.float32: torch.bfloat16,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+_F64 = dict.fromkeys(DTYPES, torch.float64)
+
+CASES: dict[str, Callable[[], Case]] = {
+    "scaled": lambda: base(1),  # logits of standard deviation 1: a long flat tail
+    "dense": dense,
+    "peaked_10": lambda: base(2, std=10.0),
+    "peaked_30": lambda: base(2, std=30.0),
+    "near_equal": near_equal,
+    "near_equal_hidden": lambda: base(3, apart=1e-4),
+    "near_equal_offset": near_equal_offset,
+    "offset_50": lambda: offset(50.0),
+    "offset_minus_50": lambda: offset(-50.0),
+    "offset_1000": lambda: offset(1000.0),
+    "wide": wide,
+    "prime_V": lambda: base(18, V=509),
+    "one_full_tile": lambda: base(19, V=64),
+    "more_rows_than_V": lambda: base(20, L=40, V=37, std=2.0),
+    "V_1": lambda: tiny(1, B=2, L=9),
+    "V_2": lambda: tiny(2, B=2, L=9),
+    "label_in_last_tile": lambda: every_label(base(21), [208, 209, 210]),
+    "T_0": lambda: tiny(67, L=0),
+    "T_0_shifted": lambda: tiny(67, L=1, shift=True),
+    "T_1": lambda: tiny(131),
+    "all_ignored": all_ignored,
+    "ruled_out": ruled_out,
+    "ruled_out_first_tile": lambda: ruled_out(first_tile=True),
+    "ruled_out_by_reference": lambda: ruled_out(policy=False),
+    "hated_by_policy_104": lambda: pushed(-104.0, policy=True),
+    "hated_by_policy_300": lambda: pushed(-300.0, policy=True),
+    "hated_by_reference_104": lambda: pushed(-104.0, policy=False),
+    "hated_by_reference_300": lambda: pushed(-300.0, policy=False),
+    "loved_by_policy_104": lambda: pushed(104.0, policy=True, count=1),
+    "loved_by_reference_300": lambda: pushed(300.0, policy=False, count=1),
+    "sure_of_different_tokens": sure_of_different_tokens,
+    "softcap": softcap,
+    "softcap_saturated": lambda: softcap(tight=1.5),
+    "scale_only": lambda: replace(base(22, std=3.0), options=dict(logit_scale=0.25), ref_options=dict(logit_scale=0.5)),
+    "other_width": other_width,
+    "reference_in_other_dtype": lambda: reference_in(_OTHER),
+    "reference_in_float64": lambda: reference_in(_F64),
+}
+
+Cotangents = tuple[Tensor | None, Tensor | None]  # of logp and of kl, shaped like labels
+
+
+def _general(shape: torch.Size, seed: str) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+    return tuple(torch.randn(2, *shape, generator=g, dtype=torch.float64))
+
+
+def _mixed(a: Tensor, b: Tensor) -> Cotangents:
+    """In blocks of 16 rows: nothing, kl unused, both equal, general; then rows of every kind in one block."""
+    n = torch.arange(a.numel()).view_as(a)
+    kind = torch.where(n < 64, n // 16, n % 4)
+    a = torch.where(kind == 0, 0.0, a)
+    return a, torch.where(kind < 2, 0.0, torch.where(kind == 2, a, b))
+
+
+COTANGENTS: dict[str, Callable[[Tensor, Tensor], Cotangents]] = {
+    "general": lambda a, b: (a, b),
+    "kl_zero": lambda a, b: (a, torch.zeros_like(b)),
+    "logp_zero": lambda a, b: (torch.zeros_like(a), b),
+    "equal": lambda a, b: (a, a.clone()),
+    "only_logp": lambda a, b: (a, None),
+    "only_kl": lambda a, b: (None, b),
+    "zero_blocks": lambda a, b: tuple(torch.where(torch.arange(a.numel()).view_as(a) < 30, 0.0, x) for x in (a, b)),
+    "all_zero": lambda a, b: (torch.zeros_like(a), torch.zeros_like(b)),
+    "mixed_blocks": _mixed,
+}
+
+
+def cotangents(name: str, labels: Tensor) -> Cotangents:
+    return COTANGENTS[name](*_general(labels.shape, "cotangents"))
+
+
+EVERY_COTANGENT = ("scaled", "dense", "peaked_10", "near_equal", "softcap", "ruled_out", "more_rows_than_V")
+RUNS = [(case, "general") for case in CASES] + [(c, g) for c in EVERY_COTANGENT for g in COTANGENTS if g != "general"]
+RUNS += [
+    ("hated_by_policy_300", "equal"),
+    ("hated_by_policy_300", "kl_zero"),
+    ("sure_of_different_tokens", "logp_zero"),
+]
+
+# (backend, case, cotangents, dtype, budget): runs that break law 1.
+# Strict: an entry must go once the library is mended.
+KNOWN_FAULTS = {
+    ("tiled", "sure_of_different_tokens", cotangent, torch.float64, "everything"): (
+        "staged dz adds the tile's offset to t, each about 150 nats here, before exp(): eps x 150, twice what the rule allows"
+    )
+    for cotangent in ("general", "logp_zero")
+}

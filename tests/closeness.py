@@ -1,0 +1,312 @@
+"""How close is close enough: no tolerance picked by hand, torch's own error is the yardstick.
+
+The truth is computed in numpy's longdouble (80 bits on x86) from the *rounded* inputs, by eqs. (1), (2a), (6), (7).
+The yardstick is `plain`: what a user writes, in the same dtype (F.linear, float(), log_softmax, gather, sum of q (log
+q - log p), autograd). On a peaked row its max-norm is the rounding of two or three logits, a throw of dice; so it is
+thrown `THROWS` times, with the hidden axis shuffled, which changes no number but the order of the sums, and the
+largest error counts.
+
+The rule, for every tensor, in the max-norm and in the 2-norm::
+
+    error <= 2 x error of plain torch + 4 eps x scale
+
+* statistics: eps is that of the statistics' dtype (fp32 for 16-bit inputs), and the yardstick is plain torch in that
+  dtype on the same widened inputs: nothing in the library rounds logits to 16 bits. The scale is what the statistic
+  amounts to when every logit moves by a relative eps: ``|z_y| + sum p |z|`` for logp, ``sum |p - q| |z| + sum q
+  |delta' - KL| |r| + KL`` for the KL.
+* gradients: eps is that of the gradient's dtype, the scale is the norm of the true gradient.
+* 16-bit gradients may instead be within `STAGED` of their norm, which is what staging in bf16 costs.
+* 16-bit gradients have a second, sharper bound in the 2-norm, `ROUNDED` of the norm on top of twice the error of
+  plain torch in *fp32*: dz, a tile's product (bf16 on a CPU) and the gradient are each rounded once, and nothing is
+  ever summed in 16 bits.
+* where plain torch makes inf or nan of a finite truth (0 x inf at ruled out tokens), its error counts as 30 eps x
+  scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cases import Cotangents, Problem
+from torch import Tensor
+
+from tdpo_kernels import LMHead, token_stats
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+NORMS = ("max", "norm")
+STAGED = 3e-3
+ROUNDED = {torch.bfloat16: 4e-3, torch.float16: 3e-3}
+THROWS = 4
+UNUSABLE = 30.0  # in eps x scale: the error plain torch is said to make where it makes nan
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Result:
+    """Statistics at the T labels that count; gradients, None where there is none."""
+
+    logp: Array
+    ref_logp: Array
+    kl: Array
+    hidden: Array
+    weight: Array
+    bias: Array | None
+
+    NAMES = ("logp", "ref_logp", "kl", "hidden", "weight", "bias")
+    STATISTICS = NAMES[:3]
+
+
+def exact(x: Tensor) -> Array:
+    return x.detach().cpu().double().numpy().astype(np.longdouble)
+
+
+def round_cotangents(problem: Problem, cotangents: Cotangents) -> Cotangents:
+    device = problem.hidden.device
+    return tuple(g if g is None else g.to(device, problem.stats_dtype) for g in cotangents)
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def leaves(problem: Problem) -> tuple[Problem, list[Tensor]]:
+    """The problem with fresh leaves in place of what gradients flow to."""
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (problem.hidden, problem.head.weight))
+    bias = None if problem.head.bias is None else problem.head.bias.detach().clone().requires_grad_()
+    parts = [hidden, weight] if bias is None else [hidden, weight, bias]
+    return replace(problem, hidden=hidden, head=replace(problem.head, weight=weight, bias=bias)), parts
+
+
+def stats_of(problem: Problem, backend: str, budget: int, **options):
+    return token_stats(
+        problem.hidden, problem.head, problem.ref_hidden, problem.ref_head, problem.labels,
+        ignore_index=problem.ignore_index, shift=problem.shift, backend=backend, memory_budget=budget, **options,
+    )  # fmt: skip
+
+
+def pull(values: tuple[Tensor, Tensor], cotangents: Cotangents, parts: list[Tensor]) -> list[Tensor]:
+    used = [(x, g) for x, g in zip(values, cotangents, strict=True) if g is not None]
+    return torch.autograd.grad([x for x, _ in used], parts, [g for _, g in used], materialize_grads=True)
+
+
+def ours(problem: Problem, cotangents: Cotangents, backend: str, budget: int) -> tuple[Result, list[Tensor]]:
+    """The library's numbers, and all that must be exactly zero: what belongs to labels that do not count."""
+    at, by = problem.rows()
+    problem, parts = leaves(problem)
+    out = stats_of(problem, backend, budget)
+    grads = pull((out.logp, out.kl), round_cotangents(problem, cotangents), parts)
+    values = [x.detach().flatten().cpu() for x in (out.logp, out.ref_logp, out.kl)]
+    expected = [problem.stats_dtype] * 3 + [x.dtype for x in parts]
+    assert [x.dtype for x in (*values, *grads)] == expected, (
+        "statistics in stats_dtype, gradients in their parameter's dtype"
+    )
+    rest = [_without(x, at) for x in values] + [_without(grads[0].cpu().flatten(0, -2), by)]
+    return Result(*(exact(x[at]) for x in values), *_three(grads)), rest
+
+
+def _without(x: Tensor, index: Tensor) -> Tensor:
+    keep = torch.ones(x.shape[0], dtype=torch.bool)
+    keep[index] = False
+    return x[keep]
+
+
+def _three(grads: list[Tensor]) -> tuple[Array, Array, Array | None]:
+    hidden, weight, *bias = (exact(g) for g in grads)
+    return hidden.reshape(-1, hidden.shape[-1]), weight, bias[0] if bias else None
+
+
+# --- plain torch ------------------------------------------------------------------------------------------------------
+
+
+def plain(problem: Problem, cotangents: Cotangents) -> Result:
+    at, by = (x.to(problem.hidden.device) for x in problem.rows())
+    labels = problem.labels.flatten()[at]
+    problem, parts = leaves(problem)
+    z, r = (
+        _plain_logits(h, head, by)
+        for h, head in ((problem.hidden, problem.head), (problem.ref_hidden, problem.ref_head))
+    )
+    log_p, log_q = z.log_softmax(-1), r.log_softmax(-1)
+    logp, ref_logp = (x.gather(1, labels[:, None])[:, 0] for x in (log_p, log_q))
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    g = [g if g is None else g.flatten()[at].to(x.dtype) for g, x in zip(cotangents, (logp, kl), strict=True)]
+    grads = pull((logp, kl), tuple(g if g is None else g.to(logp.device) for g in g), parts)
+    return Result(exact(logp), exact(ref_logp), exact(kl), *_three(grads))
+
+
+def shuffled(problem: Problem, seed: int) -> tuple[Problem, Tensor]:
+    """The same problem with both hidden axes in another order, and where each of the policy's features has gone."""
+    g = torch.Generator().manual_seed(seed)
+    d, e = (torch.randperm(x.shape[-1], generator=g).to(x.device) for x in (problem.hidden, problem.ref_hidden))
+    return replace(
+        problem, hidden=problem.hidden[..., d], head=replace(problem.head, weight=problem.head.weight[:, d]),
+        ref_hidden=problem.ref_hidden[..., e], ref_head=replace(problem.ref_head, weight=problem.ref_head.weight[:, e]),
+    ), d.argsort().cpu()  # fmt: skip
+
+
+def throws(problem: Problem, cotangents: Cotangents) -> list[Result]:
+    results = [plain(problem, cotangents)]
+    for seed in range(1, THROWS):
+        other, back = shuffled(problem, seed)
+        found = plain(other, cotangents)
+        results.append(replace(found, hidden=found.hidden[:, back], weight=found.weight[:, back]))
+    return results
+
+
+def _plain_logits(hidden: Tensor, head: LMHead, rows: Tensor) -> Tensor:
+    x = F.linear(hidden.flatten(0, -2)[rows], head.weight, head.bias)
+    if head.logit_scale != 1.0:
+        x = x * head.logit_scale
+    if head.softcap is not None:
+        x = head.softcap * torch.tanh(x / head.softcap)
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def widened(problem: Problem) -> Problem:
+    """The same numbers in the statistics' dtype."""
+
+    def head(h: LMHead) -> LMHead:
+        return replace(h, weight=h.weight.to(dtype), bias=None if h.bias is None else h.bias.to(dtype))
+
+    dtype = problem.stats_dtype
+    return replace(
+        problem, hidden=problem.hidden.to(dtype), head=head(problem.head), ref_hidden=problem.ref_hidden.to(dtype),
+        ref_head=head(problem.ref_head),
+    )  # fmt: skip
+
+
+# --- the truth --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Truth:
+    result: Result
+    scale: dict[str, Array]  # of each statistic, per token
+    dz: Array  # (T, V), at the logits
+
+
+def truth(problem: Problem, cotangents: Cotangents) -> Truth:
+    at, by = problem.rows()
+    y = problem.labels.flatten()[at].cpu().numpy()
+    t = np.arange(len(y))
+    hidden, weight = exact(problem.hidden.flatten(0, -2))[by.numpy()], exact(problem.head.weight)
+    z, slope = _logits(hidden, problem.head)
+    r, _ = _logits(exact(problem.ref_hidden.flatten(0, -2))[by.numpy()], problem.ref_head)
+    log_p, log_q = _log_softmax(z), _log_softmax(r)
+    p, q = np.exp(log_p), np.exp(log_q)
+    difference, terms = _difference(log_p, log_q, p, q)
+    kl = terms.sum(-1)
+
+    g_logp, g_kl = (
+        np.zeros(len(y), np.longdouble) if g is None else exact(g.flatten()[at.to(g.device)])
+        for g in round_cotangents(problem, cotangents)
+    )
+    dz = -g_logp[:, None] * p - g_kl[:, None] * difference
+    dz[t, y] = g_logp * -np.expm1(log_p[t, y]) - g_kl * difference[t, y]
+    dx = dz * slope
+    dh = np.zeros((problem.labels.numel(), weight.shape[1]), np.longdouble)
+    dh[by.numpy()] = dx @ weight
+    result = Result(log_p[t, y], log_q[t, y], kl, dh, dx.T @ hidden, None if problem.head.bias is None else dx.sum(0))
+
+    size_z, size_r = (np.abs(np.where(np.isfinite(x), x, 0)) for x in (z, r))
+    ratio = np.where(q > 0, np.where(p > 0, log_q - np.where(p > 0, log_p, 0), 0), 0)
+    scale = {
+        "logp": size_z[t, y] + (p * size_z).sum(-1),
+        "ref_logp": size_r[t, y] + (q * size_r).sum(-1),
+        "kl": (np.abs(difference) * size_z).sum(-1) + (q * np.abs(ratio - kl[:, None]) * size_r).sum(-1) + kl,
+    }
+    return Truth(result, scale, dz)
+
+
+def _logits(hidden: Array, head: LMHead) -> tuple[Array, Array]:
+    """Logits, and their derivative by ``h W^T + b``."""
+    x = hidden @ exact(head.weight).T
+    if head.bias is not None:
+        x = x + exact(head.bias)
+    x = x * np.longdouble(head.logit_scale)
+    if head.softcap is None:
+        return x, np.full_like(x, head.logit_scale)
+    cap = np.longdouble(head.softcap)
+    return cap * np.tanh(x / cap), np.longdouble(head.logit_scale) / np.cosh(x / cap) ** 2
+
+
+def _log_softmax(x: Array) -> Array:
+    x = x - x.max(-1, keepdims=True) if x.size else x
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def _difference(log_p: Array, log_q: Array, p: Array, q: Array) -> tuple[Array, Array]:
+    """q - p, and the terms of the KL, eq. (2a), neither by cancellation."""
+    both = np.isfinite(log_p) & np.isfinite(log_q)
+    delta = np.where(both, log_q, 0) - np.where(both, log_p, 0)
+    near = both & (np.abs(delta) < 1)
+    x = np.where(near, delta, 0)
+    far = np.where(q > 0, p - q + q * delta, p)
+    far = np.where((q > 0) & (p == 0), np.inf, far)
+    return np.where(near, p * np.expm1(x), q - p), np.where(near, q * (np.expm1(-x) + x), far)
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What one problem's numbers are held to; made once, used for every backend and budget."""
+
+    truth: Truth
+    bounds: dict[str, list[tuple[str, float]]]  # of each tensor, ("max" or "norm", the largest error allowed)
+
+    def faults(self, found: Result) -> list[str]:
+        out = []
+        for name, bounds in self.bounds.items():
+            error = _error(getattr(found, name), getattr(self.truth.result, name))
+            for norm, bound in bounds:
+                size = _size(error, norm)
+                if not size <= bound:
+                    scale = _size(getattr(self.truth.result, name), norm)
+                    out.append(f"{name}: {norm} of the error {size:.3g} > {bound:.3g} (truth's {norm} is {scale:.3g})")
+        return out
+
+
+def judge(problem: Problem, cotangents: Cotangents) -> Judge:
+    cotangents = round_cotangents(problem, cotangents)
+    true = truth(problem, cotangents)
+    wide = throws(widened(problem), cotangents)
+    narrow = throws(problem, cotangents) if problem.hidden.dtype in SIXTEEN_BIT else wide
+    eps, stats_eps = (torch.finfo(d).eps for d in (problem.hidden.dtype, problem.stats_dtype))
+    bounds: dict[str, list[tuple[str, float]]] = {}
+    for name in Result.NAMES:
+        want = getattr(true.result, name)
+        if want is None:
+            continue
+        if name in Result.STATISTICS:
+            bounds[name] = [(n, _bound(n, name, want, wide, true.scale[name], stats_eps)) for n in NORMS]
+            continue
+        bounds[name] = [(n, _bound(n, name, want, narrow, want, eps)) for n in NORMS]
+        if narrow is not wide:
+            size = _size(want, "norm")
+            bounds[name] = [(n, max(b, STAGED * size) if n == "norm" else b) for n, b in bounds[name]]
+            sharp = _bound("norm", name, want, wide, want, stats_eps)
+            bounds[name].append(("norm", sharp + ROUNDED[problem.hidden.dtype] * size))
+    return Judge(true, bounds)
+
+
+def _bound(norm: str, name: str, want: Array, plain: list[Result], scale: Array, eps: float) -> float:
+    unit = eps * _size(scale, norm)
+    errors = [_size(_error(getattr(x, name), want), norm) for x in plain]
+    usable = [e for e in errors if np.isfinite(e)]
+    return 2 * (max(usable) if usable else UNUSABLE * unit) + 4 * unit
+
+
+def _error(have: Array, want: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        return np.where(have == want, 0, np.abs(have - want))  # equal infinities are no error
+
+
+def _size(x: Array, norm: str) -> float:
+    if x.size == 0:
+        return 0.0
+    return float(np.abs(x).max() if norm == "max" else np.sqrt((x * x).sum()))

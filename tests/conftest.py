@@ -1,0 +1,57 @@
+"""What every test of the laws shares: hypothesis settings, the seed, the `gpu` marker, small tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tdpo_kernels.backends import BACKENDS, slab
+
+torch.set_num_threads(1)  # thousands of tiny products: threads only wait for one another
+
+settings.register_profile(
+    "laws",
+    derandomize=True,
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("laws")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, saying so, without one")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch):
+    """Tiles so small that tiny inputs have several row blocks, many column tiles and ragged last ones. Call it for
+    another size.
+    """
+
+    def set_(rows: int = 16, cols: int = 64) -> None:
+        for device in slab.TILE:
+            monkeypatch.setitem(slab.TILE, device, (rows, cols))
+
+    set_()
+    return set_
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend there is, by name: a later one joins by itself."""
+    return request.param

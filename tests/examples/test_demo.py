@@ -1,0 +1,222 @@
+"""The demo of `python/examples`: end to end at a tiny size, and what it says to people with data of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for needed in ("transformers", "tqdm", "matplotlib"):
+    pytest.importorskip(needed)
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "python" / "examples"
+GOOD = {"prompt": "the plot", "chosen": "was warm .", "rejected": "was dull ."}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second one, and lose much where other tests run beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The script as a module: an interpreter for each test would take most of the time."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import sentiment
+
+        yield sentiment
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture
+def call(demo, tmp_path, capsys):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = demo.main([*map(str, arguments), "--out", str(tmp_path / "out")])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*lines: object) -> Path:
+        path = tmp_path / "pairs.jsonl"
+        path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+def some_pairs(count: int) -> list[dict[str, str]]:
+    places = "attic barn cellar den".split()
+    return [
+        {
+            "prompt": f"the {places[i % 4]} of house {i // 2}",
+            "chosen": " was warm .",
+            "rejected": " was cold and dull .",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model_directory(demo, tmp_path_factory) -> Path:
+    """A GPT-2, to have a family that shares neither names nor head with the demo's own model."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = demo.models.small_tokenizer(" ".join(pair.values()) for pair in some_pairs(40))
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_the_whole_experiment_runs_and_repeats_itself(tmp_path, call):
+    tiny = "--steps 3 --sft-steps 12 --pairs 10 --batch 4 --seed 3".split()
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, str(EXAMPLES / "sentiment.py"), *tiny, "--out", str(tmp_path / "first")]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "reward accuracy",
+        "SeqKL chosen",
+        "SeqKL rejected",
+        "mean sentiment",
+        "backend: ",
+        "before",
+        "after",
+    ):
+        assert words in done.stdout
+    assert (tmp_path / "first" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    status, _, _ = call(*tiny)
+    assert status == 0
+    tables = [(tmp_path / name / "table.txt").read_text() for name in ("first", "out")]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
+        (GOOD | {"chosen": 7}, "field 'chosen' is a number, wanted a string"),
+        (GOOD | {"prompt": None}, "field 'prompt' is null, wanted a string"),
+        (GOOD | {"rejected": " "}, "field 'rejected' is empty"),
+        ([GOOD], "got an array, wanted an object with the fields prompt, chosen, rejected"),
+        ("{'prompt': 'a'}", "not JSON"),
+    ],
+)
+def test_a_bad_line_is_named(call, write, line, says):
+    path = write(GOOD, "", line)
+    status, _, error = call("--data", path)
+    assert status == 2
+    assert f"{path}, line 3: " in error and says in error and "Traceback" not in error
+
+
+def test_bad_bytes_are_a_bad_line(call, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff\xfe"}\n')
+    status, _, error = call("--data", path)
+    assert status == 2 and f"{path}, line 2: not JSON in UTF-8" in error
+
+
+@pytest.mark.parametrize(
+    ("pairs", "says"), [(some_pairs(9), "got 9 pairs"), ([GOOD] * 20, "got 20 pairs on 1 prompts"), ([], "got 0 pairs")]
+)
+def test_too_few_pairs(call, write, pairs, says):
+    status, _, error = call("--data", write(*pairs))
+    assert status == 2 and says in error and "wanted at least 10 pairs and 2 prompts" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--variant tdpo1 --alpha 0.5", "alpha"),
+        ("--beta -1", "beta"),
+        ("--backend abacus", "abacus"),
+        ("--lr 0", "--lr"),
+        ("--data /no/such/pairs.jsonl", "/no/such/pairs.jsonl: cannot be read"),
+        ("--model /no/such/model", "--model /no/such/model: not a directory of a Hugging Face model"),
+    ],
+)
+def test_refused_before_any_training(call, arguments, says):
+    status, _, error = call(*arguments.split())
+    assert status == 2 and says in error
+    assert "fine-tuning" not in error and "Traceback" not in error
+
+
+def test_a_model_that_does_not_load(call, write, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    status, _, error = call("--data", write(*some_pairs(40)), "--model", tmp_path)
+    assert status == 2 and f"--model {tmp_path}: does not load as a causal LM" in error
+
+
+def test_own_data_and_own_model(call, write, model_directory, tmp_path):
+    data = write(*some_pairs(40))
+    status, out, _ = call("--data", data, "--model", model_directory, "--steps", 3, "--batch", 4, "--lr", 1e-2)
+    assert status == 0
+    assert "GPT2LMHeadModel" in out and "4 held-out pairs" in out and "sentiment" not in out
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 0
+
+
+def test_own_data_and_the_small_model(call, write):
+    status, out, _ = call("--data", write(*some_pairs(40)), "--steps", 2, "--sft-steps", 2, "--batch", 4)
+    assert status == 0 and "LlamaForCausalLM" in out and "reward accuracy" in out
+
+
+def test_long_pairs_are_cut_with_a_warning(call, write):
+    long = some_pairs(40)
+    long[7]["chosen"] = "warm " * 50
+    arguments = "--steps 1 --sft-steps 1 --batch 4 --max-length 16".split()
+    status, _, error = call("--data", write(*long), *arguments)
+    assert status == 0 and "pairs were cut to 16 tokens" in error
+
+
+def test_a_head_that_is_not_the_models_own_is_refused(demo, model_directory, monkeypatch):
+    model, tokenizer = demo.models.load(model_directory)
+    pair = demo.Pair(demo.prompt_ids(tokenizer, "the barn"), demo.completion_ids(tokenizer, "was warm ."), (1,))
+    batch = demo.collate([pair], 0, torch.device("cpu"))
+    demo.check_head(model, batch)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: _scaled(forward(**inputs)))
+    with pytest.raises(demo.UsageError, match="GPT2LMHeadModel: its logits are not its LM head"):
+        demo.check_head(model, batch)
+
+
+def _scaled(out):
+    out.logits = 1.5 * out.logits
+    return out
+
+
+def test_prompts_are_held_out_whole(demo):
+    from pairs import TextPair
+
+    pairs = [TextPair(f"prompt {i // 3}", "a", "b") for i in range(30)]
+    training, held_out = demo.split_by_prompt(pairs, demo.Random(0))
+    assert len(held_out) == 3 and len(training) == 27
+    assert not {pair.prompt for pair in training} & {pair.prompt for pair in held_out}
+
+
+def test_chosen_rows_come_first_and_only_completions_are_labelled(demo):
+    batch = demo.collate([demo.Pair((5, 6), (7, 1), (8,)), demo.Pair((5,), (9,), (2, 3, 1))], 0, torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 1], [5, 9, 0, 0], [5, 6, 8, 0], [5, 2, 3, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.labels.tolist() == [[-100, -100, 7, 1], [-100, 9, -100, -100], [-100, -100, 8, -100], [-100, 2, 3, 1]]

@@ -1,0 +1,298 @@
+"""Law 6: bugs that users of neighbours reported, each a test here. The several-process ones are elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
+from tdpo_kernels.backends import slab
+
+BACKENDS = ("naive", "tiled")
+EVERYTHING = 2**40
+backends = pytest.mark.parametrize("backend", BACKENDS)
+budgets = pytest.mark.parametrize("budget", [0, EVERYTHING])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: on a shared machine the threads' waiting for each other is ten times the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(slab.TILE, "cpu", (4, 16))
+
+
+def batch(dtype: torch.dtype = torch.float64, rows: int = 2, length: int = 6, D: int = 8, V: int = 37) -> dict:
+    gen = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
+
+    return dict(
+        hidden=randn(rows, length, D).requires_grad_(), head=randn(V, D).requires_grad_(),
+        ref_hidden=randn(rows, length, D), ref_head=randn(V, D),
+        labels=torch.randint(0, V, (rows, length), generator=gen), shift=False,
+    )  # fmt: skip
+
+
+def plain(call: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Eqs. (1) and (2) in plain torch."""
+    log_p = F.linear(call["hidden"], call["head"]).log_softmax(-1)
+    log_q = F.linear(call["ref_hidden"], call["ref_head"]).log_softmax(-1)
+    logp, ref = (x.gather(-1, call["labels"][..., None])[..., 0] for x in (log_p, log_q))
+    return logp, ref, (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def close(got: object, want: object, tol: float = 1e-11) -> None:
+    torch.testing.assert_close(got, want, rtol=tol, atol=tol)
+
+
+def padded_head(weight: Tensor, rows: int, fill: float | None) -> LMHead:
+    """`rows` zero rows more, masked by a bias of `fill` there, or not masked at all."""
+    weight = torch.cat([weight, weight.new_zeros(rows, weight.shape[1])])
+    if fill is None:
+        return LMHead(weight)
+    bias = weight.new_zeros(len(weight))
+    bias[len(bias) - rows :] = fill
+    return LMHead(weight, bias)
+
+
+@backends
+@budgets
+@pytest.mark.parametrize("rows", [1, 11, 40])
+@pytest.mark.parametrize("fill", [-math.inf, -1e4])
+def test_padded_vocabulary_masked_by_its_bias_is_none(backend: str, budget: int, rows: int, fill: float, small_tiles):
+    """verl #5349, Liger's distillation: phantom rows take probability."""
+    call = batch()
+    options = dict(backend=backend, memory_budget=budget)
+    masked = {name: padded_head(call[name], rows, fill) for name in ("head", "ref_head")}
+    a, b = token_stats(**call, **options), token_stats(**call | masked, **options)
+    close((b.logp, b.ref_logp, b.kl), (a.logp, a.ref_logp, a.kl))
+    leaves = call["hidden"], call["head"]
+    g_a, g_b = (torch.autograd.grad((s.logp - 2 * s.kl).sum(), leaves) for s in (a, b))
+    close(g_b, g_a)
+
+
+def masked_gradients(backend: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of a head's weight and bias whose last 40 rows are ruled out."""
+    call = batch(dtype)
+    head = padded_head(call["head"].detach(), 40, -math.inf)
+    head.weight.requires_grad_(), head.bias.requires_grad_()
+    masked = {"head": head, "ref_head": padded_head(call["ref_head"], 40, -math.inf)}
+    fused_tdpo_loss(**call | masked, backend=backend).loss.backward()
+    assert head.weight.grad[:37].ne(0).any(-1).all()
+    return head.weight.grad, head.bias.grad
+
+
+@backends
+def test_masked_rows_get_exactly_no_gradient(backend: str, small_tiles):
+    assert all(g[37:].eq(0).all() for g in masked_gradients(backend, torch.float32))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_masked_rows_get_next_to_no_gradient(backend: str, dtype: torch.dtype, small_tiles):
+    assert all(g[37:].abs().max() <= 1e-10 * g.abs().max() for g in masked_gradients(backend, dtype))
+
+
+@backends
+def test_unmasked_padding_is_phantom_mass(backend: str):
+    """Zero rows are logits of 0: the library must not guess that they are padding, and says what they cost."""
+    call = batch()
+    bare = {name: padded_head(call[name], 11, None) for name in ("head", "ref_head")}
+    a, b = token_stats(**call, backend=backend), token_stats(**call | bare, backend=backend)
+    lse = F.linear(call["hidden"], call["head"]).logsumexp(-1)
+    close(b.logp, a.logp + lse - torch.logaddexp(lse, torch.tensor(11.0).double().log()))
+    assert (b.logp < a.logp - 1e-3).all()
+
+
+@backends
+@pytest.mark.parametrize("masked", ["head", "ref_head"])
+def test_padding_masked_on_one_side_only(backend: str, masked: str, small_tiles):
+    """Where only the policy rules a token out the KL is infinite; where only the reference does, it has no term."""
+    call = batch()
+    heads = {n: padded_head(call[n].detach(), 11, -math.inf if n == masked else None) for n in ("head", "ref_head")}
+    stats = token_stats(**call | heads, backend=backend)
+    assert stats.logp.isfinite().all() and stats.ref_logp.isfinite().all()
+    assert stats.kl.eq(math.inf).all() if masked == "head" else (stats.kl.isfinite().all() and stats.kl.gt(0).all())
+
+
+@backends
+@pytest.mark.parametrize("as_linear", [True, False])
+def test_bias_is_honoured_in_values_and_gradients(backend: str, as_linear: bool):
+    """CCE #52: a bias that is silently ignored."""
+    call = batch()
+    linear = nn.Linear(8, 37).double()
+    nn.init.normal_(linear.bias)
+    head = linear if as_linear else LMHead(linear.weight, linear.bias)
+    got = token_stats(**call | {"head": head}, backend=backend)
+    ones = torch.ones(2, 6, 1, dtype=torch.float64)
+    folded = {
+        "hidden": torch.cat([call["hidden"], ones], -1),
+        "head": torch.cat([linear.weight, linear.bias[:, None]], 1),
+    }
+    logp, _, kl = plain(call | folded)
+    close((got.logp, got.kl), (logp, kl))
+    leaves = linear.weight, linear.bias
+    close(torch.autograd.grad((got.logp + got.kl).sum(), leaves), torch.autograd.grad((logp + kl).sum(), leaves))
+    assert (got.logp - token_stats(**call | {"head": linear.weight}, backend=backend).logp).abs().min() > 1e-6
+
+
+@backends
+def test_reference_bias_is_honoured(backend: str):
+    call = batch()
+    bias = torch.linspace(-2, 2, 37).double()
+    got = token_stats(**call | {"ref_head": LMHead(call["ref_head"], bias)}, backend=backend)
+    log_p = F.linear(call["hidden"], call["head"]).log_softmax(-1)
+    log_q = F.linear(call["ref_hidden"], call["ref_head"], bias).log_softmax(-1)
+    close(got.kl, (log_q.exp() * (log_q - log_p)).sum(-1))
+
+
+@backends
+@budgets
+def test_cotangents_may_differ_from_token_to_token(backend: str, budget: int, small_tiles):
+    """Liger #1298: gradients made in the forward with one scalar in mind are wrong under per-token weights."""
+    call = batch()
+    leaves = call["hidden"], call["head"]
+    u, v = torch.randn(2, 2, 6, dtype=torch.float64)
+    u[0, 0], v[1, 2], u[1, 3], v[1, 3] = 0, 0, 1e6, -1e-6
+    stats, (logp, _, kl) = token_stats(**call, backend=backend, memory_budget=budget), plain(call)
+    got = torch.autograd.grad([stats.logp, stats.kl], leaves, [u, v])
+    close(got, torch.autograd.grad([logp, kl], leaves, [u, v]), 1e-9)
+
+
+@backends
+@budgets
+@pytest.mark.parametrize("gap", [104.0, 1e3, 1e5])
+@pytest.mark.parametrize("who", ["hidden", "ref_hidden", "both"])
+def test_a_logit_gap_of_104_is_no_nan(backend: str, budget: int, gap: float, who: str):
+    """In fp32 e^-104 is 0, and softmax().log() is -inf: its product with 0 is NaN."""
+    call = batch(torch.float32, D=2, V=20)
+    call |= {"head": torch.zeros(20, 2), "ref_head": torch.zeros(20, 2)}
+    call["head"][0, 0] = call["ref_head"][0, 0] = 1.0
+    call["head"].requires_grad_()
+    peaked, flat = torch.zeros(2, 6, 2), torch.zeros(2, 6, 2)
+    peaked[..., 0] = gap
+    call["hidden"] = (flat if who == "ref_hidden" else peaked).clone().requires_grad_()
+    call["ref_hidden"] = flat if who == "hidden" else peaked
+    stats = token_stats(**call, backend=backend, memory_budget=budget)
+    exact = {n: call[n].detach().double() for n in ("hidden", "head", "ref_hidden", "ref_head")}
+    logp, ref, kl = plain(call | exact)
+    close((stats.logp.double(), stats.ref_logp.double(), stats.kl.double()), (logp, ref, kl), 1e-5)
+    grads = torch.autograd.grad((stats.logp - stats.kl).sum(), (call["hidden"], call["head"]))
+    assert all(g.isfinite().all() for g in grads)
+
+
+@backends
+@budgets
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_nan_in_a_masked_prompt_row_stays_there(backend: str, budget: int, dtype: torch.dtype):
+    """NaN x 0 is NaN: a mask that multiplies does not mask."""
+    call = batch(dtype)
+    call["labels"][:, :3] = -100
+    clean = fused_tdpo_loss(**call, backend=backend, memory_budget=budget)
+    want = torch.autograd.grad(clean.loss, (call["hidden"], call["head"]))
+    for name in ("hidden", "ref_hidden"):
+        call[name] = call[name].detach().clone()
+        call[name][:, :2], call[name][:, 2] = math.nan, math.inf
+    call["hidden"].requires_grad_()
+    out = fused_tdpo_loss(**call, backend=backend, memory_budget=budget)
+    got = torch.autograd.grad(out.loss, (call["hidden"], call["head"]))
+    assert torch.equal(out.loss, clean.loss)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert got[0][:, :3].eq(0).all()
+
+
+@budgets
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("which", ["rows", "columns"])
+def test_sixteen_bit_gradients_are_summed_in_fp32(budget: int, dtype: torch.dtype, which: str, monkeypatch):
+    """Liger #512 and #1472, Megatron #2739, xtuner #1747: 64 partial sums in bf16 lose what one fp32 sum keeps."""
+    monkeypatch.setitem(slab.TILE, "cpu", (16, 2048) if which == "rows" else (2048, 16))
+    call = batch(dtype, rows=2, length=512 if which == "rows" else 32, V=64 if which == "rows" else 1024)
+    call["hidden"] = (call["hidden"].detach().abs() * 0.1).requires_grad_()  # one sign: partial sums grow
+    exact = {n: call[n].detach().double() for n in ("hidden", "head", "ref_hidden", "ref_head")}
+    exact["hidden"].requires_grad_(), exact["head"].requires_grad_()
+    logp, _, kl = plain(call | exact)
+    index = 1 if which == "rows" else 0
+    leaves = (call["hidden"], call["head"])[index], (exact["hidden"], exact["head"])[index]
+    want = torch.autograd.grad((logp - kl).sum(), leaves[1])[0]
+    stats = token_stats(**call, memory_budget=budget)
+    got = torch.autograd.grad((stats.logp - stats.kl).sum(), leaves[0])[0]
+    error = (got.double() - want).norm() / want.norm()
+    assert error <= 2 * (want.to(dtype).double() - want).norm() / want.norm() + 2e-3
+
+
+@budgets
+def test_small_contributions_survive_behind_large_ones(budget: int, monkeypatch):
+    """In bf16 256 + 1 is 256: of one block of large rows and 64 of small ones, only the first would be left."""
+    monkeypatch.setitem(slab.TILE, "cpu", (16, 64))
+    call = batch(torch.bfloat16, rows=1, length=16 * 65, D=4, V=2)
+    hidden = torch.zeros(1, 16 * 65, 4)
+    hidden[0, :16, 0], hidden[0, 16:, 0] = 16.0, 0.0625
+    call |= {"hidden": hidden.bfloat16(), "head": torch.zeros(2, 4).bfloat16().requires_grad_()}
+    call["labels"] = torch.zeros(1, 16 * 65).long()
+    stats = token_stats(**call, memory_budget=budget)
+    (g,) = torch.autograd.grad(stats.logp.sum(), call["head"])
+    want = 0.5 * (16 * 16.0 + 64 * 16 * 0.0625)
+    assert g[0, 0].item() == pytest.approx(want, rel=2**-8) and g[1, 0].item() == pytest.approx(-want, rel=2**-8)
+
+
+EDGES = [0, 1, 15, 16, 17, 31, 32, 35, 36]
+
+
+@backends
+@budgets
+@pytest.mark.parametrize("extra", [{}, {"softcap": 4.0}], ids=["plain", "softcap"])
+def test_labels_at_every_edge_of_a_tile(backend: str, budget: int, extra: dict, small_tiles):
+    """CCE #59: a label that equals the sentinel of "not in this tile"."""
+    call = batch(length=len(EDGES))
+    call["labels"] = torch.tensor([EDGES, EDGES[::-1]])
+    capped = {n: LMHead(call[n], **extra) for n in ("head", "ref_head")}
+    stats = token_stats(**call | capped, backend=backend, memory_budget=budget)
+    cap = extra.get("softcap")
+    z, r = (F.linear(call[h], call[w]) for h, w in (("hidden", "head"), ("ref_hidden", "ref_head")))
+    z, r = (x if cap is None else cap * torch.tanh(x / cap) for x in (z, r))
+    log_p, log_q = z.log_softmax(-1), r.log_softmax(-1)
+    logp, ref = (x.gather(-1, call["labels"][..., None])[..., 0] for x in (log_p, log_q))
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    close((stats.logp, stats.ref_logp, stats.kl), (logp, ref, kl))
+    leaves = call["hidden"], call["head"]
+    for a, b in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, -0.5)):
+        got = torch.autograd.grad((a * stats.logp + b * stats.kl).sum(), leaves, retain_graph=True)
+        close(got, torch.autograd.grad((a * logp + b * kl).sum(), leaves, retain_graph=True))
+
+
+@backends
+@pytest.mark.parametrize("ignore_index", [15, 16, 36, 0, 37, -1])
+def test_ignore_index_at_a_tile_s_edge_is_only_an_ignore_index(backend: str, ignore_index: int, small_tiles):
+    call = batch()
+    labels = torch.where(call["labels"] == ignore_index, 5, call["labels"])
+    labels[:, 2] = -100
+    a = fused_tdpo_loss(**call | {"labels": labels}, backend=backend)
+    other = torch.where(labels == -100, ignore_index, labels)
+    b = fused_tdpo_loss(**call | {"labels": other}, ignore_index=ignore_index, backend=backend)
+    assert torch.equal(a.loss, b.loss)
+
+
+@backends
+def test_every_label_in_one_column_or_one_tile(backend: str, small_tiles):
+    for label in (0, 16, 36):
+        call = batch()
+        call["labels"].fill_(label)
+        stats, (logp, ref, kl) = token_stats(**call, backend=backend), plain(call)
+        close((stats.logp, stats.ref_logp, stats.kl), (logp, ref, kl))
+        leaf = call["head"]
+        (got,) = torch.autograd.grad((stats.logp + stats.kl).sum(), leaf)
+        (want,) = torch.autograd.grad((logp + kl).sum(), leaf)
+        close(got, want)

@@ -1,0 +1,197 @@
+"""The scalar oracle, the float64 reference, the loss, and the truth the laws are judged by say the same thing."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+from cases import CASES, cotangents
+from closeness import truth
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tdpo_kernels import LMHead, TokenStats, reference
+from tdpo_kernels.loss import preference_loss
+
+F64 = torch.float64
+
+
+def close(found, want: float, scale: float = 1.0) -> bool:
+    if math.isinf(want):
+        return bool(found == want)
+    have = float(found.detach() if isinstance(found, Tensor) else found)
+    return abs(have - want) <= 1e-12 * max(1.0, abs(want), scale)
+
+
+numbers = st.floats(-3, 3, width=32)
+nasty = st.one_of(
+    numbers, st.sampled_from([0.0, 1e-8, -1e-8, 50.0, -50.0, 104.0, -104.0, -300.0, 300.0, 1000.0, -1000.0, -math.inf])
+)
+
+
+@st.composite
+def row_pairs(draw):
+    """z, r and a label both models allow."""
+    V = draw(st.integers(1, 9))
+    z = draw(st.lists(nasty, min_size=V, max_size=V))
+    apart = draw(st.one_of(st.none(), st.sampled_from([0.0, 1e-9, 1e-6, 1e-3])))
+    r = draw(st.lists(nasty, min_size=V, max_size=V))
+    if apart is not None:
+        r = [a + apart * (i % 3) for i, a in enumerate(z)]
+    label = draw(st.integers(0, V - 1))
+    z[label], r[label] = (x if math.isfinite(x) else 0.5 for x in (z[label], r[label]))
+    return z, r, label
+
+
+@given(row_pairs())
+def test_statistics_are_the_oracles(rows):
+    z, r, label = rows
+    values = reference.statistics(torch.tensor([z], dtype=F64), torch.tensor([r], dtype=F64), torch.tensor([label]))
+    wants = oracle.logp(z, label), oracle.logp(r, label), oracle.kl(z, r)
+    scale = max(abs(x) for x in (*z, *r) if math.isfinite(x))
+    assert all(close(x, want, scale) for x, want in zip(values, wants, strict=True))
+
+
+@given(row_pairs())
+def test_kl_of_the_reference_has_relative_accuracy(rows):
+    z, r, _ = rows
+    want = oracle.kl(z, r)
+    have = reference.forward_kl(*(torch.tensor([x], dtype=F64).log_softmax(-1) for x in (z, r))).item()
+    scale = max(abs(x) for x in (*z, *r) if math.isfinite(x)) + 1
+    rounding = 1e-15 * scale  # of a logit: moves the KL by its product with sqrt(KL), and by its square
+    assert have == want or abs(have - want) <= 1e-9 * want + rounding**2 + rounding * math.sqrt(want)
+
+
+@given(row_pairs(), st.tuples(numbers, numbers))
+def test_gradient_of_the_reference_is_equation_6(rows, cotangent):
+    z, r, label = rows
+    if math.isinf(oracle.kl(z, r)):
+        return
+    x = torch.tensor([z], dtype=F64, requires_grad=True)
+    logp, _, kl = reference.statistics(x, torch.tensor([r], dtype=F64), torch.tensor([label]))
+    (grad,) = torch.autograd.grad((logp, kl), x, [torch.tensor([g], dtype=F64) for g in cotangent])
+    want = oracle.dz(z, r, label, *cotangent)
+    scale = max(abs(x) for x in (*z, *r) if math.isfinite(x))
+    assert all(close(g, w, scale) for g, w in zip(grad[0], want, strict=True))
+    assert abs(math.fsum(want)) <= 1e-12 * max(scale, 1.0)
+
+
+@given(
+    st.integers(0, 10**6), st.booleans(), st.sampled_from([1.0, 0.7, -2.0]), st.sampled_from([None, 0.5, 30.0])
+)  # fmt: skip
+def test_logits_are_the_oracles(seed, has_bias, scale, softcap):
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (3 * torch.randn(*shape, generator=g, dtype=F64) for shape in ((3, 5), (7, 5), (7,)))
+    head = LMHead(weight, bias if has_bias else None, scale, softcap)
+    want = [
+        oracle.logits(h, weight.tolist(), bias.tolist() if has_bias else None, scale, softcap) for h in hidden.tolist()
+    ]
+    assert torch.allclose(reference.logits(hidden, head, F64), torch.tensor(want, dtype=F64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "case", ("scaled", "near_equal", "peaked_30", "offset_1000", "ruled_out", "sure_of_different_tokens", "softcap")
+)
+def test_truth_of_the_laws_is_the_oracle(case):
+    problem = CASES[case]().problem(F64)
+    cotangent = cotangents("general", problem.labels)
+    true = truth(problem, cotangent)
+    at, by = (x.tolist() for x in problem.rows())
+    for t in (0, len(at) // 2, len(at) - 1):
+        z, r = (
+            oracle.logits(
+                h.flatten(0, 1)[by[t]].tolist(), head.weight.tolist(),
+                None if head.bias is None else head.bias.tolist(),
+                head.logit_scale, head.softcap,
+            )
+            for h, head in ((problem.hidden, problem.head), (problem.ref_hidden, problem.ref_head))
+        )  # fmt: skip
+        label = int(problem.labels.flatten()[at[t]])
+        scale = 1000.0 if case == "offset_1000" else 100.0
+        values = true.result.logp[t], true.result.ref_logp[t], true.result.kl[t]
+        assert all(
+            close(x, w, scale)
+            for x, w in zip(values, (oracle.logp(z, label), oracle.logp(r, label), oracle.kl(z, r)), strict=True)
+        )
+        want = oracle.dz(z, r, label, *(float(g.flatten()[at[t]]) for g in cotangent))
+        assert all(close(x, w, scale) for x, w in zip(true.dz[t], want, strict=True))
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def random_stats(pairs: int = 3, length: int = 5, size: float = 1.0, seed: int = 0) -> TokenStats:
+    g = torch.Generator().manual_seed(seed)
+    logp, ref_logp = (-size * torch.rand(2 * pairs, length, generator=g, dtype=F64) for _ in range(2))
+    kl = size * torch.rand(2 * pairs, length, generator=g, dtype=F64)
+    return TokenStats(logp.requires_grad_(), ref_logp, kl.requires_grad_())
+
+
+def run(stats: TokenStats, **options) -> tuple[Tensor, Tensor, Tensor]:
+    out = preference_loss(stats, **dict(dict(beta=0.1, alpha=0.5, variant="tdpo2", reduction="sum"), **options))
+    return out, *torch.autograd.grad(out.loss.sum(), (stats.logp, stats.kl), materialize_grads=True)
+
+
+@given(
+    seed=st.integers(0, 10**6), size=st.sampled_from([0.0, 0.1, 3.0, 400.0]), beta=st.sampled_from([0.01, 0.1, 2.0]),
+    alpha=st.sampled_from([0.0, 0.5, 1.0, 3.0]), variant=st.sampled_from(["tdpo1", "tdpo2"]),
+)  # fmt: skip
+def test_loss_rewards_and_cotangents_are_the_oracles(seed, size, beta, alpha, variant):
+    stats = random_stats(size=size, seed=seed)
+    out, g_logp, g_kl = run(stats, beta=beta, alpha=alpha, variant=variant, reduction="none")
+    sides = [oracle.Sequence_(*(x[i].tolist() for x in (stats.logp, stats.ref_logp, stats.kl))) for i in range(6)]
+    for i in range(3):
+        want = oracle.pair(sides[i], sides[i + 3], beta, alpha, variant)
+        assert close(out.loss[i], want.loss, size)
+        assert close(out.chosen_rewards[i], want.chosen_reward, size) and close(
+            out.rejected_rewards[i], want.rejected_reward, size
+        )
+        assert close(out.chosen_logps[i], math.fsum(sides[i].logp), size) and close(
+            out.rejected_kl[i], math.fsum(sides[i + 3].kl), size
+        )
+        assert close(out.ref_rejected_logps[i], math.fsum(sides[i + 3].ref_logp), size)
+        for row, (a, b) in ((i, want.g_chosen), (i + 3, want.g_rejected)):
+            assert all(close(x, a) for x in g_logp[row]) and all(close(x, b) for x in g_kl[row])
+
+
+def test_reductions_are_over_pairs():
+    stats = random_stats()
+    each = run(stats, reduction="none")[0].loss
+    assert each.shape == (3,)
+    assert torch.equal(run(stats, reduction="sum")[0].loss, each.sum()) and torch.equal(
+        run(stats, reduction="mean")[0].loss, each.mean()
+    )
+
+
+def test_packed_sequences_sum_like_padded_ones():
+    stats = random_stats()
+    flat = TokenStats(*(x.detach().flatten().requires_grad_() for x in (stats.logp, stats.ref_logp, stats.kl)))
+    padded, packed = run(stats), run(flat, cu_seqlens=torch.arange(0, 31, 5, dtype=torch.int32))
+    assert torch.allclose(padded[0].loss, packed[0].loss, rtol=1e-14, atol=0)
+    assert all(torch.allclose(a.flatten(), b, rtol=1e-14, atol=0) for a, b in zip(padded[1:], packed[1:], strict=True))
+
+
+def test_alpha_zero_is_dpo_to_the_bit():
+    stats = random_stats()
+    out, g_logp, g_kl = run(stats, alpha=0.0, reduction="mean")
+    m_w, m_l = (stats.logp - stats.ref_logp).sum(-1).chunk(2)
+    dpo = -torch.nn.functional.logsigmoid(0.1 * (m_w - m_l)).mean()
+    (want,) = torch.autograd.grad(dpo, stats.logp)
+    assert torch.equal(out.loss, dpo) and torch.equal(g_logp, want)
+    assert not g_kl.count_nonzero()
+
+
+def test_tdpo1_is_not_tdpo2_with_alpha_1():
+    """Equal value; TDPO1 sends a gradient through the chosen KL, TDPO2 stops it there."""
+    stats = random_stats()
+    (one, logp_1, kl_1), (two, logp_2, kl_2) = run(stats, variant="tdpo1"), run(stats, alpha=1.0)
+    assert torch.equal(one.loss, two.loss) and torch.equal(logp_1, logp_2)
+    assert kl_1[:3].all() and not kl_2[:3].count_nonzero() and torch.equal(kl_1[3:], kl_2[3:])
+
+
+def test_rewards_and_sums_are_detached():
+    out = run(random_stats())[0]
+    assert not any(x.requires_grad for name, x in vars(out).items() if name != "loss")
