@@ -155,7 +155,11 @@ def check_options(ignore_index: int | None, shift: bool, extras: tuple[str, ...]
         raise TypeError(f"shift: got {seen(shift)}, wanted True or False")
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
         raise ValueError(f"memory_budget: got {seen(memory_budget)}, wanted a number of bytes >= 0")
-    if not isinstance(extras, (tuple, list)) or len(set(map(str, extras))) < len(extras) or set(extras) - set(EXTRAS):
+    if (
+        not isinstance(extras, (tuple, list))
+        or len(set(map(repr, extras))) < len(extras)
+        or any(x not in EXTRAS for x in extras)
+    ):
         raise ValueError(f"extras: got {extras!r}, wanted a tuple of different names from {', '.join(EXTRAS)}")
 
 

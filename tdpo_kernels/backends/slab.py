@@ -13,7 +13,7 @@ from ..types import Inputs, Model
 from .products import SIXTEEN_BIT, backward_operand_dtype, forward_operand_dtype
 
 WORKSPACE = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # bytes of tiles and gathered operands held at once
-TILE = {"cpu": (512, 2048), "cuda": (2048, 4096)}  # rows x columns where the workspace allows
+TILE = {"cpu": (1024, 1024), "cuda": (2048, 4096)}  # rows x columns where the workspace allows
 SMALLEST = 64
 
 
@@ -45,19 +45,35 @@ def _even(length: int, most: int, multiple: int) -> int:
 
 
 def make_grid(inputs: Inputs) -> Grid:
-    T, (V, D) = inputs.rows.count, inputs.policy.head.weight.shape
-    widest = max(D, inputs.reference.hidden.shape[1])
-    device, size = inputs.policy.hidden.device.type, inputs.stats_dtype.itemsize
+    device = inputs.policy.hidden.device.type
     workspace = WORKSPACE.get(device, WORKSPACE["cpu"])
     R, C = TILE.get(device, TILE["cpu"])
-
-    def held(R: int, C: int) -> int:
-        """Five tiles; gathered hidden rows, a partial dh; widened weight columns, a dW accumulator."""
-        return size * (5 * R * C + 4 * R * widest + 3 * C * widest)
-
-    while held(R, C) > workspace and max(R, C) > SMALLEST:
+    per_tile, per_row, per_col = _held(inputs)
+    while per_tile * R * C + per_row * R + per_col * C > workspace and max(R, C) > SMALLEST:
         R, C = (R, C // 2) if C > R else (R // 2, C)
+    T, V = inputs.rows.count, inputs.policy.head.weight.shape[0]
     return Grid(T, V, _even(T, R, 1), _even(V, C, 16))
+
+
+def _held(inputs: Inputs) -> tuple[int, int, int]:
+    """Bytes of workspace per entry of a tile, per row and per column: tiles, copies of operands, partial gradients."""
+    stats = inputs.stats_dtype
+    per_tile = stats.itemsize * (5 if inputs.policy.head.softcap is None else 6)
+    per_row = per_col = 0
+    for side in (inputs.policy, inputs.reference):
+        width = side.hidden.shape[1]
+        gathered = 0 if inputs.rows.hidden_T is None else side.hidden.dtype.itemsize
+        per_row += width * (gathered + _copies(side.hidden.dtype, side.dtype, stats))
+        per_col += width * _copies(side.head.weight.dtype, side.dtype, stats)
+    if inputs.policy.dtype in SIXTEEN_BIT:
+        per_tile += inputs.policy.dtype.itemsize  # dz for the products
+    partial = inputs.policy.hidden.shape[1] * stats.itemsize
+    return per_tile, per_row + 2 * partial, per_col + partial
+
+
+def _copies(source: torch.dtype, compute: torch.dtype, stats: torch.dtype) -> int:
+    """Bytes per element of what rounding to `compute` and widening to `stats` copies."""
+    return (compute.itemsize if compute != source else 0) + (stats.itemsize if stats != compute else 0)
 
 
 class Workspace:
