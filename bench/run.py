@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from . import gate, measure, memory
 from .conditions import Conditions, Neighbours
 from .problem import make_problem
-from .providers import FLOOR, PROVIDERS
+from .providers import FLOOR, FLOORS, PROVIDERS
 from .rows import Row
 from .shapes import Shape
 
@@ -36,7 +36,7 @@ def run(
 
 def _before_timing(shape: Shape, dtype: str, name: str) -> dict:
     """What is known of a contender before it is timed; a note says why it will not be."""
-    if name == FLOOR:  # computes nothing that could be right or wrong, or that needs memory
+    if name in FLOORS:
         return {}
     if reason := PROVIDERS[name].available():
         return {"note": f"skipped: {reason}"}

@@ -78,6 +78,7 @@ class TDPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_loss(beta, alpha, variant, reduction)
+        checks.check_options(ignore_index, shift, (), memory_budget)
         self.options = dict(
             beta=beta, alpha=alpha, variant=variant, ignore_index=ignore_index, shift=shift,
             reduction=reduction, backend=backend, memory_budget=memory_budget,

@@ -140,7 +140,8 @@ def test_no_float32_copy_of_a_whole_matrix():
     assert ledger(call, 0).largest < 16384 * 256 * 2
 
 
-def test_ignored_rows_are_not_gathered_all_at_once():
+def test_ignored_rows_are_not_gathered_all_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(slab.TILE, "cpu", (256, 512))
     call = batch(4096, 64, 512)
     call["labels"][:, ::2] = -100
     call["head"].requires_grad_(False)

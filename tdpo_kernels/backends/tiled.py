@@ -114,16 +114,16 @@ def backward(
     grid, work = make_grid(inputs), Workspace(inputs.policy.hidden.device)
     sides, stage = _sides(inputs, work), Stage(inputs, grid, flat, stage_rows)
     coefficients = Coefficients(inputs, grid, tuple(row_values), g_logp_T, g_kl_T)
-    rows = [(i, s, n) for i, s, n in blocks(grid.row_blocks()) if coefficients.kinds[i] is not Kind.NOTHING]
-    cols = list(blocks(grid.col_blocks()))
+    rows, cols = list(blocks(grid.row_blocks())), list(blocks(grid.col_blocks()))
     sums = _Sums(inputs, grid, needs, sides[0], coefficients.scale)
     for outer in cols if sums.columns_outer else rows:
         for inner in rows if sums.columns_outer else cols:
             (i, row, R), (k, col, C) = (inner, outer) if sums.columns_outer else (outer, inner)
-            staged = stage.tile(i, k, R, C)
-            sums.add(_dz(inputs, coefficients, sides, staged, coefficients.kinds[i], row, col), row, col)
+            kind = coefficients.kinds[i]
+            if kind is not Kind.NOTHING:
+                sums.add(_dz(inputs, coefficients, sides, stage.tile(i, k, R, C), kind, row, col), row, col)
         sums.close_outer(outer[1])
-    return sums.close([s for _, s, _ in (rows if sums.columns_outer else cols)])
+    return sums.close_inner()
 
 
 def _dz(
@@ -164,12 +164,11 @@ class _Sums:
         self.columns_outer = needs.weight and grid.T <= grid.V
         hidden, head = inputs.policy.hidden, inputs.policy.head
         held_rows, held_cols = (grid.T, grid.C) if self.columns_outer else (grid.R, grid.V)
-        self.hidden_grad = torch.zeros_like(hidden) if needs.hidden else None
-        self.weight_grad = torch.zeros_like(head.weight) if needs.weight else None
         self.bias_sum = hidden.new_zeros(grid.V, dtype=dtype) if needs.bias else None
         self.bias_dtype = head.weight.dtype
-        self.hidden = GradientSum(self.hidden_grad, inputs.rows.hidden_T, dtype, held_rows) if needs.hidden else None
-        self.weight = GradientSum(self.weight_grad, None, dtype, held_cols) if needs.weight else None
+        self.hidden = GradientSum(hidden, inputs.rows.hidden_T, dtype, held_rows) if needs.hidden else None
+        self.weight = GradientSum(head.weight, None, dtype, held_cols) if needs.weight else None
+        self.row_blocks, self.col_blocks = grid.row_blocks(), grid.col_blocks()
 
     def add(self, dz_RC: Tensor, rows: slice, cols: slice) -> None:
         if self.bias_sum is not None:
@@ -186,12 +185,12 @@ class _Sums:
         if outer is not None:
             outer.close(block)
 
-    def close(self, inner_blocks: list[slice]) -> Gradients:
-        inner = self.hidden if self.columns_outer else self.weight
-        for block in inner_blocks if inner is not None else ():
+    def close_inner(self) -> Gradients:
+        inner, every = (self.hidden, self.row_blocks) if self.columns_outer else (self.weight, self.col_blocks)
+        for block in every if inner is not None else ():
             inner.close(block)
         bias = None if self.bias_sum is None else self.bias_sum.to(self.bias_dtype)
-        return Gradients(self.hidden_grad, self.weight_grad, bias)
+        return Gradients(*(None if x is None else x.grad for x in (self.hidden, self.weight)), bias)
 
 
 def _sides(inputs: Inputs, work: Workspace) -> tuple[Side, Side]:
