@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-EVERYONE = ("floor", "floor@out", "eager", "compiled", "ours@all", "ours@300MB", "ours@0")
+EVERYONE = ("floor", "floor-out", "eager", "compiled", "ours@all", "ours@300MB", "ours@0")
 NO_COMPILER = ("floor", "eager", "ours@all", "ours@0")
 
 

@@ -25,7 +25,7 @@ class Provider(Protocol):
 
 PROVIDERS: dict[str, Provider] = {
     "floor": floor.Floor(),
-    "floor@out": floor.FloorOut(),
+    "floor-out": floor.FloorOut(),
     "eager": eager.Eager(),
     "compiled": compiled.Compiled(),
     "ours@all": ours.Ours("all", 2**40),  # more than any shape has to stage
@@ -33,4 +33,4 @@ PROVIDERS: dict[str, Provider] = {
     "ours@0": ours.Ours("0", 0),
 }
 FLOOR = "floor"
-FLOORS = ("floor", "floor@out")  # compute nothing that could be right or wrong, or that needs memory
+FLOORS = ("floor", "floor-out")  # compute nothing that could be right or wrong, or that needs memory

@@ -35,7 +35,7 @@ class Floor:
 class FloorOut:
     """The same into buffers touched beforehand: no page faults either, which no training step is spared."""
 
-    name = "floor@out"
+    name = "floor-out"
 
     def available(self) -> str | None:
         return None
