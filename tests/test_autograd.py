@@ -20,15 +20,6 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 budgets = pytest.mark.parametrize("budget", [0, 1200, EVERYTHING])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a shared machine the threads' waiting for each other is ten times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch):
     """Tiles of 3 x 16: several of them, and a short last one, in a few rows and columns."""

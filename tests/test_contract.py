@@ -23,15 +23,6 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 variants = pytest.mark.parametrize("options", [{"variant": "tdpo1"}, {"alpha": 0.7}, {"alpha": 0.0}, {}], ids=str)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a shared machine the threads' waiting for each other is ten times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch):
     """Tiles of 5 x 16, so that a few rows already cross row blocks and column blocks."""

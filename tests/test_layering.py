@@ -36,15 +36,6 @@ PUBLIC = ["LMHead", "TDPOLoss", "TDPOOutput", "TokenStats", "fused_tdpo_loss", "
 ALLOWED = {"torch", "triton"} | set(sys.stdlib_module_names)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a shared machine the threads' waiting for each other is ten times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -22,15 +22,6 @@ WORKSPACE = 64 * MIB  # a CPU's, DESIGN section 4
 BUDGET = 24 * MIB
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a shared machine the threads' waiting for each other is ten times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Ledger(TorchDispatchMode):
     """Every storage made under it: the largest, and the most bytes that were alive at once."""
 

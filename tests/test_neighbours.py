@@ -18,15 +18,6 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 budgets = pytest.mark.parametrize("budget", [0, EVERYTHING])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a shared machine the threads' waiting for each other is ten times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(slab.TILE, "cpu", (4, 16))
