@@ -1,0 +1,84 @@
+"""The states of all parts of the vocabulary into the statistics of each row; and what backward wants of staged tiles.
+
+Row values are ``(ROWS, stride)``: m_z, m_r, lse_z, lse_r, lse_diff (`math.py`), kl, logp, ref_logp, label_ratio: what
+delta' is at the label; and the extras: entropy, the sum of the logits, is_argmax.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import empty_state, finish, kl_of, lse_diff_of, merge, moved_extras, part_weights
+from .stats import STATE, load_state
+
+ROWS = tl.constexpr(12)
+
+
+@triton.jit
+def merge_states(
+    states, out, weights, T, parts, staged, stride_out, stride_weights, R: tl.constexpr, EXTRAS: tl.constexpr
+):
+    """`states` ``(parts, STATE, T)`` to `out` ``(ROWS, stride_out)``, in order of parts: the same bits every time.
+
+    Of the first `staged` parts `math.part_weights` go to `weights` ``(staged, 3, stride_weights)``.
+    """
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    inside = rows < T
+    m_z, s_z, m_r, s_r, mean, M = empty_state(rows.to(tl.float32))
+    z_y = tl.zeros((R,), tl.float32)
+    r_y = tl.zeros((R,), tl.float32)
+    total = tl.zeros((R,), tl.float32)
+    weighted = tl.zeros((R,), tl.float32)
+    part = states
+    for _ in range(parts):
+        n_z, t_z, n_r, t_r, other_mean, N, z_label, r_label = load_state(part, rows, T)
+        if EXTRAS:
+            total += tl.load(part + 8 * T + rows, mask=inside, other=0.0)
+            part_weighted = tl.load(part + 9 * T + rows, mask=inside, other=0.0)
+            top_z = tl.maximum(m_z, n_z)
+            weighted = moved_extras(m_z, s_z, weighted, top_z) + moved_extras(n_z, t_z, part_weighted, top_z)
+        m_z, s_z, m_r, s_r, mean, M = merge(m_z, s_z, m_r, s_r, mean, M, n_z, t_z, n_r, t_r, other_mean, N)
+        z_y += z_label
+        r_y += r_label
+        part += STATE * T
+    lse_z, lse_r, phi = finish(s_z, s_r, M)
+    kl = kl_of(lse_z, lse_r, mean, phi)
+    lse_diff = lse_diff_of(lse_z, lse_r, mean, phi)
+    tl.store(out + rows, m_z, mask=inside)
+    tl.store(out + stride_out + rows, m_r, mask=inside)
+    tl.store(out + 2 * stride_out + rows, lse_z, mask=inside)
+    tl.store(out + 3 * stride_out + rows, lse_r, mask=inside)
+    tl.store(out + 4 * stride_out + rows, lse_diff, mask=inside)
+    tl.store(out + 5 * stride_out + rows, kl, mask=inside)
+    tl.store(out + 6 * stride_out + rows, (z_y - m_z) - lse_z, mask=inside)
+    tl.store(out + 7 * stride_out + rows, (r_y - m_r) - lse_r, mask=inside)
+    tl.store(out + 8 * stride_out + rows, lse_diff - ((z_y - m_z) - (r_y - m_r)), mask=inside)
+    if EXTRAS:
+        tl.store(out + 9 * stride_out + rows, lse_z - weighted / s_z, mask=inside)
+        tl.store(out + 10 * stride_out + rows, total, mask=inside)
+        tl.store(out + 11 * stride_out + rows, (z_y >= m_z).to(tl.float32), mask=inside)
+    part = states
+    for _ in range(staged):
+        n_z, t_z, n_r, t_r, other_mean, N, _, _ = load_state(part, rows, T)
+        tile_z, tile_r, tile_phi = finish(t_z, t_r, N)
+        tile_diff = lse_diff_of(tile_z, tile_r, other_mean, tile_phi) + ((n_z - m_z) - (n_r - m_r)) - lse_diff
+        up_z, up_r = (n_z - m_z) + tile_z - lse_z, (n_r - m_r) + tile_r - lse_r
+        weight, ref_weight, ratio = part_weights(up_z, up_r, tile_diff)
+        factor = tl.load(part + 10 * T + rows, mask=inside, other=1.0)
+        more = tl.load(part + 11 * T + rows, mask=inside, other=0.0)
+        tl.store(weights + rows, weight * factor, mask=inside)
+        tl.store(weights + stride_weights + rows, ref_weight * factor, mask=inside)
+        tl.store(weights + 2 * stride_weights + rows, ratio + more, mask=inside)
+        part += STATE * T
+        weights += 3 * stride_weights
+
+
+@triton.jit
+def load_rows(values, rows, T, stride):
+    """What the backward of a row needs: m_z, m_r, lse_z, lse_r, lse_diff."""
+    inside = rows < T
+    m_z = tl.load(values + rows, mask=inside, other=0.0)
+    m_r = tl.load(values + stride + rows, mask=inside, other=0.0)
+    lse_z = tl.load(values + 2 * stride + rows, mask=inside, other=0.0)
+    lse_r = tl.load(values + 3 * stride + rows, mask=inside, other=0.0)
+    lse_diff = tl.load(values + 4 * stride + rows, mask=inside, other=0.0)
+    return m_z, m_r, lse_z, lse_r, lse_diff
