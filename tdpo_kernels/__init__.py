@@ -3,7 +3,6 @@
 from .api import TDPOLoss, fused_tdpo_loss
 from .op import token_stats
 from .types import LMHead, TDPOOutput, TokenStats
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = ["LMHead", "TDPOLoss", "TDPOOutput", "TokenStats", "fused_tdpo_loss", "token_stats"]

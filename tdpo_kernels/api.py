@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import checks
+from .backends import BACKENDS
 from .loss import preference_loss
 from .op import DEFAULT_BUDGET, token_stats
 from .types import LMHead, TDPOOutput
@@ -49,7 +50,7 @@ def fused_tdpo_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was seen and what is wanted.
     """
-    alpha = checks.check_loss(beta, alpha, variant, reduction)
+    beta, alpha = checks.check_loss(beta, alpha, variant, reduction)
     checks.check_tensor(hidden, "hidden")
     if cu_seqlens is not None:
         checks.check_tensor(cu_seqlens, "cu_seqlens")
@@ -79,6 +80,7 @@ class TDPOLoss(nn.Module):
         super().__init__()
         checks.check_loss(beta, alpha, variant, reduction)
         checks.check_options(ignore_index, shift, (), memory_budget)
+        checks.check_backend(backend, BACKENDS)
         self.options = dict(
             beta=beta, alpha=alpha, variant=variant, ignore_index=ignore_index, shift=shift,
             reduction=reduction, backend=backend, memory_budget=memory_budget,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +19,16 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def seen(x: object) -> str:
     if isinstance(x, Tensor):
         return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    if isinstance(x, int) and x.bit_length() > 64:
+        return f"int of {x.bit_length()} bits"
     return f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str, bool, type(None))) else type(x).__name__
 
 
 def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
     """A ``(V, D)`` tensor, an ``nn.Linear`` or an ``LMHead``, checked."""
     if isinstance(head, nn.Linear):
+        if type(head).forward is not nn.Linear.forward:  # LoRA, quantisation: the weight alone is not the map
+            raise TypeError(f"{name}: got a {seen(head)} with a forward of its own, wanted nn.Linear's, or an LMHead")
         head = LMHead(head.weight, head.bias)
     elif isinstance(head, Tensor):
         head = LMHead(head)
@@ -38,12 +44,11 @@ def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
                 f"{name}.bias: got {seen(head.bias)}, wanted ({head.weight.shape[0]},) as {name}.weight has rows"
             )
         _same_device(head.bias, f"{name}.bias", head.weight, f"{name}.weight")
-    _number(head.logit_scale, f"{name}.logit_scale")
-    if head.softcap is not None:
-        _number(head.softcap, f"{name}.softcap")
-        if head.softcap <= 0:
-            raise ValueError(f"{name}.softcap: got {head.softcap}, wanted > 0, or None for no cap")
-    return head
+    logit_scale = _number(head.logit_scale, f"{name}.logit_scale")
+    softcap = None if head.softcap is None else _number(head.softcap, f"{name}.softcap")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted > 0, or None for no cap")
+    return replace(head, logit_scale=logit_scale, softcap=softcap)
 
 
 def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, labels: Tensor) -> None:
@@ -55,9 +60,6 @@ def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMH
         raise ValueError(f"hidden: got {seen(hidden)}, wanted (..., L, D), or (N, D) when packed")
     if hidden.device.type == "meta":
         raise ValueError(f"hidden: got {seen(hidden)}, wanted a device that holds values, not 'meta'")
-    for name, x in (("hidden", hidden), ("ref_hidden", ref_hidden)):
-        if x.shape[-1] == 0:
-            raise ValueError(f"{name}: got {seen(x)}, wanted at least one hidden dimension")
     for name, x in (("labels", labels), ("ref_hidden", ref_hidden)):
         want = hidden.shape[:-1]
         have = x.shape if name == "labels" else x.shape[:-1]
@@ -66,6 +68,9 @@ def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMH
             raise ValueError(
                 f"{name}: got {seen(x)}, wanted ({', '.join(map(str, want))}{tail}) to match hidden {seen(hidden)}"
             )
+    for name, x in (("hidden", hidden), ("ref_hidden", ref_hidden)):
+        if x.shape[-1] == 0:
+            raise ValueError(f"{name}: got {seen(x)}, wanted at least one hidden dimension")
     for prefix, x, h in (("", hidden, head), ("ref_", ref_hidden, ref_head)):
         if x.shape[-1] != h.weight.shape[1]:
             raise ValueError(
@@ -90,29 +95,20 @@ def compute_dtype(hidden: Tensor, head: LMHead, prefix: str) -> torch.dtype:
         return torch.get_autocast_dtype(device)
     if pair[0] != pair[1]:
         raise TypeError(
-            f"{prefix}hidden is {pair[0]} but {prefix}head.weight is {pair[1]}: cast one of them, "
-            "or call under torch.autocast as you would F.linear"
+            f"{prefix}head.weight: got {seen(head.weight)}, wanted {str(pair[0]).removeprefix('torch.')} as "
+            f"{prefix}hidden {seen(hidden)}; cast one of them, or call under torch.autocast as you would F.linear"
         )
     return pair[0]
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
+    """Its shape, dtype and device; `pack` reads its values."""
     _tensor(cu_seqlens, "cu_seqlens", (torch.int32, torch.int64))
     if hidden.dim() != 2:
         raise ValueError(f"hidden: got {seen(hidden)}, wanted packed (N, D) when cu_seqlens is given")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens: got {seen(cu_seqlens)}, wanted (S + 1,) offsets from 0 to N")
     _same_device(cu_seqlens, "cu_seqlens", hidden, "hidden")
-    offsets, rows = cu_seqlens.tolist(), hidden.shape[0]
-    if offsets[0] != 0 or offsets[-1] != rows:
-        raise ValueError(
-            f"cu_seqlens: runs from {offsets[0]} to {offsets[-1]}, wanted 0 to N = {rows} as hidden {seen(hidden)}"
-        )
-    for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
-        if a > b:
-            raise ValueError(
-                f"cu_seqlens: decreases from {a} to {b} at index {i + 1}, wanted offsets that never decrease"
-            )
 
 
 def check_pairs(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -128,29 +124,38 @@ def check_pairs(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
         )
 
 
-def check_loss(beta: float, alpha: float | None, variant: str, reduction: str) -> float:
-    """Checks the loss's numbers and returns alpha with its default filled in."""
+def check_loss(beta: float, alpha: float | None, variant: str, reduction: str) -> tuple[float, float]:
+    """beta and alpha as floats, alpha's default filled in."""
     for name, value, allowed in (("variant", variant, VARIANTS), ("reduction", reduction, REDUCTIONS)):
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, allowed))}")
-    _number(beta, "beta")
-    if beta <= 0:
-        raise ValueError(f"beta: got {beta}, wanted > 0")
+    number = _number(beta, "beta")
+    if number <= 0:
+        raise ValueError(f"beta: got {seen(beta)}, wanted > 0")
     if alpha is None:
-        return DEFAULT_ALPHA
+        return number, DEFAULT_ALPHA
     if variant == "tdpo1":
         raise ValueError(
-            f"alpha: got {alpha} with variant='tdpo1', which has no alpha; leave it out, or use variant='tdpo2'"
+            f"alpha: got {seen(alpha)} with variant='tdpo1', which has no alpha; wanted None (leave it out), "
+            "or variant='tdpo2'"
         )
-    _number(alpha, "alpha")
-    if alpha < 0:
-        raise ValueError(f"alpha: got {alpha}, wanted >= 0")
-    return float(alpha)
+    if _number(alpha, "alpha") < 0:
+        raise ValueError(f"alpha: got {seen(alpha)}, wanted >= 0")
+    return number, float(alpha)
+
+
+def check_backend(backend: str, known: Iterable[str]) -> None:
+    """Its name only: where it runs is known once there is a device."""
+    names = ("auto", *known)
+    if not isinstance(backend, str) or backend not in names:
+        raise ValueError(f"backend: got {seen(backend)}, wanted {' or '.join(map(repr, names))}")
 
 
 def check_options(ignore_index: int | None, shift: bool, extras: tuple[str, ...], memory_budget: int) -> None:
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
         raise TypeError(f"ignore_index: got {seen(ignore_index)}, wanted an int, or None when every label counts")
+    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: got {seen(ignore_index)}, wanted one that int64 labels can hold")
     if not isinstance(shift, bool):
         raise TypeError(f"shift: got {seen(shift)}, wanted True or False")
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
@@ -179,13 +184,15 @@ def _tensor(x: object, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
         )
 
 
-def _number(x: object, name: str) -> None:
+def _number(x: object, name: str) -> float:
+    """As a float: torch multiplies by no int beyond int64."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name}: got {seen(x)}, wanted a number")
-    if not math.isfinite(x):
-        raise ValueError(f"{name}: got {x}, wanted a finite number")
+    if abs(x) > sys.float_info.max or x != x:
+        raise ValueError(f"{name}: got {seen(x)}, wanted a finite number")
+    return float(x)
 
 
 def _same_device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
     if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device}, wanted {other.device} as {other_name}")
+        raise ValueError(f"{name}: got {seen(x)}, wanted it on {other.device} as {other_name}")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import checks
+from . import checks, registered
 from .backends import choose
+from .call import Call, lay_out
 from .pack import pack
-from .types import Backend, Inputs, LMHead, Model, Needs, Rows, TokenStats
+from .types import Inputs, LMHead, Model, Needs, Rows, TokenStats
 
 DEFAULT_BUDGET = 512 * 2**20
 
@@ -34,7 +34,8 @@ def token_stats(
     """Per-token policy log-probability, reference log-probability and KL(reference || policy) over the full vocabulary.
 
     Eqs. (1) and (2) of `tdpo_kernels.reference` (Zeng et al. 2024, arXiv 2404.11999), with gradients (6) and (7),
-    without ever holding ``[tokens, vocabulary]`` (backend ``"naive"`` excepted).
+    without ever holding ``[tokens, vocabulary]`` (backend ``"naive"`` excepted). `torch.compile` takes it whole
+    (``fullgraph=True``), as the operator ``tdpo_kernels::token_stats``.
 
     Args:
         hidden: ``(..., L, D)`` last hidden states of the policy, or ``(N, D)`` packed with ``cu_seqlens``. fp16,
@@ -43,8 +44,8 @@ def token_stats(
         ref_hidden, ref_head: the same for the reference, ``(..., L, E)`` and ``(V, E)``; detached. E and the dtype
             may differ from the policy's.
         labels: ``(..., L)`` int64 or int32, aligned with the inputs.
-        ignore_index: labels equal to it are dropped before any product. None: every label counts (no synchronisation
-            on CUDA).
+        ignore_index: labels equal to it are dropped before any product. None: every label counts (then a padded call
+            never waits for a CUDA device).
         shift: True: ``labels[..., t]`` is predicted by ``hidden[..., t - 1]``, and the first label of a sequence has no
             predictor. False: by ``hidden[..., t]``.
         cu_seqlens: ``(S + 1,)`` int32 or int64 offsets from 0 to N; the shift never crosses one.
@@ -67,24 +68,26 @@ def token_stats(
     checks.check_options(ignore_index, shift, extras, memory_budget)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, hidden)
-    policy = _model(hidden, head, "")
-    reference = _model(ref_hidden.detach(), _detached(ref_head), "ref_")
-    name, implementation = choose(backend, hidden.device)
-    starts_S = cu_seqlens[:-1].long() if cu_seqlens is not None else _starts(labels)
-    rows = pack(labels.reshape(-1), starts_S, head.weight.shape[0], ignore_index=ignore_index, shift=shift)
-    call = _Call(implementation, Inputs(policy, reference, rows, memory_budget, tuple(extras)), torch.is_grad_enabled())
-    logp, kl, ref_logp, *more = _TokenStats.apply(call, policy.hidden, head.weight, head.bias)
-    logp, kl, ref_logp, *more = (x.view(labels.shape) for x in (logp, kl, ref_logp, *more))
+    policy = Model(hidden, head, checks.compute_dtype(hidden, head, ""))
+    reference = Model(ref_hidden.detach(), _detached(ref_head), checks.compute_dtype(ref_hidden, ref_head, "ref_"))
+    compute = registered.statistics if torch.compiler.is_compiling() else _statistics
+    logp, kl, ref_logp, *more = compute(
+        policy, reference, labels, cu_seqlens, ignore_index=ignore_index, shift=shift, extras=tuple(extras),
+        backend=backend, memory_budget=memory_budget,
+    )  # fmt: skip
     return TokenStats(logp, ref_logp, kl, dict(zip(extras, more, strict=True)))
 
 
-@dataclass
-class _Call:
-    """What the autograd function needs besides its differentiable tensors."""
-
-    backend: Backend
-    inputs: Inputs
-    grad_enabled: bool
+def _statistics(
+    policy: Model, reference: Model, labels: Tensor, cu_seqlens: Tensor | None, *, ignore_index: int | None,
+    shift: bool, extras: tuple[str, ...], backend: str, memory_budget: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`registered.statistics`, without what an operator's dispatch costs a small call."""
+    _, implementation = choose(backend, policy.hidden.device)
+    rows = pack(labels, cu_seqlens, policy.head.weight.shape[0], ignore_index=ignore_index, shift=shift)
+    detached = replace(policy, hidden=policy.hidden.detach())
+    call = lay_out(implementation, detached, reference, rows, memory_budget, extras=extras)
+    return _TokenStats.apply(call, torch.is_grad_enabled(), policy.hidden, policy.head.weight, policy.head.bias)
 
 
 class _TokenStats(torch.autograd.Function):
@@ -92,35 +95,24 @@ class _TokenStats(torch.autograd.Function):
     backward."""
 
     @staticmethod
-    def forward(ctx, call: _Call, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None):
-        inputs = call.inputs
-        needs = Needs(*ctx.needs_input_grad[1:]) if call.grad_enabled else Needs(False, False, False)
-        with _no_autocast(hidden_ND):
-            out = call.backend.forward(inputs, needs)
+    def forward(ctx, call: Call, grad_enabled: bool, hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None):
+        needs = Needs(*ctx.needs_input_grad[2:]) if grad_enabled else Needs(False, False, False)
+        out = call.forward(needs)
         if needs:
             ctx.set_materialize_grads(False)
-            ctx.backend = call.backend
-            ctx.inputs = _without_tensors(inputs)
-            _save(ctx, (*_tensors(inputs), *out.saved))
-        count = hidden_ND.shape[0]
-        logp, kl, ref_logp, *extras = (
-            _spread(x, inputs.rows, count) for x in (out.logp_T, out.kl_T, out.ref_logp_T, *out.extras.values())
-        )
-        ctx.mark_non_differentiable(ref_logp, *extras)
-        return logp, kl, ref_logp, *extras
+            ctx.call = replace(call, inputs=_without_tensors(call.inputs))
+            _save(ctx, (*_tensors(call.inputs), *out.saved))
+        logp, kl, *others = call.statistics(out)
+        ctx.mark_non_differentiable(*others)
+        return logp, kl, *others
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp: Tensor | None, g_kl: Tensor | None, *_: None):
         every = _saved(ctx)
-        inputs, saved = _with_tensors(ctx.inputs, every[:_TENSORS]), every[_TENSORS:]
-        needs = Needs(*ctx.needs_input_grad[1:])
-        g_logp_T, g_kl_T = (g if g is None else _gather(g, inputs.rows) for g in (g_logp, g_kl))
-        if g_logp_T is None and g_kl_T is None:
-            return None, None, None, None
-        with _no_autocast(inputs.policy.hidden):
-            grads = ctx.backend.backward(inputs, needs, saved, g_logp_T, g_kl_T)
-        return None, grads.hidden, grads.weight, grads.bias
+        call = replace(ctx.call, inputs=_with_tensors(ctx.call.inputs, every[:_TENSORS]))
+        grads = call.backward(Needs(*ctx.needs_input_grad[2:]), every[_TENSORS:], g_logp, g_kl)
+        return None, None, grads.hidden, grads.weight, grads.bias
 
 
 def _save(ctx, tensors: tuple[Tensor | None, ...]) -> None:
@@ -159,30 +151,5 @@ def _without_tensors(inputs: Inputs) -> Inputs:
     return _with_tensors(inputs, (None,) * _TENSORS)
 
 
-def _model(hidden: Tensor, head: LMHead, prefix: str) -> Model:
-    return Model(hidden.reshape(-1, hidden.shape[-1]), head, checks.compute_dtype(hidden, head, prefix))
-
-
 def _detached(head: LMHead) -> LMHead:
     return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
-
-
-def _starts(labels: Tensor) -> Tensor:
-    """Where each padded sequence begins in the flattened labels."""
-    length = max(labels.shape[-1], 1)
-    return torch.arange(0, labels.numel(), length, device=labels.device)
-
-
-def _spread(x_T: Tensor, rows: Rows, count: int) -> Tensor:
-    return x_T if rows.label_T is None else x_T.new_zeros(count).index_copy_(0, rows.label_T, x_T)
-
-
-def _gather(g: Tensor, rows: Rows) -> Tensor:
-    return g if rows.label_T is None else g.index_select(0, rows.label_T)
-
-
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """The compute dtype was settled in `checks.compute_dtype`; nothing below may cast behind our back."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)

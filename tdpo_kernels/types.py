@@ -11,18 +11,22 @@ D, E  hidden size of the policy, of the reference model
 V     vocabulary
 R, C  rows and columns of one tile of logits;  K = number of column tiles
 ====  =========================================================================
+
+What holds tensors is equal to itself only (``eq=False``): tensors have no one truth value to compare by.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LMHead:
     """The map from a hidden state to logits: ``softcap * tanh(logit_scale * (h W^T + b) / softcap)``.
 
@@ -35,7 +39,7 @@ class LMHead:
     softcap: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """One side of the comparison: its hidden states ``(N, D)``, its head, and the dtype its products are taken in."""
 
@@ -44,7 +48,7 @@ class Model:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Which hidden row predicts which label. ``None`` stands for "all N, in order", which costs no gather."""
 
@@ -69,7 +73,7 @@ class Needs:
         return self.hidden or self.weight or self.bias
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """Everything a backend sees. Nothing in it knows about preferences."""
 
@@ -78,15 +82,22 @@ class Inputs:
     rows: Rows
     memory_budget: int  # bytes staged between forward and backward
     extras: tuple[str, ...] = ()
+    allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None
 
-    @property
+    @cached_property
     def stats_dtype(self) -> torch.dtype:
         """fp32, or float64 as soon as one side is float64."""
         either = torch.promote_types(self.policy.hidden.dtype, self.reference.hidden.dtype)
         return torch.promote_types(either, torch.float32)
 
+    def keep(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory that lasts from forward to backward."""
+        if self.allocate is not None:
+            return self.allocate(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self.policy.hidden.device)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Forward:
     """What a backend's forward returns: the statistics of the T rows, and the tensors its backward wants back."""
 
@@ -97,7 +108,7 @@ class Forward:
     saved: tuple[Tensor | None, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gradients:
     hidden: Tensor | None  # (N, D), zero in rows that predict nothing
     weight: Tensor | None  # (V, D)
@@ -119,7 +130,7 @@ class Backend(Protocol):
     ) -> Gradients: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenStats:
     """Per-token statistics, shaped like ``labels``, fp32 (float64 for float64 inputs), zero where a label is ignored.
 
@@ -132,7 +143,7 @@ class TokenStats:
     extras: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TDPOOutput:
     """``loss`` (scalar, or ``(P,)`` with ``reduction="none"``) and detached ``(P,)`` sums over each sequence's tokens.
 

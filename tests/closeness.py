@@ -212,7 +212,8 @@ def truth(problem: Problem, cotangents: Cotangents) -> Truth:
     result = Result(log_p[t, y], log_q[t, y], kl, dh, dx.T @ hidden, None if problem.head.bias is None else dx.sum(0))
 
     size_z, size_r = (np.abs(np.where(np.isfinite(x), x, 0)) for x in (z, r))
-    ratio = np.where(q > 0, np.where(p > 0, log_q - np.where(p > 0, log_p, 0), 0), 0)
+    both = np.isfinite(log_p) & np.isfinite(log_q)
+    ratio = np.where(both, log_q, 0) - np.where(both, log_p, 0)
     scale = {
         "logp": size_z[t, y] + (p * size_z).sum(-1),
         "ref_logp": size_r[t, y] + (q * size_r).sum(-1),
@@ -245,7 +246,7 @@ def _difference(log_p: Array, log_q: Array, p: Array, q: Array) -> tuple[Array, 
     near = both & (np.abs(delta) < 1)
     x = np.where(near, delta, 0)
     far = np.where(q > 0, p - q + q * delta, p)
-    far = np.where((q > 0) & (p == 0), np.inf, far)
+    far = np.where(np.isfinite(log_q) & ~np.isfinite(log_p), np.inf, far)
     return np.where(near, p * np.expm1(x), q - p), np.where(near, q * (np.expm1(-x) + x), far)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from runnable import backend_params
 
-from tdpo_kernels.backends import BACKENDS, slab
+from tdpo_kernels.backends import slab
 
 torch.set_num_threads(1)  # thousands of tiny products: threads only wait for one another
 
@@ -51,7 +52,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch):
     return set_
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=backend_params())
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend there is, by name: a later one joins by itself."""
     return request.param

@@ -5,21 +5,21 @@ from __future__ import annotations
 import inspect
 import math
 import pickle
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from runnable import backend_params, runnable
 from torch import Tensor, nn
 
-from tdpo_kernels import LMHead, TDPOLoss, TDPOOutput, TokenStats, fused_tdpo_loss, token_stats
-from tdpo_kernels.backends import slab
+from tdpo_kernels import LMHead, TDPOLoss, TDPOOutput, TokenStats, fused_tdpo_loss, token_stats, types
+from tdpo_kernels.backends import BACKENDS, slab
 
-BACKENDS = ("naive", "tiled")
 P, L, D, E, V = 2, 9, 8, 6, 37
 EXTRAS = ("entropy", "mean_logit", "is_argmax")
 PAIR_FIELDS = [f.name for f in fields(TDPOOutput)][1:]
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", backend_params())
 variants = pytest.mark.parametrize("options", [{"variant": "tdpo1"}, {"alpha": 0.7}, {"alpha": 0.0}, {}], ids=str)
 
 
@@ -557,6 +557,26 @@ def test_reference_may_have_its_own_dtype(backend: str):
         close(getattr(a, f.name), getattr(b, f.name), 1e-5)
 
 
+INFERENCE = [["labels"], ["head"], ["hidden"], ["ref_hidden", "ref_head"], ["labels", "head", "ref_hidden", "ref_head"]]
+
+
+@backends
+@pytest.mark.parametrize("names", INFERENCE, ids="+".join)
+@pytest.mark.parametrize("whole", [False, True], ids=["ignored", "whole"])
+def test_what_needs_no_gradient_may_come_from_inference_mode(backend: str, names: list[str], whole: bool):
+    """A collator, a frozen head, a frozen backbone, the reference: any of them may run under inference mode."""
+    call = batch()
+    if whole:
+        call |= {"labels": torch.randint(0, V, (2 * P, L))}
+    with torch.inference_mode():
+        frozen = {name: call[name].detach().clone() for name in names}
+    leaves = [call[name] for name in ("hidden", "head") if name not in names]
+    options = dict(shift=not whole, backend=backend)
+    a, b = fused_tdpo_loss(**call, **options), fused_tdpo_loss(**call | frozen, **options)
+    assert torch.equal(a.loss, b.loss)
+    close(gradients(b.loss, *leaves), gradients(a.loss, *leaves), 0)
+
+
 # --- the module, and names -------------------------------------------------------------------------------------------
 
 
@@ -579,17 +599,17 @@ def test_module_takes_offsets_and_survives_pickling():
 
 def test_backends_agree_and_auto_is_one_of_them():
     call = batch()
-    outs = {name: fused_tdpo_loss(**call, backend=name) for name in ("auto", *BACKENDS)}
-    fields_equal(outs["naive"], outs["tiled"])
-    assert any(all(torch.equal(getattr(outs["auto"], f), getattr(outs[n], f)) for f in PAIR_FIELDS) for n in BACKENDS)
+    outs = {name: fused_tdpo_loss(**call, backend=name) for name in runnable()}
+    auto = fused_tdpo_loss(**call)
+    for out in outs.values():
+        fields_equal(out, outs["naive"])
+    assert any(all(torch.equal(getattr(auto, f), getattr(out, f)) for f in PAIR_FIELDS) for out in outs.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends
 def test_a_named_backend_is_the_one_that_runs(backend: str, monkeypatch: pytest.MonkeyPatch):
-    from tdpo_kernels.backends import BACKENDS as modules
-
     ran = []
-    for name, module in modules.items():
+    for name, module in BACKENDS.items():
         forward = module.forward
         monkeypatch.setattr(module, "forward", lambda *a, _n=name, _f=forward: (ran.append(_n), _f(*a))[1])
     fused_tdpo_loss(**batch(), backend=backend)
@@ -633,3 +653,29 @@ def test_mean_logit_with_a_ruled_out_vocabulary_is_minus_infinity(backend: str):
 def test_lm_head_can_be_copied_with_changes():
     head = LMHead(torch.zeros(V, D))
     assert replace(head, softcap=3.0).softcap == 3.0 and head.softcap is None
+
+
+def test_what_holds_tensors_is_equal_to_itself_only():
+    """The equality of a dataclass asks tensors for one truth value, and raises."""
+    call = batch()
+    head = LMHead(call["head"])
+    for x in (head, token_stats(**call), fused_tdpo_loss(**call)):
+        assert x == x and x != replace(x) and x != "x" and x in [x] and {x: 1}[x] == 1
+
+
+def test_every_dataclass_with_a_tensor_has_no_equality_of_its_own():
+    held = [x for x in vars(types).values() if isinstance(x, type) and is_dataclass(x)]
+    assert [x.__name__ for x in held if "__eq__" in vars(x)] == ["Needs"]
+
+
+def test_a_backend_that_cannot_run_here_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch):
+    told = {"naive": "available: here", "fused": "needs CUDA: got cpu"}
+    monkeypatch.setattr("runnable.availability", lambda device: told)
+    here, there = backend_params()
+    assert (here.values, list(here.marks)) == (("naive",), [])
+    assert there.values == ("fused",) and there.marks[0].kwargs["reason"] == "fused: needs CUDA: got cpu"
+    assert runnable() == ["naive"]
+
+
+def test_every_backend_is_a_parameter():
+    assert [p.values[0] for p in backend_params()] == list(BACKENDS)

@@ -7,24 +7,27 @@ import math
 import numpy as np
 import pytest
 import torch
+from runnable import backend_params
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdpo_kernels import LMHead, TDPOLoss, fused_tdpo_loss, token_stats
+from tdpo_kernels.backends import BACKENDS
 
 P, L, D, E, V = 2, 5, 8, 6, 11
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "matmul", "mv", "addmv", "dot", "linalg_vecdot"}
+PRODUCTS |= {"_linear_pointwise"}  # oneDNN's
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts matrix products, and operators of the library's own, which make theirs out of sight."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in PRODUCTS
+        self.count += func.overloadpacket.__name__ in PRODUCTS or func.namespace == "tdpo_kernels"
         return func(*args, **(kwargs or {}))
 
 
@@ -103,6 +106,15 @@ SHAPES = {
     ),
     "labels flat": (dict(labels=torch.zeros(N).long()), ValueError, ["labels", "(20,)", "(4, 5)"]),
     "ref_hidden rows": (dict(ref_hidden=torch.randn(2, L, E)), ValueError, ["ref_hidden", "(2, 5, 6)", "(4, 5, E)"]),
+    "0-d ref_hidden": (dict(ref_hidden=torch.tensor(1.0)), ValueError, ["ref_hidden", "()", "(4, 5, E)"]),
+    "0-d labels": (dict(labels=torch.tensor(1)), ValueError, ["labels", "()", "(4, 5)"]),
+    "0-d head": (dict(head=torch.tensor(1.0)), ValueError, ["head.weight", "()", "(V, D)"]),
+    "0-d hidden": (dict(hidden=torch.tensor(1.0)), ValueError, ["hidden", "()", "(2P, L, D)"]),
+    "zero-width ref_hidden": (
+        dict(ref_hidden=torch.randn(4, L, 0), ref_head=torch.randn(V, 0)),
+        ValueError,
+        ["ref_hidden", "(4, 5, 0)", "at least one hidden dimension"],
+    ),
     "ref_hidden flat": (dict(ref_hidden=torch.randn(N, E)), ValueError, ["ref_hidden", "(20, 6)", "(4, 5, E)"]),
     "bias shape": (dict(head=LMHead(W, torch.zeros(V + 1))), ValueError, ["head.bias", "(12,)", "(11,)"]),
     "bias of one": (dict(head=LMHead(W, torch.zeros(1))), ValueError, ["head.bias", "(1,)", "(11,)"]),
@@ -129,17 +141,17 @@ DTYPES = {
     "bf16 hidden, fp32 head": (
         dict(hidden=torch.randn(4, L, D).bfloat16()),
         TypeError,
-        ["hidden", "bfloat16", "head.weight", "autocast"],
+        ["head.weight: got (11, 8) float32", "wanted bfloat16 as hidden (4, 5, 8) bfloat16", "autocast"],
     ),
     "fp32 hidden, bf16 head": (
         dict(head=W.bfloat16()),
         TypeError,
-        ["hidden", "float32", "head.weight", "bfloat16", "autocast"],
+        ["head.weight: got (11, 8) bfloat16", "wanted float32 as hidden (4, 5, 8) float32", "autocast"],
     ),
     "bf16 ref_hidden": (
         dict(ref_hidden=torch.randn(4, L, E).bfloat16()),
         TypeError,
-        ["ref_hidden", "bfloat16", "ref_head.weight"],
+        ["ref_head.weight: got (11, 6) float32", "wanted bfloat16 as ref_hidden (4, 5, 6) bfloat16"],
     ),
     "bias dtype": (dict(head=LMHead(W, torch.zeros(V).double())), TypeError, ["head.bias", "float64", "float32"]),
 }
@@ -191,6 +203,12 @@ HEADS = {
         ["head.logit_scale", "()", "number"],
     ),
     "logit_scale None": (dict(head=LMHead(W, logit_scale=None)), TypeError, ["head.logit_scale", "None", "number"]),
+    "logit_scale 10^400": (
+        dict(head=LMHead(W, logit_scale=10**400)),
+        ValueError,
+        ["head.logit_scale", "int of 1329 bits", "finite"],
+    ),
+    "softcap -10^9999": (dict(head=LMHead(W, softcap=-(10**9999))), ValueError, ["head.softcap", "bits", "finite"]),
     "ref softcap": (dict(ref_head=LMHead(torch.randn(V, E), softcap=-1.0)), ValueError, ["ref_head.softcap", "-1.0"]),
 }
 LABELS = {
@@ -233,6 +251,9 @@ OFFSETS = {
 OPTIONS = {
     "ignore_index float": (dict(ignore_index=-100.0), TypeError, ["ignore_index", "-100.0", "int"]),
     "ignore_index bool": (dict(ignore_index=True), TypeError, ["ignore_index", "True", "int"]),
+    "ignore_index 2^70": (dict(ignore_index=2**70), ValueError, ["ignore_index", "int of 71 bits", "int64"]),
+    "ignore_index below int64": (dict(ignore_index=-(2**63) - 1), ValueError, ["ignore_index", "int64"]),
+    "memory_budget -10^9999": (dict(memory_budget=-(10**9999)), ValueError, ["memory_budget", "bits", "bytes >= 0"]),
     "shift int": (dict(shift=1), TypeError, ["shift", "1", "True or False"]),
     "shift None": (dict(shift=None), TypeError, ["shift", "None", "True or False"]),
     "memory_budget negative": (dict(memory_budget=-1), ValueError, ["memory_budget", "-1", "bytes >= 0"]),
@@ -248,6 +269,10 @@ LOSS = {
     "beta negative": (dict(beta=-0.1), ValueError, ["beta", "-0.1", "> 0"]),
     "beta nan": (dict(beta=math.nan), ValueError, ["beta", "nan", "finite"]),
     "beta inf": (dict(beta=math.inf), ValueError, ["beta", "inf", "finite"]),
+    "beta 10^400": (dict(beta=10**400), ValueError, ["beta", "int of 1329 bits", "finite"]),
+    "beta -10^9999": (dict(beta=-(10**9999)), ValueError, ["beta", "bits", "finite"]),
+    "alpha 10^400": (dict(alpha=10**400), ValueError, ["alpha", "int of 1329 bits", "finite"]),
+    "alpha 10^9999 with tdpo1": (dict(variant="tdpo1", alpha=10**9999), ValueError, ["alpha", "bits", "tdpo1"]),
     "beta text": (dict(beta="0.1"), TypeError, ["beta", "'0.1'", "number"]),
     "beta tensor": (dict(beta=torch.tensor(0.1)), TypeError, ["beta", "number"]),
     "alpha negative": (dict(alpha=-0.5), ValueError, ["alpha", "-0.5", ">= 0"]),
@@ -269,7 +294,7 @@ INPUTS = {
     "labels": LABELS,
     "offsets": OFFSETS,
 }
-ONLY_PAIRS = {"odd row count", "no rows", "2-D hidden unpacked", "4-D hidden", "odd count", "no sequence"}
+ONLY_PAIRS = {"0-d hidden", "odd row count", "no rows", "2-D hidden unpacked", "4-D hidden", "odd count", "no sequence"}
 
 
 def table(*groups: dict) -> list:
@@ -281,7 +306,7 @@ def refused(function, call: dict, kind: type, words: list[str]) -> None:
         function(**call)
     assert products.count == 0, "the error came after a matrix product"
     assert type(caught.value) is kind, f"{type(caught.value).__name__}: {caught.value}"
-    missing = [word for word in words if word not in str(caught.value)]
+    missing = [word for word in ("wanted", *words) if word not in str(caught.value)]
     assert not missing, f"not in the message: {missing}; it reads: {caught.value}"
 
 
@@ -298,13 +323,13 @@ def test_stats_refuse(changes: dict, kind: type, words: list[str]):
     refused(token_stats, good() | changes, kind, words)
 
 
-@pytest.mark.parametrize("backend", ["naive", "tiled"])
+@pytest.mark.parametrize("backend", backend_params())
 @pytest.mark.parametrize("changes, kind, words", table(LABELS))
 def test_labels_are_checked_whatever_the_backend(backend: str, changes: dict, kind: type, words: list[str]):
     refused(token_stats, good() | changes | {"backend": backend}, kind, words)
 
 
-@pytest.mark.parametrize("changes, kind, words", table(LOSS))
+@pytest.mark.parametrize("changes, kind, words", table(LOSS, OPTIONS))
 def test_module_refuses_at_construction(changes: dict, kind: type, words: list[str]):
     refused(TDPOLoss, changes, kind, words)
 
@@ -343,8 +368,48 @@ def test_strange_extras_are_refused_before_any_work(extras: object):
 
 @pytest.mark.parametrize("backend", [["tiled"], {}], ids=str)
 def test_unhashable_backend_is_named(backend: object):
-    with pytest.raises((TypeError, ValueError), match="backend"):
-        token_stats(**good(), backend=backend)
+    for call in (lambda: token_stats(**good(), backend=backend), lambda: TDPOLoss(backend=backend)):
+        with pytest.raises((TypeError, ValueError), match="backend"):
+            call()
+
+
+def test_a_known_backend_is_accepted_by_the_module_wherever_it_runs():
+    """Where it does not run is said by the call, which knows the device."""
+    assert all(TDPOLoss(backend=name).options["backend"] == name for name in ("auto", *BACKENDS))
+
+
+@pytest.mark.parametrize("big", [2**63, 2**70, 10**300], ids=["2^63", "2^70", "10^300"])
+def test_a_large_int_is_a_number_too(big: int):
+    """As the float it equals: torch does not multiply by an int beyond int64."""
+    call = good()
+    for options in ({"beta": big}, {"alpha": big}):
+        a, b = (fused_tdpo_loss(**call, **{k: f(x) for k, x in options.items()}) for f in (int, float))
+        assert torch.equal(a.loss, b.loss)
+    for option in ("logit_scale", "softcap"):
+        heads = (LMHead(call["head"].double(), **{option: f(big)}) for f in (int, float))
+        wide = {name: call[name].double() for name in ("hidden", "ref_hidden", "ref_head")}
+        a, b = (token_stats(**call | wide | {"head": head}, shift=False) for head in heads)
+        assert torch.equal(a.logp, b.logp) or (a.logp.isnan() == b.logp.isnan()).all()
+
+
+class WithAdapter(nn.Linear):
+    """loralib's way to put LoRA on a head: an nn.Linear with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("name, width", [("head", D), ("ref_head", E)])
+def test_a_linear_with_a_forward_of_its_own_is_refused(name: str, width: int):
+    refused(token_stats, good() | {name: WithAdapter(width, V)}, TypeError, [name, "WithAdapter", "forward"])
+
+
+def test_a_linear_that_only_keeps_its_weight_elsewhere_is_a_linear():
+    plain = nn.Linear(D, V, bias=False)
+    other = nn.utils.parametrizations.weight_norm(nn.Linear(D, V, bias=False))
+    other.weight = plain.weight.detach()
+    a, b = (token_stats(**good() | {"head": head}) for head in (plain, other))
+    assert torch.allclose(a.logp, b.logp, rtol=1e-5)
 
 
 def test_everything_on_meta_is_refused_in_words():

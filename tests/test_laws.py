@@ -238,23 +238,41 @@ def test_kl_is_never_negative(seed, V, std, apart, shift, dtype, backend, small_
     assert (kl >= 0).all()  # False for nan
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", ("scaled", "peaked_10", "near_equal", "offset_50", "hated_by_reference_104"))
-def test_rows_of_dz_sum_to_zero(case, dtype, budget, backend, small_tiles):
-    """A column of ones in W, met by zeros in h, makes one component of dh the sum of dz over the vocabulary."""
+SUMMED = ("scaled", "peaked_10", "near_equal", "offset_50", "hated_by_reference_104", "hated_by_policy_1e9")
+SUMMED += ("ruled_out_by_policy_first_tile", "shared_ratio_0.1", "shared_ratio_0.5")
+
+
+def sums_of_dz(case: str, dtype: torch.dtype, cotangent: str, budget: str, backend: str) -> tuple[np.ndarray, ...]:
+    """Each row's sum of dz as it comes, and dz as it should be. A column of ones in W, met by zeros in h, makes one
+    component of dh that sum."""
     plain = case_of(case)
     hidden = torch.cat([plain.hidden, torch.zeros_like(plain.hidden[..., :1])], -1)
     weight = torch.cat([plain.weight, torch.ones_like(plain.weight[:, :1])], -1)
     problem, parts = leaves(replace(plain, hidden=hidden, weight=weight).problem(dtype))
     out = stats_of(problem, backend, budget_of(problem, budget))
-    cotangent = cotangents("general", problem.labels)
-    total = pull((out.logp, out.kl), tuple(g.to(out.kl.dtype) for g in cotangent), parts)[0][..., -1].flatten()
-    dz = judge_of(case, dtype, "general")[1].truth.dz
-    size = np.abs(dz).sum(-1)
-    worst = float(np.abs(exact(total)[problem.rows()[1].numpy()] / size).max())
-    coarsest = torch.bfloat16 if dtype in SIXTEEN_BIT and budget != "nothing" else dtype  # what dz was staged in
-    assert worst <= (1 if dtype in SIXTEEN_BIT else 16) * torch.finfo(coarsest).eps
+    g = tuple(g.to(out.kl.dtype) for g in cotangents(cotangent, problem.labels))
+    total = exact(pull((out.logp, out.kl), g, parts)[0][..., -1].flatten())[problem.rows()[1].numpy()]
+    return np.abs(total), judge_of(case, dtype, cotangent)[1].truth.dz
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
+@pytest.mark.parametrize("case", SUMMED)
+def test_rows_of_dz_sum_to_zero(case, dtype, budget, backend, small_tiles):
+    small_tiles(*case_of(case).tile)
+    total, dz = sums_of_dz(case, dtype, "general", budget, backend)
+    assert (total <= 16 * torch.finfo(dtype).eps * np.abs(dz).sum(-1)).all()
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=dtype_id)
+@pytest.mark.parametrize("cotangent", ("general", "logp_zero", "kl_zero", "equal"))
+@pytest.mark.parametrize("case", (*SUMMED, "shared_ratio_sure"))
+def test_rows_of_16_bit_dz_sum_to_zero(case, cotangent, dtype, budget, backend, small_tiles):
+    """As nearly as entries rounded each on its own, in this dtype: being staged, which is coarser, leaves no trace."""
+    small_tiles(*case_of(case).tile)
+    total, dz = sums_of_dz(case, dtype, cotangent, budget, backend)
+    assert (total <= 2 * torch.finfo(dtype).eps * np.sqrt((dz * dz).sum(-1))).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -266,8 +284,8 @@ def test_alpha_zero_is_dpo(dtype, backend, small_tiles):
         problem, parts = leaves(case.problem(dtype))
         if dpo:
             out = stats_of(problem, backend, 0)
-            (m_w, m_l) = (out.logp - out.ref_logp).sum(-1).chunk(2)
-            loss = -torch.nn.functional.logsigmoid(0.3 * (m_w - m_l)).mean()
+            (m_w, m_l) = (out.logp.double().sum(-1) - out.ref_logp.double().sum(-1)).chunk(2)
+            loss = -torch.nn.functional.logsigmoid(0.3 * (m_w - m_l)).mean().to(out.logp.dtype)
         else:
             loss = loss_of(problem, backend, beta=0.3, alpha=0.0, memory_budget=0).loss
         results.append([loss, *torch.autograd.grad(loss, parts)])

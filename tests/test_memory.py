@@ -202,6 +202,56 @@ def test_memory_is_given_back_after_backward():
     assert left <= own(call) + MIB
 
 
+def cut(call: dict, how: str) -> dict:
+    """Hidden states that are no matrix in memory: all but one token, or the batch inside."""
+
+    def changed(x: Tensor) -> Tensor:
+        if how == "hidden[:, :-1]":
+            return torch.cat([x, x[:, :1]], 1)[:, :-1].detach()
+        return x.transpose(0, 1).contiguous().transpose(0, 1).detach()
+
+    out = call | {n: changed(call[n]) for n in ("hidden", "ref_hidden")}
+    assert not any(out[n].is_contiguous() for n in ("hidden", "ref_hidden"))
+    out["hidden"].requires_grad_(call["hidden"].requires_grad)
+    return out
+
+
+@pytest.mark.parametrize("how", ["hidden[:, :-1]", "length first"])
+@pytest.mark.parametrize("ignored", [False, True], ids=["all rows", "half the rows"])
+@pytest.mark.parametrize("E", [512, 768])
+def test_hidden_states_are_not_copied_to_make_them_a_matrix(
+    how: str, ignored: bool, E: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Less than half of the policy's alone: the groups of rows that are gathered."""
+    monkeypatch.setitem(slab.TILE, "cpu", (256, 512))
+    whole = batch(4096, 64, 512, E=E)
+    whole["head"].requires_grad_(False)
+    if ignored:
+        whole["labels"][:, ::2] = -100
+    call = cut(whole, how)
+    peaks, gradients = [], []
+    for each in (whole, call):
+        with Ledger() as book:
+            gradients += torch.autograd.grad(fused_tdpo_loss(**each, memory_budget=0).loss, each["hidden"])
+        peaks.append(book.peak)
+    assert peaks[1] <= peaks[0] + 4096 * 512 * 4 / 2
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("how", ["hidden[:, :-1]", "length first"])
+@pytest.mark.parametrize("name", ["hidden", "ref_hidden"])
+def test_only_one_model_s_hidden_states_no_matrix(how: str, name: str):
+    """One row index serves both models, so that one is copied; nothing else changes."""
+    whole = batch(64, 64, 32)
+    call = whole | {name: cut(whole, how)[name]}
+    fused_tdpo_loss(**whole).loss.backward()
+    want = [whole[n].grad.clone() for n in ("hidden", "head")]
+    whole["head"].grad = None
+    whole["hidden"].grad = None
+    fused_tdpo_loss(**call).loss.backward()
+    assert all(torch.equal(call[n].grad, g) for n, g in zip(("hidden", "head"), want, strict=True))
+
+
 # --- resident memory of a fresh process -------------------------------------------------------------------------------
 
 CHILD = """

@@ -1,4 +1,5 @@
-"""Law 6: bugs that users of neighbours reported, each a test here. The several-process ones are elsewhere."""
+"""Law 6: bugs that users of neighbours reported, each a test here. Those of several processes are in
+`test_processes.py`, LoRA on the head in `test_errors.py` and `examples/test_demo.py`."""
 
 from __future__ import annotations
 
@@ -7,14 +8,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from runnable import backend_params
 from torch import Tensor, nn
 
 from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
 from tdpo_kernels.backends import slab
 
-BACKENDS = ("naive", "tiled")
 EVERYTHING = 2**40
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", backend_params())
 budgets = pytest.mark.parametrize("budget", [0, EVERYTHING])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tdpo_kernels import LMHead, TokenStats, reference
-from tdpo_kernels.loss import preference_loss
+from tdpo_kernels.loss import preference_loss, sequence_sums
 
 F64 = torch.float64
 
@@ -177,11 +178,70 @@ def test_packed_sequences_sum_like_padded_ones():
 def test_alpha_zero_is_dpo_to_the_bit():
     stats = random_stats()
     out, g_logp, g_kl = run(stats, alpha=0.0, reduction="mean")
-    m_w, m_l = (stats.logp - stats.ref_logp).sum(-1).chunk(2)
+    m_w, m_l = (stats.logp.sum(-1) - stats.ref_logp.sum(-1)).chunk(2)
     dpo = -torch.nn.functional.logsigmoid(0.1 * (m_w - m_l)).mean()
     (want,) = torch.autograd.grad(dpo, stats.logp)
     assert torch.equal(out.loss, dpo) and torch.equal(g_logp, want)
     assert not g_kl.count_nonzero()
+
+
+@pytest.mark.parametrize("rows", [[0], [3], [0, 3], [0, 1, 2, 3, 4, 5]], ids=["chosen", "rejected", "both", "all"])
+def test_alpha_zero_is_dpo_where_a_kl_is_infinite(rows):
+    """0 x (inf - inf) is NaN: with alpha = 0 there is no KL in the loss to multiply."""
+    stats = random_stats()
+    kl = stats.kl.detach().clone()
+    kl[rows, 2] = math.inf
+    want, *grads = run(stats, alpha=0.0, reduction="none")
+    out, *found = run(replace(stats, kl=kl.requires_grad_()), alpha=0.0, reduction="none")
+    assert torch.equal(out.loss, want.loss) and all(torch.equal(a, b) for a, b in zip(found, grads, strict=True))
+    assert torch.equal(torch.cat([out.chosen_kl, out.rejected_kl]).isinf().nonzero()[:, 0], torch.tensor(rows))
+
+
+LONG = 131072
+
+
+def long_stats() -> TokenStats:
+    """One pair in fp32 with sums of 10^6 nats, whose chosen and rejected halves differ by a few nats only."""
+    g = torch.Generator().manual_seed(0)
+    logp = -20 * torch.rand(LONG, generator=g)
+    kl = 10 * torch.rand(LONG, generator=g)
+    nudge = torch.zeros(LONG)
+    nudge[:: LONG // 4] = 1.0
+    logps = torch.stack([logp, (logp - nudge).roll(77)])
+    return TokenStats(logps.requires_grad_(), (logp - 1).expand(2, -1), torch.stack([kl, (kl + nudge).flip(0)]))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("variant", ["tdpo1", "tdpo2"])
+def test_sums_over_long_sequences_are_exact_to_rounding(packed, variant):
+    """Sequential fp32 sums are nats off at 131,072 tokens, and so would be the difference that the loss is made of."""
+    stats, options = long_stats(), dict(beta=0.5, alpha=0.5, variant=variant, reduction="sum")
+    sides = [oracle.Sequence_(*(x[i].tolist() for x in (stats.logp, stats.ref_logp, stats.kl))) for i in range(2)]
+    want = oracle.pair(*sides, 0.5, 0.5, variant)
+    if packed:
+        stats = TokenStats(*(x.flatten() for x in (stats.logp, stats.ref_logp, stats.kl)))
+        options["cu_seqlens"] = torch.tensor([0, LONG, 2 * LONG])
+    out = preference_loss(stats, **options)
+    (g_logp,) = torch.autograd.grad(out.loss, stats.logp)
+    assert out.loss.dtype == out.chosen_kl.dtype == g_logp.dtype == torch.float32
+    assert out.loss.item() == pytest.approx(want.loss, rel=1e-6) and 0.1 < want.loss < 10
+    for have, exact in (
+        (out.chosen_logps, math.fsum(sides[0].logp)), (out.rejected_logps, math.fsum(sides[1].logp)),
+        (out.ref_chosen_logps, math.fsum(sides[0].ref_logp)), (out.rejected_kl, math.fsum(sides[1].kl)),
+        (out.chosen_rewards, want.chosen_reward), (out.rejected_rewards, want.rejected_reward),
+    ):  # fmt: skip
+        assert have.item() == pytest.approx(exact, rel=6e-8)
+    slopes = g_logp.view(2, LONG)
+    assert slopes[0].eq(slopes[0, 0]).all() and slopes[1].eq(-slopes[0, 0]).all()
+    assert slopes[0, 0].item() == pytest.approx(want.g_chosen[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("offsets", [[0, 0, 5, 5], [0, 3, 3, 5], [0, 0, 0, 0]], ids=str)
+def test_empty_sequences_sum_to_zero(offsets):
+    x = torch.arange(float(offsets[-1]), requires_grad=True)
+    sums = sequence_sums(x, torch.tensor(offsets))
+    assert sums.tolist() == [sum(range(a, b)) for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert torch.autograd.grad(sums.sum(), x)[0].eq(1).all()
 
 
 def test_tdpo1_is_not_tdpo2_with_alpha_1():

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tdpo_kernels import LMHead
 from tdpo_kernels.backends import tile_math
 from tdpo_kernels.backends.tile_math import LOWEST
+from tdpo_kernels.types import Model
 
 F32, F64 = torch.float32, torch.float64
 KINDS = ("flat", "peaked", "near", "equal", "offset", "hated", "loved", "ruled_out")
@@ -34,18 +36,23 @@ def rows(kind: str, V: int = 24, R: int = 5, seed: int = 0, dtype: torch.dtype =
     return z.to(dtype), r.to(dtype)
 
 
-def part(z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-    """lse_z, lse_r, mean, phi, and p, q, y."""
+@pytest.fixture(params=(tile_math.NARROW, 0.0), ids=("narrow if it is", "never narrow"), autouse=True)
+def narrow(request, monkeypatch):
+    """A tile may be narrow and taken as if it were not, as on a GPU."""
+    monkeypatch.setattr(tile_math, "NARROW", request.param)
+
+
+def part(z: Tensor, r: Tensor) -> tuple[tile_math.Part, Tensor, Tensor, Tensor, bool]:
+    """The part, its p, q and y, and whether it is narrow."""
     z, r = z.clone(), r.clone()
     p, q, y = (torch.empty_like(z) for _ in range(3))
-    lse_z, lse_r = tile_math.softmax_(z, out=p), tile_math.softmax_(r, out=q)
-    mean, phi = tile_math.divergence_(z, r, p, q, y, lse_z, lse_r)
-    return lse_z, lse_r, mean, phi, p, q, y
+    ends_z, ends_r = tile_math.softmax_(z, out=p), tile_math.softmax_(r, out=q)
+    found, is_narrow = tile_math.divergence_(z, r, p, q, y, ends_z, ends_r)
+    return found, p, q, y, is_narrow
 
 
 def merged(z: Tensor, r: Tensor, pieces: list[list[int]]) -> tile_math.RowState:
-    parts = [torch.stack(part(z[:, c], r[:, c])[:4]) for c in pieces]
-    return tile_math.merge(torch.stack(parts, 1))
+    return tile_math.merge([part(z[:, c], r[:, c])[0] for c in pieces])
 
 
 def floats(x: Tensor) -> list[float]:
@@ -62,31 +69,36 @@ def check_state(state: tile_math.RowState, z: Tensor, r: Tensor, relative: float
         want, lse_z, lse_r = oracle.kl(zi, ri), oracle.logsumexp(zi), oracle.logsumexp(ri)
         size = max(abs(x) for x in (*zi, *ri) if math.isfinite(x))
         assert close(state.kl[i], want, relative, (2e-7 * size) ** 2 + 2e-7 * size * math.sqrt(want))
-        assert close(state.lse_z[i], lse_z, 1e-6, 1e-6) and close(state.lse_r[i], lse_r, 1e-6, 1e-6)
-        assert close(state.lse_diff[i], lse_z - lse_r, 1e-6, 4e-7 * size)
+        z_top, r_top = max(zi), max(ri)
+        assert float(state.z_top[i]) == z_top and float(state.r_top[i]) == r_top
+        assert close(state.lse_z[i], lse_z - z_top, 1e-6, 1e-6) and close(state.lse_r[i], lse_r - r_top, 1e-6, 1e-6)
+        assert close(state.lse_diff[i], (lse_z - z_top) - (lse_r - r_top), 1e-6, 4e-7 * size)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_softmax_returns_probabilities_and_lse(kind):
     z, _ = rows(kind)
     p = torch.empty_like(z)
-    lse = tile_math.softmax_(z, out=p)
+    top, lse = tile_math.softmax_(z.clone(), out=p)
+    assert top.equal(z.amax(-1))
     for i in range(len(z)):
         want = oracle.log_softmax(floats(z[i]))
-        assert close(lse[i], oracle.logsumexp(floats(z[i])), 1e-6, 1e-6)
+        assert close(lse[i], oracle.logsumexp([v - float(top[i]) for v in floats(z[i])]), 1e-6, 1e-6)
         assert all(close(x, math.exp(w), 2e-5, 1e-37) for x, w in zip(p[i], want, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_part_is_equation_8(kind):
     z, r = rows(kind)
-    lse_z, lse_r, mean, phi, *_, y = part(z, r)
-    check_state(tile_math.merge(torch.stack([lse_z, lse_r, mean, phi])[:, None]), z, r)
+    found, _, _, y, _ = part(z, r)
+    check_state(tile_math.merge([found]), z, r)
+    mean = found.mean
     allowed = z > LOWEST / 10
     q = r.double().softmax(-1)
-    want = (q * (z.double() - r.double())).masked_fill(~allowed, 0).sum(-1)
+    apart = (z.double() - found.z_top[:, None]) - (r.double() - found.r_top[:, None])
+    want = (q * apart).masked_fill(~allowed, 0).sum(-1)
     assert torch.allclose(mean.double(), want, rtol=1e-6, atol=1e-6)
-    centred = (z.double() - r.double() - want[:, None]).float()
+    centred = (apart - want[:, None]).float()
     assert torch.allclose(y[allowed], centred[allowed], rtol=1e-5, atol=1e-5)
 
 
@@ -135,8 +147,7 @@ def test_what_the_cut_leaves_out_is_added_as_mass(beyond):
     z, r = rows("near")
     z[:, 7] += beyond
     r[:, 7] -= 1.0
-    lse_z, lse_r, mean, phi, *_ = part(z, r)
-    check_state(tile_math.merge(torch.stack([lse_z, lse_r, mean, phi])[:, None]), z, r)
+    check_state(tile_math.merge([part(z, r)[0]]), z, r)
 
 
 def test_part_ruled_out_altogether_weighs_nothing():
@@ -145,30 +156,140 @@ def test_part_ruled_out_altogether_weighs_nothing():
     check_state(merged(z, r, [list(c) for c in SPLITS[0]]), z, r)
 
 
+@pytest.mark.parametrize("depth", (-50.0, -1e4, -1e9, LOWEST))
+@pytest.mark.parametrize("kind", ("flat", "peaked", "near", "offset"))
+def test_a_part_far_below_the_others_costs_them_no_digits(kind, depth):
+    """Whichever comes first."""
+    z, r = rows(kind)
+    z, r = z.mul(2**16).round() / 2**16, r.mul(2**16).round() / 2**16  # so that 50 less is exact
+    alone = merged(z[:, 8:], r[:, 8:], [list(range(16))])
+    check_state(alone, z[:, 8:], r[:, 8:])
+    for x in (z, r):
+        x[:, :8] = x[:, :8] + depth if depth > -100 else depth
+    for split in (SPLITS[0], SPLITS[0][::-1], SPLITS[2]):
+        state = merged(z, r, [list(c) for c in split])
+        for name, want in vars(alone).items():
+            assert torch.allclose(getattr(state, name), want, rtol=3e-6, atol=1e-6), name
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda s: str(len(s)))
+@pytest.mark.parametrize("depth", (-1e4, -1e9, LOWEST))
+def test_a_mean_without_digits_costs_the_difference_of_the_lses_none(depth, split):
+    z, r = rows("flat")
+    z[:, 5] = depth
+    state = merged(z, r, [list(c) for c in split])
+    want = (z.double().logsumexp(-1) - state.z_top) - (r.double().logsumexp(-1) - state.r_top)
+    assert torch.allclose(state.lse_diff.double(), want, rtol=0, atol=1e-5)
+    log_p, log_q = z.double().log_softmax(-1), r.double().log_softmax(-1)
+    assert torch.allclose(state.kl.double(), (log_q.exp() * (log_q - log_p)).sum(-1), rtol=3e-6)
+
+
+class Bias:
+    """Policy and reference by what their biases rule out."""
+
+    def __init__(self, *values: float, dtype: torch.dtype = F32, **options: float) -> None:
+        bias = None if not values else torch.tensor(values)
+        self.model = Model(torch.zeros(1, 2), LMHead(torch.zeros(3, 2), bias, **options), dtype)
+
+
+@pytest.mark.parametrize(
+    "policy, reference, want",
+    [
+        (Bias(), Bias(), None),
+        (Bias(), Bias(-math.inf, 0, 0), None),
+        (Bias(0, 0, -1e9), Bias(0, 0, 0), False),
+        (Bias(0, 0, -math.inf), Bias(), True),
+        (Bias(0, 0, -math.inf), Bias(0, 0, -1e9), True),
+        (Bias(0, 0, -math.inf), Bias(0, 0, -math.inf), False),
+        (Bias(0, -math.inf, -math.inf), Bias(0, 0, -math.inf), True),
+        (Bias(0, 0, -math.inf), Bias(0, -math.inf, -math.inf), False),
+        (Bias(0, 0, -math.inf, softcap=3.0), Bias(), None),
+        (Bias(0, 0, -math.inf), Bias(0, 0, -math.inf, softcap=3.0), True),
+        (Bias(0, 0, -1e9, dtype=torch.float16), Bias(0, 0, 0), True),  # autocast rounds it to -inf
+        (Bias(0, 0, -1e28, logit_scale=50.0), Bias(0, 0, 0), True),  # below LOWEST is ruled out
+    ],
+)
+def test_kl_is_infinite_where_the_policy_alone_rules_out(policy, reference, want):
+    found = tile_math.kl_is_infinite(policy.model, reference.model)
+    assert found is want if want is None else found.item() is want
+
+
 # --- what is staged ---------------------------------------------------------------------------------------------------
 
 
-def staged(z: Tensor, r: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """p, t and the offset as `tiled` stages them."""
-    lse_z, lse_r, mean, phi, p, q, y = part(z, r)
-    offset = tile_math.log_ratio_(y, lse_z, lse_r, mean, phi)
+def staged(z: Tensor, r: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, tile_math.Part]:
+    """p and t as `tiled` stages them, t less what a narrow tile's is too large by."""
+    found, p, q, y, is_narrow = part(z, r)
+    if dtype is None and is_narrow:
+        return p, y - found.excess[:, None], found
+    tile_math.subtract_(y, found.excess)
     y = y if dtype is None else y.to(dtype).to(p.dtype)
     tile_math.weigh_(p, q, y, torch.empty_like(p))
-    return p, y, offset, (lse_z, lse_r, mean, phi)
+    return p, y, found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_staged_t_is_the_log_ratio_within_the_part(kind):
     z, r = rows(kind)
-    p, t, offset, (lse_z, lse_r, _, _) = staged(z, r)
+    p, t, found = staged(z, r)
     floor = tile_math.largest_exponent(F32)
     for i in range(len(z)):
         log_p, log_q = oracle.log_softmax(floats(z[i])), oracle.log_softmax(floats(r[i]))
-        assert close(offset[i], float(lse_z[i]) - float(lse_r[i]), 1e-6, 2e-5)
+        assert close(found.mean[i] + found.kl[i], float(found.lse_z[i]) - float(found.lse_r[i]), 1e-6, 2e-5)
         for v in range(z.shape[1]):
             if log_p[v] > -math.inf and log_p[v] - log_q[v] > -floor:
                 assert close(p[i, v], math.exp(log_p[v]), 2e-5, 1e-37)
                 assert close(t[i, v], log_p[v] - log_q[v], 1e-5, 2e-5)
+
+
+@pytest.mark.parametrize("depth", (-300.0, -1e4, -1e9, LOWEST))
+def test_staged_t_keeps_its_digits_however_low_one_column_is(depth):
+    z, r = rows("flat")
+    z[:, 5] = depth
+    p, t, _ = staged(z, r)
+    log_p, log_q = z.double().log_softmax(-1), r.double().log_softmax(-1)
+    rest = [v for v in range(24) if v != 5]
+    assert torch.allclose(t.double()[:, rest], (log_p - log_q)[:, rest], rtol=0, atol=1e-5)
+    assert torch.allclose(p.double() * (-t.double()).exp(), log_q.exp(), rtol=5e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("split", SPLITS[:3], ids=lambda s: str(len(s)))
+def test_tile_weights_make_p_and_q_of_a_part_those_of_the_whole(split, kind):
+    z, r = rows(kind)
+    tiles = [staged(z[:, list(c)], r[:, list(c)]) for c in split]
+    whole = tile_math.merge([found for *_, found in tiles])
+    none = torch.zeros(len(z))
+    weights = tile_math.tile_weights([found._replace(excess=none) for *_, found in tiles], [], whole)
+    p, q = z.double().softmax(-1), r.double().softmax(-1)
+    for columns, (p_k, t_k, _), (weight, ref_weight, ratio) in zip(split, tiles, weights.unbind(1), strict=True):
+        found_q = (ref_weight.double()[:, None] * p_k) * (-t_k - ratio[:, None]).double().exp()
+        assert torch.allclose((weight[:, None] * p_k).double(), p[:, list(columns)], rtol=1e-4, atol=1e-12)
+        assert torch.allclose(found_q, q[:, list(columns)], rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("size", (0.0, 2**-20, 2**-10, 0.1, 0.5, 3.0))
+def test_rounded_p_and_t_are_made_up_for_in_their_sums(size):
+    """Half the columns share one log-ratio. Without the column 7, whose p and q the caller knows."""
+    z = torch.randn(6, 512, generator=torch.Generator().manual_seed(1)).mul(256).round() / 256
+    r = z + size * (torch.arange(512) % 2)
+    found, p, q, t, _ = part(z, r)
+    tile_math.subtract_(t, found.excess)
+    label = p[:, 7].clone(), q[:, 7].clone(), -t[:, 7]
+    p[:, 7], q[:, 7] = 0, 0
+    kept, t = p.sum(-1), t.bfloat16().float()
+    tile_math.weigh_(p, q, t, torch.empty_like(p))
+    p = p.bfloat16().float()
+    rounding = tile_math.rounding(p, t, kept, label, torch.empty_like(p))
+    weights = tile_math.tile_weights([found], [rounding], tile_math.merge([found]))
+    weight, ref_weight, ratio = weights[:, 0].double()
+    p = weight[:, None] * p
+    more_q = (p * (-t - ratio[:, None]).double().expm1()).sum(-1)
+    log_p, log_q = z.double().log_softmax(-1), r.double().log_softmax(-1)
+    rest = torch.arange(512) != 7
+    want = (log_p.exp() * (log_q - log_p).expm1())[:, rest].sum(-1)
+    assert ref_weight.equal(weight) and torch.allclose(p.sum(-1), log_p.exp()[:, rest].sum(-1), rtol=2e-6)
+    assert torch.allclose(more_q, want, rtol=1e-4, atol=2e-6 * size)  # before: up to 4e-3 x size off
 
 
 @pytest.mark.parametrize("dtype", (None, torch.bfloat16), ids=("fp32", "bf16"))
@@ -202,11 +323,6 @@ def test_weighing_gives_q_where_q_is_the_larger_and_leaves_p_where_p_is(size):
     assert torch.allclose(weighed[~below], p[~below], rtol=1e-6, atol=0)
 
 
-def test_anchor_is_the_first_largest_unless_ruled_out():
-    x = torch.tensor([[1.0, 5.0, 2.0], [LOWEST, LOWEST, LOWEST], [LOWEST, -3.0, LOWEST]])
-    assert tile_math.anchor(x).tolist() == [5.0, 0.0, -3.0]
-
-
 def test_results_that_lean_on_the_stand_in_become_infinities():
     x = torch.tensor([0.0, -50.0, LOWEST, LOWEST * 0.99, -LOWEST])
     assert tile_math.to_infinity(x).tolist() == [0.0, -50.0, -math.inf, -math.inf, math.inf]
@@ -214,9 +330,10 @@ def test_results_that_lean_on_the_stand_in_become_infinities():
 
 @pytest.mark.parametrize("offset", (8.0, -3.0, 96.0))
 def test_an_offset_the_logits_hold_exactly_leaves_no_trace(offset):
-    """Though the fp32 sum of q is not 1: the second centring takes away what the first leaves."""
+    """Though the fp32 sum of q is not 1: the second centring takes away what the first leaves, but for (1e-7)^2."""
     r = torch.randn(6, 4096).mul(512).round() / 256
-    lse_z, lse_r, mean, phi, *_, y = part(r + offset, r)
-    state = tile_math.merge(torch.stack([lse_z, lse_r, mean, phi])[:, None])
-    assert y.abs().max() <= 1e-9 and not state.kl.count_nonzero()
-    assert (state.lse_diff - offset).abs().max() <= 2**-23 * abs(offset)
+    found, _, _, y, _ = part(r + offset, r)
+    state = tile_math.merge([found])
+    t = y - found.excess[:, None]
+    assert t.abs().max() <= 1e-9 and (state.kl <= 1e-14).all()
+    assert (state.lse_diff.abs() <= 1e-9).all() and (state.z_top - state.r_top == offset).all()

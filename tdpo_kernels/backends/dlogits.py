@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..types import Inputs
 from .slab import Grid, StagedTile
-from .tile_math import largest_exponent, weigh_
+from .tile_math import difference
 
 FP16_HEADROOM = 2.0**14  # |dz| is scaled to stay below it
 
@@ -36,42 +36,35 @@ class Coefficients:
     def __init__(
         self, inputs: Inputs, grid: Grid, row_values: tuple[Tensor, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None
     ) -> None:
-        self.lse_z, self.lse_r, self.lse_diff, self.z_anchor, self.r_anchor, logp, ref_logp = row_values
+        self.lse_z, self.lse_r, self.lse_diff, self.z_top, self.r_top, ratio, logp, ref_logp = row_values
         g_logp = torch.zeros_like(logp) if g_logp_T is None else g_logp_T.to(logp.dtype)
         g_kl = torch.zeros_like(logp) if g_kl_T is None else g_kl_T.to(logp.dtype)
-        self.kinds = _kinds(grid, g_logp, g_kl, inputs.policy.head.softcap is not None, g_kl_T is None)
+        no_q, only_q = g_kl == 0, g_kl == g_logp
+        self.kinds = _kinds(grid, no_q, only_q, inputs.policy.head.softcap is not None, g_kl_T is None)
         self.scale = _fp16_scale(g_logp, g_kl) if inputs.policy.dtype == torch.float16 else 1.0
         factor = self.scale * inputs.policy.head.logit_scale
         self.a, self.b = g_kl * -factor, g_logp * -factor
-        only_q = g_kl == g_logp
-        self.label_constant = self.b * torch.expm1(torch.where(only_q, ref_logp, logp))
-        a = torch.where(only_q, 0.0, self.a)
-        self.label_near, self.label_far = a * logp.exp(), a * (ref_logp.exp() - logp.exp())
-
-    def label(self, rows: slice, ratio_R: Tensor) -> Tensor:
-        """dz at the label, from expm1(delta') there: p expm1(delta') where that is accurate, q - p where it
-        overflows."""
-        near = self.label_near[rows] * ratio_R
-        return self.label_constant[rows] + torch.where(ratio_R.abs() < 1, near, self.label_far[rows])
+        p_y, q_y = logp.exp(), ref_logp.exp()
+        without_kl = self.b * torch.expm1(torch.where(only_q, ref_logp, logp))
+        times_a = difference(p_y, q_y, ratio).masked_fill(only_q, 0.0)
+        self.label = torch.addcmul(without_kl, self.a, times_a)  # dz at each row's label
 
 
-def _kinds(grid: Grid, g_logp: Tensor, g_kl: Tensor, softcap: bool, no_kl: bool) -> list[Kind]:
+def _kinds(grid: Grid, no_q: Tensor, no_p: Tensor, softcap: bool, no_kl: bool) -> list[Kind]:
     """The kind of each row block: one read from the device."""
     count = len(grid.row_blocks())
     if count == 0:
         return []
-    if g_kl.is_cuda and torch.cuda.is_current_stream_capturing():
+    if no_q.is_cuda and torch.cuda.is_current_stream_capturing():
         return [Kind.ONLY_P if no_kl else Kind.GENERAL] * count
-    no_q, no_p = g_kl == 0, g_kl == g_logp
-    needed_3T = torch.stack([~no_q, ~no_p, (g_logp != 0) | ~no_q])
+    spared_3T = torch.stack([no_q, no_p, no_q & no_p])
     if grid.T < count * grid.R:
-        needed_3T = F.pad(needed_3T, (0, count * grid.R - grid.T))
-    needs_q, needs_p, needs_any = needed_3T.view(3, count, grid.R).any(-1).tolist()
+        spared_3T = F.pad(spared_3T, (0, count * grid.R - grid.T), value=True)
     kinds = []
-    for q, p, anything in zip(needs_q, needs_p, needs_any, strict=True):
-        # a softcap's slope needs z whatever else is needed
-        kind = Kind.ONLY_P if not q else Kind.ONLY_Q if not p and not softcap else Kind.GENERAL
-        kinds.append(kind if anything else Kind.NOTHING)
+    for q, p, everything in zip(*spared_3T.view(3, count, grid.R).all(-1).tolist(), strict=True):
+        # a softcap's slope needs z whatever else is spared
+        kind = Kind.ONLY_P if q else Kind.ONLY_Q if p and not softcap else Kind.GENERAL
+        kinds.append(Kind.NOTHING if everything else kind)
     return kinds
 
 
@@ -97,9 +90,19 @@ class LabelColumn:
         """The tile's value at each row's label; anything where the label is elsewhere."""
         return tile.gather(1, self.index)[:, 0]
 
-    def pick(self, tile: Tensor, otherwise_R: Tensor) -> Tensor:
+    def pick(self, tiles: list[Tensor], otherwise: list[Tensor] | None) -> list[Tensor]:
+        """Each tile's value at the labels, and `otherwise` (None: anything) in rows whose label is elsewhere."""
+        found = [self.read(tile) for tile in tiles]
+        if self.inside is None or otherwise is None:
+            return found
+        return [torch.where(self.inside, new_R, old_R) for new_R, old_R in zip(found, otherwise, strict=True)]
+
+    def take_(self, tile: Tensor) -> Tensor:
+        """The tile's value at each row's label, and 0 left there; 0 where the label is elsewhere."""
         value_R = self.read(tile)
-        return value_R if self.inside is None else torch.where(self.inside, value_R, otherwise_R)
+        left_R = torch.zeros_like(value_R) if self.inside is None else value_R.masked_fill(self.inside, 0.0)
+        tile.scatter_(1, self.index, left_R[:, None])
+        return value_R - left_R
 
     def write_(self, tile: Tensor, value_R: Tensor) -> None:
         if self.inside is not None:
@@ -108,19 +111,16 @@ class LabelColumn:
 
 
 def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, label: LabelColumn, dz: Tensor) -> Tensor:
-    """dz of a staged tile into `dz`. The tile's own weight is made like its columns' p, by `tile_math.weigh_`."""
-    ratio = (staged.offset - c.lse_diff[rows]).clamp_(min=-largest_exponent(dz.dtype))
-    weight, ref_weight = (staged.lse_z - c.lse_z[rows]).exp(), (staged.lse_r - c.lse_r[rows]).exp()
-    weigh_(weight, ref_weight, ratio, scratch=torch.empty_like(ratio))
-    a, b = c.a[rows] * weight, c.b[rows] * weight
+    """dz of a staged tile into `dz`."""
+    b = c.b[rows] * staged.weight
     if kind is Kind.ONLY_P:
         torch.mul(staged.p, b[:, None], out=dz)
-        label.write_(dz, c.label_constant[rows])
     else:
-        torch.sub(-ratio[:, None], staged.t, out=dz).expm1_()
-        value = c.label(rows, label.read(dz))
+        a = c.a[rows] * staged.ref_weight
+        b = torch.addcmul(b, c.a[rows], staged.ref_weight - staged.weight)
+        torch.sub(-staged.ratio[:, None], staged.t, out=dz).expm1_()
         dz.mul_(a[:, None]).add_(b[:, None]).mul_(staged.p)
-        label.write_(dz, value)
+    label.write_(dz, c.label[rows])
     return dz if staged.slope is None else dz.mul_(staged.slope)
 
 
@@ -134,7 +134,7 @@ def from_q(c: Coefficients, rows: slice, r: Tensor, label: LabelColumn) -> Tenso
 
 def _softmax_only_(x: Tensor, lse: Tensor, c: Coefficients, rows: slice, label: LabelColumn) -> Tensor:
     x.sub_(lse[:, None]).exp_().mul_(c.b[rows, None])
-    label.write_(x, c.label_constant[rows])
+    label.write_(x, c.label[rows])
     return x
 
 
@@ -144,9 +144,8 @@ def from_both(c: Coefficients, rows: slice, z: Tensor, r: Tensor, label: LabelCo
     ``q - p = p expm1(min(delta', 1)) + relu(q - e p)``: right where p and q agree, and where q is far above p.
     """
     ratio = torch.sub(r, z, out=scratch).add_(c.lse_diff[rows, None]).clamp_(max=1.0).expm1_()
-    value = c.label(rows, label.read(ratio))
     p, q = z.sub_(c.lse_z[rows, None]).exp_(), r.sub_(c.lse_r[rows, None]).exp_()
     difference = ratio.mul_(p).add_(q.sub_(p, alpha=math.e).clamp_(min=0.0))
     dz = difference.mul_(c.a[rows, None]).add_(p.mul_(c.b[rows, None]))
-    label.write_(dz, value)
+    label.write_(dz, c.label[rows])
     return dz

@@ -28,14 +28,19 @@ def backward(
     wanted = (needs.hidden, needs.weight, needs.bias)
     with torch.enable_grad():
         parts = [
-            x if x is None else x.detach().requires_grad_(want)
+            x if x is None else _versioned(x).detach().requires_grad_(want)
             for x, want in zip((inputs.policy.hidden, head.weight, head.bias), wanted, strict=True)
         ]
-        logp, _, kl = reference.statistics(*_both_logits(inputs, *parts), inputs.rows.labels_T)
+        logp, _, kl = reference.statistics(*_both_logits(inputs, *parts), _versioned(inputs.rows.labels_T))
         pairs = [(out, g) for out, g in ((logp, g_logp_T), (kl, g_kl_T)) if g is not None]
         leaves = [x for x, want in zip(parts, wanted, strict=True) if want]
         grads = iter(torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True))
     return Gradients(*(next(grads) if want else None for want in wanted))
+
+
+def _versioned(x: Tensor) -> Tensor:
+    """Autograd saves no inference tensor: a copy of one, made outside inference mode, is none."""
+    return x.clone() if x.is_inference() else x
 
 
 def _both_logits(inputs: Inputs, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

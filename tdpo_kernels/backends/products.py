@@ -1,13 +1,18 @@
-"""Matrix products: what is multiplied in which dtype on which device, and how 16-bit gradients are summed in fp32."""
+"""Matrix products: what is multiplied in which dtype on which device by whose kernel, and how 16-bit gradients are
+summed in fp32."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import platform
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def forward_operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
@@ -17,36 +22,57 @@ def forward_operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torc
 
 
 def backward_operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
-    """dz and what it multiplies stay in 16 bits, except for fp16 off CUDA, whose products would overflow and crawl."""
-    if compute in SIXTEEN_BIT and stats == torch.float32 and (device.type == "cuda" or compute == torch.bfloat16):
-        return compute
-    return stats
+    """As in the forward: a tile's product rounded to 16 bits would drown what is left when tiles cancel."""
+    return forward_operand_dtype(compute, stats, device)
 
 
-def logits_(out_RC: Tensor, hidden_RD: Tensor, weight_CD: Tensor, compute: torch.dtype) -> None:
-    """``hidden @ weight^T`` into an fp32 (float64) tile, accumulated in its dtype. Operands are exact in `compute`."""
+def logits_(out_RC: Tensor, hidden_RD: Tensor, weight_CD: Tensor, compute: torch.dtype | None = None) -> None:
+    """``hidden @ weight^T`` into an fp32 (float64) tile, accumulated in its dtype."""
     if hidden_RD.dtype != out_RC.dtype:
         torch.mm(hidden_RD, weight_CD.T, out_dtype=out_RC.dtype, out=out_RC)
-    elif compute == torch.bfloat16 and out_RC.dtype == torch.float32 and out_RC.device.type == "cpu":
-        with _exact_bf16_products():
-            torch.mm(hidden_RD, weight_CD.T, out=out_RC)
+    elif (linear := _onednn(hidden_RD)) is not None:
+        out_RC.copy_(linear(hidden_RD, weight_CD))
     else:
         torch.mm(hidden_RD, weight_CD.T, out=out_RC)
 
 
 def accumulate_(acc: Tensor, a: Tensor, b: Tensor, alpha: float, keep: int = 1) -> None:
-    """``acc = keep * acc + alpha * a @ b``, keep 0 or 1, alpha a power of two. With keep 0 acc may hold anything.
-
-    bf16 products on a CPU come back rounded to bf16, once per tile.
-    """
-    if a.dtype == acc.dtype:
+    """``acc = keep * acc + alpha * a @ b`` in the dtype of acc, keep 0 or 1, alpha a power of two. With keep 0 acc may
+    hold anything."""
+    if a.dtype != acc.dtype:
+        part = torch.mm(a, b, out_dtype=acc.dtype)
+    elif (linear := _onednn(a)) is not None:
+        part = linear(a, b.T)
+    else:
         acc.addmm_(a, b, alpha=alpha, beta=keep)
         return
-    part = torch.mm(a, b, out_dtype=acc.dtype) if a.device.type == "cuda" else torch.mm(a, b)
     if keep == 0:
         torch.mul(part, alpha, out=acc)
     else:
         acc.add_(part, alpha=alpha)
+
+
+def _onednn(a: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """oneDNN's ``a @ b^T``, in a new tensor, where it can take `a` and beats `torch.mm`. It heeds the user's
+    ``torch.backends.mkldnn`` switches, as `torch.mm` does."""
+    if a.dtype != torch.float32 or a.device.type != "cpu" or a.shape[1] == 0 or not mkl_is_held_back():
+        return None
+    return onednn_linear() if torch.backends.mkldnn.enabled else None
+
+
+@functools.cache
+def mkl_is_held_back() -> bool:
+    """Whether `torch.mm` is MKL's on an AVX-512 CPU not made by Intel: there MKL keeps to AVX2, at half the speed."""
+    if not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return "GenuineIntel" not in (CPUINFO.read_text() if CPUINFO.exists() else platform.processor())
+
+
+@functools.cache
+def onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Private to torch, there in 2.11 to 2.13; None where it is gone."""
+    op = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    return None if op is None else lambda a, b: op.default(a, b, None, "none", [], "")
 
 
 class GradientSum:
@@ -88,16 +114,3 @@ class GradientSum:
 
     def _within(self, block: slice) -> slice:
         return block if block.stop <= self.held else slice(0, block.stop - block.start)
-
-
-@contextlib.contextmanager
-def _exact_bf16_products():
-    """Lets oneDNN take an fp32 product of bf16-valued operands on the bf16 units: exact products, fp32 sums, several
-    times faster. The switch is process-wide, so it is held only around the product."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

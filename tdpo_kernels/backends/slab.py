@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -45,30 +46,42 @@ def _even(length: int, most: int, multiple: int) -> int:
 
 
 def make_grid(inputs: Inputs) -> Grid:
-    device = inputs.policy.hidden.device.type
-    workspace = WORKSPACE.get(device, WORKSPACE["cpu"])
-    R, C = TILE.get(device, TILE["cpu"])
-    per_tile, per_row, per_col = _held(inputs)
-    while per_tile * R * C + per_row * R + per_col * C > workspace and max(R, C) > SMALLEST:
-        R, C = (R, C // 2) if C > R else (R // 2, C)
-    T, V = inputs.rows.count, inputs.policy.head.weight.shape[0]
-    return Grid(T, V, _even(T, R, 1), _even(V, C, 16))
-
-
-def _held(inputs: Inputs) -> tuple[int, int, int]:
-    """Bytes of workspace per entry of a tile, per row and per column: tiles, copies of operands, partial gradients."""
+    """For tiles of fp32 (float64) logits in memory, and everything that is done to them."""
     stats = inputs.stats_dtype
     per_tile = stats.itemsize * (5 if inputs.policy.head.softcap is None else 6)
+    if inputs.policy.dtype in SIXTEEN_BIT:
+        per_tile += inputs.policy.dtype.itemsize  # dz for the products
+    return cut(inputs, per_tile, *copied_bytes(inputs, widen=True))
+
+
+def cut(inputs: Inputs, per_tile: int, per_row: int, per_col: int, multiple: int = 16) -> Grid:
+    """The grid whose tiles, with this many bytes held per entry, row and column, fit into the workspace. Columns are
+    cut at multiples of `multiple`."""
+    device = inputs.policy.hidden.device.type
+    workspace = WORKSPACE.get(device, WORKSPACE["cpu"])
+    T, V = inputs.rows.count, inputs.policy.head.weight.shape[0]
+    return _grid(T, V, TILE.get(device, TILE["cpu"]), workspace, (per_tile, per_row, per_col), multiple)
+
+
+@lru_cache
+def _grid(T: int, V: int, tile: tuple[int, int], workspace: int, held: tuple[int, int, int], multiple: int) -> Grid:
+    (R, C), (per_tile, per_row, per_col) = tile, held
+    while per_tile * R * C + per_row * R + per_col * C > workspace and max(R, C) > SMALLEST:
+        R, C = (R, C // 2) if C > R else (R // 2, C)
+    return Grid(T, V, _even(T, R, 1), _even(V, C, multiple))
+
+
+def copied_bytes(inputs: Inputs, widen: bool) -> tuple[int, int]:
+    """Bytes per row and per column of gathered, rounded and (if `widen`) widened operands and of partial gradients."""
+    stats = inputs.stats_dtype
     per_row = per_col = 0
     for side in (inputs.policy, inputs.reference):
         width = side.hidden.shape[1]
         gathered = 0 if inputs.rows.hidden_T is None else side.hidden.dtype.itemsize
-        per_row += width * (gathered + _copies(side.hidden.dtype, side.dtype, stats))
-        per_col += width * _copies(side.head.weight.dtype, side.dtype, stats)
-    if inputs.policy.dtype in SIXTEEN_BIT:
-        per_tile += inputs.policy.dtype.itemsize  # dz for the products
+        per_row += width * (gathered + _copies(side.hidden.dtype, side.dtype, stats if widen else side.dtype))
+        per_col += width * _copies(side.head.weight.dtype, side.dtype, stats if widen else side.dtype)
     partial = inputs.policy.hidden.shape[1] * stats.itemsize
-    return per_tile, per_row + 2 * partial, per_col + partial
+    return per_row + 2 * partial, per_col + partial
 
 
 def _copies(source: torch.dtype, compute: torch.dtype, stats: torch.dtype) -> int:
@@ -82,14 +95,19 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.buffers: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, int, int, torch.dtype], Tensor] = {}
 
     def get(self, name: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         """A contiguous ``(rows, cols)`` view of the buffer `name`, grown if need be; its content is whatever was
         there."""
-        have = self.buffers.get(name)
-        if have is None or have.numel() < rows * cols or have.dtype != dtype:
-            have = self.buffers[name] = torch.empty(rows * cols, dtype=dtype, device=self.device)
-        return have[: rows * cols].view(rows, cols)
+        view = self.views.get((name, rows, cols, dtype))
+        if view is None:
+            have = self.buffers.get(name)
+            if have is None or have.numel() < rows * cols or have.dtype != dtype:
+                self.views = {key: x for key, x in self.views.items() if key[0] != name}
+                have = self.buffers[name] = torch.empty(rows * cols, dtype=dtype, device=self.device)
+            view = self.views[name, rows, cols, dtype] = have[: rows * cols].view(rows, cols)
+        return view
 
 
 class Operand:
@@ -99,6 +117,9 @@ class Operand:
     def __init__(self, work: Workspace, name: str, source: Tensor, index: Tensor | None, compute: torch.dtype) -> None:
         self.work, self.name, self.source, self.index, self.compute = work, name, source, index, compute
         self.loaded: dict[torch.dtype, tuple[slice, Tensor]] = {}
+
+    def needs_copy(self) -> bool:
+        return self.index is not None or self.source.dtype != self.compute
 
     def block(self, rows: slice, dtype: torch.dtype) -> Tensor:
         have = self.loaded.get(dtype)
@@ -139,17 +160,27 @@ class Side:
         return dz_RC
 
 
+def sides_of(inputs: Inputs, work: Workspace) -> tuple[Side, Side]:
+    index = inputs.rows.hidden_T
+    return (
+        Side(inputs.policy, index, work, "z", inputs.stats_dtype),
+        Side(inputs.reference, index, work, "r", inputs.stats_dtype),
+    )
+
+
 @dataclass(frozen=True)
 class StagedTile:
-    """One tile as backward wants it: p within the tile and t = log(p / q), such that p e^-t is q (`tile_math.weigh_`);
-    the softcap's slope, if any; and of each row the tile's log-sum-exps and the offset that takes t to the whole."""
+    """One tile as backward wants it: p within the tile, and t, such that ``p e^-t`` is q within the tile
+    (`tile_math.weigh_`); the softcap's slope, if any; and each row's weights and ratio, with which p is
+    ``weight * p`` in the whole vocabulary, and q ``ref_weight * p e^-(t + ratio)`` (`tile_math.tile_weights`).
+    """
 
     p: Tensor
     t: Tensor
     slope: Tensor | None
-    lse_z: Tensor
-    lse_r: Tensor
-    offset: Tensor
+    weight: Tensor
+    ref_weight: Tensor
+    ratio: Tensor
 
 
 class Stage:
@@ -166,9 +197,8 @@ class Stage:
             slot = self.planes * grid.R * grid.C
             per_tile = slot * self.dtype.itemsize + 3 * grid.R * inputs.stats_dtype.itemsize
             count = min(inputs.memory_budget // per_tile, self.row_count * len(grid.col_blocks()))
-            device = inputs.policy.hidden.device
-            self.flat = torch.empty(count, slot, dtype=self.dtype, device=device)
-            self.row_values = torch.empty(count, 3, grid.R, dtype=inputs.stats_dtype, device=device)
+            self.flat = inputs.keep(count, slot, dtype=self.dtype)
+            self.row_values = inputs.keep(3, count, grid.R, dtype=inputs.stats_dtype)
 
     def tile(self, i: int, k: int, rows: int, cols: int) -> StagedTile | None:
         """Where row block i and column block k are staged, or None if they are to be recomputed."""
@@ -176,8 +206,12 @@ class Stage:
         if slot >= self.flat.shape[0]:
             return None
         planes = self.flat[slot][: self.planes * rows * cols].view(self.planes, rows, cols)
-        lse_z, lse_r, offset = self.row_values[slot, :, :rows]
-        return StagedTile(planes[0], planes[1], planes[2] if self.planes == 3 else None, lse_z, lse_r, offset)
+        p, t, *slope = planes.unbind()
+        return StagedTile(p, t, slope[0] if slope else None, *self.row_values[:, slot, :rows].unbind())
+
+    def rows_of(self, i: int, rows: int) -> Tensor:
+        """``(3, k, rows)``: weights and ratio of the tiles of row block i that are staged."""
+        return self.row_values[:, i :: self.row_count, :rows]
 
 
 def blocks(slices: list[slice]) -> Iterator[tuple[int, slice, int]]:

@@ -1,44 +1,54 @@
 r"""Row mathematics of one ``(R, C)`` tile of logits, in torch, in place. No products, no loops, no labels.
 
-Logits come *anchored*: less one number per row and model (`anchor`), the same for every tile of the row, so that an
-offset between the models, which changes nothing, costs no digits either.
-
-A *part* is a slice of the vocabulary. Of each row of a part four numbers are kept: its log-sum-exps ``lse_z`` and
-``lse_r``, the mean ``mu = E_q[z - r]`` under the part's own softmax of r, and ``M = E_q[expm1(y) - y] >= 0`` with
-``y = z - r - mu``: eq. (2b) of `reference.py` with the sign of delta turned, so that its exponential needs no
-negation. Then, for a part as for the whole,
+A *part* is a slice of the vocabulary. Of each row of a part six numbers are kept: the largest logits ``z_top`` and
+``r_top``, and relative to them the log-sum-exps ``lse_z`` and ``lse_r``, the mean ``mu = E_q[z - r]`` under the part's
+own softmax of r, and ``M = E_q[expm1(y) - y] >= 0`` with ``y = z - r - mu``: eq. (2b) of `reference.py` with the sign
+of delta turned, so that its exponential needs no negation. Being *anchored* at its own top, a part loses no digits to
+an offset between the models, nor to another part far above it. Then, for a part as for the whole,
 
     (8)   KL = log1p(M)        L - L' = KL + mu        E_q[e^y] = 1 + M = exp(lse_z - lse_r - mu)
 
-Parts k merge exactly, in any order, with ``w = softmax_k(lse_r_k)``, ``mu = sum w_k mu_k`` and ``Y_k = mu_k - mu``:
+where, with M about it, any other centre may stand for mu and ``L - L' - mu`` for KL: beyond FAR nats mu has none of the
+digits that the columns have, and FAR is their centre.
+
+Parts k, their anchors moved to the row's own (`rebase`), merge exactly, in any order, with ``w = softmax_k(lse_r_k)``,
+``mu = sum w_k mu_k`` and ``Y_k = mu_k - mu``:
 
     (9)   M = sum_k [ w_k (e^Y_k M_k + expm1(Y_k) - Y_k) ]  =  sum_k [ exp(lse_z_k - L' - mu) - w_k (1 + Y_k) ]
 
 where the second form is for large terms: it asks nothing of a part's own M, which overflows where the reference all
 but rules out what the policy likes. A single column is a part with M = 0, so (9) also says how a tile is summed:
 there the exponent is cut at CUT, and what that leaves out is ``relu(p_v exp(lse_z - lse_r - mu) - q_v e^CUT)``,
-zero, but for rounding, wherever nothing was cut.
+zero, but for rounding, wherever nothing was cut. Where a whole tile is NARROW (the rule in training) there is nothing
+to cut and nothing to weigh; that is looked up where looking costs no synchronisation.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..types import Model
+
 CUT = 16.0
+NARROW = 4.0  # |y| of a tile below it: e^y needs no cut, and p e^-t is q to a few eps without being weighed
 LARGE = 1e12  # terms of (9) above it are summed in their second form
-TOP_EXPONENT = 80.0  # keeps exp() finite in fp32; a part that needs more is LARGE anyway
-LARGEST_KL = 60.0  # above it 1 + M leaves fp32, and KL = L - L' - mu no longer cancels
+FAR = 48.0  # a part of mean below -FAR is centred there: its M is LARGE, and finite, about either
+ROUNDING = 0.125  # more than staging in 16 bits moves a sum of probabilities by, of itself
 LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
 
 
 @dataclass(frozen=True)
 class RowState:
-    """The whole vocabulary's parts merged, each ``(R,)``, still anchored."""
+    """The whole vocabulary's parts merged, each ``(R,)``: the tops, and the others relative to them."""
 
+    z_top: Tensor
+    r_top: Tensor
     lse_z: Tensor
     lse_r: Tensor
     kl: Tensor
@@ -49,11 +59,21 @@ def is_lowest(x: Tensor) -> Tensor:
     return x < LOWEST / 10
 
 
-def anchor(x_RC: Tensor) -> Tensor:
-    """The number to take off a row of logits: its first tile's largest, or 0 where that tile is ruled out
-    altogether."""
-    top_R = x_RC.amax(-1)
-    return torch.where(is_lowest(top_R), 0.0, top_R)
+def kl_is_infinite(policy: Model, reference: Model) -> Tensor | None:
+    """Whether the policy rules out what the reference allows. It does so in all rows or in none (None: it cannot),
+    since only a bias rules out, and only where there is no softcap."""
+    out, ref_out = _ruled_out(policy), _ruled_out(reference)
+    if out is None:
+        return None
+    return (out if ref_out is None else out & ~ref_out).any()
+
+
+def _ruled_out(model: Model) -> Tensor | None:
+    """``(V,)``."""
+    head = model.head
+    if head.bias is None or head.softcap is not None:
+        return None
+    return is_lowest(head.bias.detach().to(model.dtype).float() * head.logit_scale)
 
 
 def largest_exponent(dtype: torch.dtype) -> float:
@@ -61,52 +81,107 @@ def largest_exponent(dtype: torch.dtype) -> float:
     return -0.345 * math.log(torch.finfo(dtype).tiny)
 
 
-def softmax_(x: Tensor, out: Tensor) -> Tensor:
-    """Softmax of each row of the part into `out`; returns its log-sum-exp. The largest probability is 1 / sum exp(x
-    - max)."""
-    torch.softmax(x, -1, out=out)
-    return x.amax(-1) - out.amax(-1).log()
+def softmax_(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Anchors each row of the part, and puts its softmax into `out`. Returns its top, and its log-sum-exp relative to
+    that: the top's probability is 1 / sum exp(x - top)."""
+    top = x.amax(-1)
+    torch.softmax(x.sub_(top[:, None]), -1, out=out)
+    return top, -out.amax(-1).log()
+
+
+class Part(NamedTuple):
+    """Of each row of a part, ``(R,)`` each; all but the tops are relative to them."""
+
+    z_top: Tensor
+    r_top: Tensor
+    lse_z: Tensor
+    lse_r: Tensor
+    mean: Tensor
+    phi: Tensor  # M
+    kl: Tensor
+    lse_diff: Tensor  # lse_z - lse_r, without cancellation
+    excess: Tensor  # what y is above log(p / q) within the part
 
 
 def divergence_(
-    z: Tensor, r: Tensor, p: Tensor, q: Tensor, y: Tensor, lse_z: Tensor, lse_r: Tensor
-) -> tuple[Tensor, Tensor]:
-    """mu and M of the part; writes the centred y, and uses z as scratch. Centring twice leaves no trace of q's sum
-    not being 1."""
+    z: Tensor, r: Tensor, p: Tensor, q: Tensor, y: Tensor, ends_z: tuple[Tensor, Tensor], ends_r: tuple[Tensor, Tensor]
+) -> tuple[Part, bool]:
+    """The part, and whether it `is_narrow`; leaves in y ``z - r``, centred by about mu or, if that is more, by -FAR.
+    z is scratch. The ends are what `softmax_` returned.
+
+    Centring twice leaves no trace of q's sum not being 1. A narrow tile is centred once, and its M, then taken about
+    ``mu - rest``, is moved by (9): ``e^-rest (M - (expm1(rest) - rest))``, rest being of the order of rounding.
+    """
+    (z_top, lse_z), (r_top, lse_r) = ends_z, ends_r
     torch.sub(z, r, out=y)
-    mean = torch.linalg.vecdot(q, y)
-    y.sub_(mean[:, None])
+    centre = torch.linalg.vecdot(q, y).clamp_(min=-FAR)
+    y.sub_(centre[:, None])
     rest = torch.linalg.vecdot(q, y)
-    y.sub_(rest[:, None])
-    mean = mean + rest
+    mean = centre + rest
+    if is_narrow(y):
+        phi = torch.linalg.vecdot(q, torch.expm1(y, out=z).sub_(y))
+        phi = torch.addcmul(phi, rest, phi + 0.5 * rest, value=-1.0).clamp_(min=0.0)
+        kl = phi.log1p()
+        return Part(z_top, r_top, lse_z, lse_r, mean, phi, kl, mean + kl, kl + rest), True
+    held = rest.clamp(min=-1.0)  # all of it, unless the mean is far
+    centre += held
+    y.sub_(held[:, None])
     terms = torch.clamp(y, max=CUT, out=z).expm1_().sub_(y)
     phi = torch.linalg.vecdot(q, terms)
-    mass = (lse_z - lse_r - mean).clamp_(max=TOP_EXPONENT).exp_()
+    mass = (lse_z - lse_r - centre).exp_()
     torch.mul(p, mass[:, None], out=terms)
     missing = terms.sub_(q, alpha=math.exp(CUT)).clamp_(min=0.0).sum(-1)
-    return mean, (phi + missing).clamp_(min=0.0)
+    phi = (phi + missing).clamp_(min=0.0)
+    excess = _kl(lse_z, lse_r, centre, phi)
+    return Part(z_top, r_top, lse_z, lse_r, mean, phi, excess - (rest - held), centre + excess, excess), False
 
 
-def merge(parts_4KR: Tensor) -> RowState:
+def is_narrow(y: Tensor) -> bool:
+    """Whether |y| < NARROW everywhere. Not asked (False) of a device that would have to be waited for."""
+    if y.device.type != "cpu":
+        return False
+    lowest, highest = (x.item() for x in torch.aminmax(y))
+    return -NARROW < lowest and highest < NARROW  # False for NaN
+
+
+def _kl(lse_z: Tensor, lse_r: Tensor, mean: Tensor, phi: Tensor) -> Tensor:
+    """Eq. (8); where 1 + M nears what fp32 holds, L - L' - mu, which no longer cancels there."""
+    return torch.where(phi < LARGE, phi.log1p(), lse_z - lse_r - mean)
+
+
+def merge(parts: list[Part]) -> RowState:
     """Eq. (9) over K parts, then (8)."""
-    lse_z_K, lse_r_K, mean_K, phi_K = parts_4KR
-    if parts_4KR.shape[1] == 1:
-        lse_z, lse_r, mean, phi = parts_4KR[:, 0]
-    else:
-        lse_z, lse_r = lse_z_K.logsumexp(0), lse_r_K.logsumexp(0)
-        w_K = lse_r_K.softmax(0)
-        mean = (w_K * mean_K).sum(0)
-        y_K = mean_K - mean
-        rest = (w_K * y_K).sum(0)
-        mean, y_K = mean + rest, y_K - rest
-        small = (y_K < CUT) & (phi_K < LARGE)  # False for NaN
-        accurate = w_K * (y_K.exp() * phi_K + y_K.expm1() - y_K)
-        by_mass = (lse_z_K - lse_r - mean).exp() - w_K * (1 + y_K)
-        phi = torch.where(small, accurate, by_mass).sum(0).clamp_(min=0.0)
-    kl = phi.log1p()
-    near = kl < LARGEST_KL  # False for NaN
-    kl = torch.where(near, kl, (lse_z - lse_r - mean).clamp(min=0.0))
-    return RowState(lse_z, lse_r, kl, torch.where(near, kl + mean, lse_z - lse_r))
+    if len(parts) == 1:
+        only = parts[0]
+        return RowState(only.z_top, only.r_top, only.lse_z, only.lse_r, only.kl, only.lse_diff)
+    tops_2K, lse_2K, (mean_K, phi_K) = _stacked(parts)[:6].split(2)
+    tops = tops_2K.amax(1)
+    lse_2K, gap_K = rebase(tops_2K, tops, lse_2K)
+    mean_K = mean_K + gap_K
+    (lse_z_K, lse_r_K), (lse_z, lse_r) = lse_2K, lse_2K.logsumexp(1)
+    w_K = lse_r_K.softmax(0)
+    mean = (w_K * mean_K).sum(0)
+    y_K = mean_K - mean
+    rest = (w_K * y_K).sum(0)
+    mean, y_K = mean + rest, y_K - rest
+    small = (y_K < CUT) & (phi_K < LARGE)  # False for NaN
+    accurate = w_K * (y_K.exp() * phi_K + y_K.expm1() - y_K)
+    by_mass = (lse_z_K - lse_r - mean).exp() - w_K * (1 + y_K)
+    phi = torch.where(small, accurate, by_mass).sum(0).clamp_(min=0.0)
+    kl = _kl(lse_z, lse_r, mean, phi)
+    return RowState(*tops, lse_z, lse_r, kl, torch.where(phi < LARGE, mean + kl, lse_z - lse_r))
+
+
+def rebase(tops_2K: Tensor, tops_2: Tensor, lse_2K: Tensor) -> tuple[Tensor, Tensor]:
+    """Both models' log-sum-exps of the parts, relative to the row's tops instead of the parts', and what that adds to
+    a difference z - r. Tops near one another differ exactly."""
+    shift_2K = tops_2K - tops_2[:, None]
+    return lse_2K + shift_2K, shift_2K[0] - shift_2K[1]
+
+
+def _stacked(parts: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """``(fields, K, R)``."""
+    return torch.stack([x_R for part in parts for x_R in part]).unflatten(0, (len(parts), -1)).transpose(0, 1)
 
 
 def to_infinity(x: Tensor) -> Tensor:
@@ -114,16 +189,28 @@ def to_infinity(x: Tensor) -> Tensor:
     return torch.where(x.abs() > -LOWEST / 10, torch.copysign(torch.full_like(x, math.inf), x), x)
 
 
-def log_ratio_(y: Tensor, lse_z: Tensor, lse_r: Tensor, mean: Tensor, phi: Tensor) -> Tensor:
-    """Turns y into log(p / q) within the part, in place, held above -F; returns what added to it gives log(p / q) of
-    the whole, but for L - L'.
+def subtract_(y: Tensor, excess_R: Tensor) -> None:
+    """Turns y into t = log(p / q) within the part, held above -F. It is small where p and q agree, whatever the other
+    parts do."""
+    y.sub_(excess_R[:, None]).clamp_(min=-largest_exponent(y.dtype))
 
-    By (8) it is y less the part's own KL. That is what is staged: it is small where p and q agree, whatever the
-    other tiles do.
-    """
-    kl = torch.where(phi < LARGE, phi.log1p(), lse_z - lse_r - mean)
-    y.sub_(kl[:, None]).clamp_(min=-largest_exponent(y.dtype))
-    return mean + kl
+
+def tile_weights(parts: list[Part], roundings: list[Rounding], whole: RowState) -> Tensor:
+    """``(3, K, R)``: of each part its P and Q within the whole, and the ratio ``log(P / Q)`` that added to a column's t
+    makes its log(p / q) within the whole. Where P and Q are far apart, and the sum would have fewer digits than t,
+    the ratio is 0; where they are not, it tells them apart, and P stands for both."""
+    stacked = _stacked(parts)
+    lse_2k, gap_k = rebase(stacked[:2], torch.stack([whole.z_top, whole.r_top]), stacked[2:4])
+    *_, lse_diff_k, excess_k = stacked
+    ratio_k = lse_diff_k + gap_k - whole.lse_diff
+    weight_k, ref_weight_k = (lse_2k - torch.stack([whole.lse_z, whole.lse_r])[:, None]).exp_()
+    near = ratio_k.abs() < 1
+    weights_2k = torch.stack([weight_k, torch.where(near, weight_k, ref_weight_k)])
+    ratio_k = torch.where(near, ratio_k, 0.0)
+    if not roundings:
+        return torch.cat([weights_2k, (ratio_k - excess_k)[None]])
+    factor_k, moved_k = _made_up(roundings)
+    return torch.cat([weights_2k.mul_(factor_k), (ratio_k + moved_k)[None]])
 
 
 def weigh_(p: Tensor, q: Tensor, t: Tensor, scratch: Tensor) -> None:
@@ -135,23 +222,61 @@ def weigh_(p: Tensor, q: Tensor, t: Tensor, scratch: Tensor) -> None:
     p.sub_(q).clamp_(min=0.0).add_(scratch)
 
 
+def difference(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+    """``q - p``, where they agree from ``log(q / p)``."""
+    return torch.where(log_ratio < 1, p * torch.expm1(log_ratio), q - p)
+
+
+class Rounding(NamedTuple):
+    """What becomes of a part's sums when its p and t are staged in 16 bits, without the label: ``(R,)`` each."""
+
+    kept: Tensor  # sum of p before
+    p_y: Tensor  # of the label, 0 if it is elsewhere
+    q_y: Tensor
+    ratio_y: Tensor  # log(q_y / p_y)
+    total: Tensor  # sum of p after
+    more: Tensor  # what the sum of q is above that of p, after
+
+
+def rounding(p: Tensor, t: Tensor, kept: Tensor, label: tuple[Tensor, Tensor, Tensor], scratch: Tensor) -> Rounding:
+    more = torch.linalg.vecdot(p, torch.neg(t, out=scratch).expm1_())
+    return Rounding(kept, *label, p.sum(-1), more)
+
+
+def _made_up(roundings: list[Rounding]) -> tuple[Tensor, Tensor]:
+    """``(K, R)``: the factor to parts' weights, and the ratio to add, that give their p and q the sums they had.
+
+    Entries that share a log-ratio round alike, and the rows of their dz would not sum to 0. Before, too, the sum of q
+    is had as what it is above that of p: where they are equal, or nearly so, so are the moves.
+    """
+    kept_k, p_k, q_k, ratio_k, total_k, more_k = _stacked(roundings)
+    tiny = torch.finfo(kept_k.dtype).tiny
+    kept_k, total_k = kept_k.clamp_(min=tiny), total_k.clamp_(min=tiny)
+    before_k = _log_more(-difference(p_k, q_k, ratio_k) / kept_k)
+    moved_k = (_log_more(more_k / total_k) - before_k).clamp_(-ROUNDING, ROUNDING)
+    return (kept_k / total_k).clamp_(1 - ROUNDING, 1 + ROUNDING), moved_k
+
+
+def _log_more(x: Tensor) -> Tensor:
+    return x.clamp_(min=-1 + 1e-6).log1p_()
+
+
 class Extras:
     """Statistics of the policy's own distribution, over parts of the vocabulary: `reference.extra_statistics`."""
 
-    def __init__(self, anchor_R: Tensor) -> None:
-        self.anchor, self.total = anchor_R, torch.zeros_like(anchor_R)
-        self.largest = torch.full_like(anchor_R, -math.inf)
-        self.lse_k: list[Tensor] = []
-        self.mean_k: list[Tensor] = []  # E_p[z] within the part
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []  # top, lse and E_p[z], the latter two relative to it
+        self.total: Tensor | float = 0.0
 
-    def add(self, z: Tensor, p: Tensor, lse_z: Tensor) -> None:
-        self.total = self.total + z.sum(-1)
-        self.largest = torch.maximum(self.largest, z.amax(-1))
-        self.lse_k.append(lse_z)
-        self.mean_k.append(torch.linalg.vecdot(p, z))
+    def add(self, z: Tensor, p: Tensor, ends: tuple[Tensor, Tensor]) -> None:
+        """An anchored part, its softmax, and what `softmax_` returned."""
+        self.parts.append((*ends, torch.linalg.vecdot(p, z)))
+        self.total = torch.add(z.sum(-1), ends[0], alpha=z.shape[1]) + self.total
 
-    def results(self, lse_z: Tensor, z_y: Tensor, vocab: int) -> dict[str, Tensor]:
-        parts = zip(self.lse_k, self.mean_k, strict=True)
-        entropy = sum((lse_k - lse_z).exp() * (lse_z - mean_k) for lse_k, mean_k in parts)
-        is_argmax = (z_y >= self.largest).to(z_y.dtype)
-        return {"entropy": entropy, "mean_logit": to_infinity(self.total) / vocab + self.anchor, "is_argmax": is_argmax}
+    def results(self, whole: RowState, z_y: Tensor, vocab: int) -> dict[str, Tensor]:
+        entropy = 0.0
+        for top_k, lse_k, mean_k in self.parts:
+            shift_k = top_k - whole.z_top
+            entropy += (lse_k + shift_k - whole.lse_z).exp() * (whole.lse_z - (mean_k + shift_k))
+        is_argmax = (z_y >= whole.z_top).to(z_y.dtype)
+        return {"entropy": entropy, "mean_logit": to_infinity(self.total) / vocab, "is_argmax": is_argmax}

@@ -36,9 +36,12 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
     logp, ref_logp = whole("logp"), whole("ref_logp")
     saved = ()
     if stage:
-        rows = [whole(name) for name in ("lse_z", "lse_r", "lse_diff", "z_anchor", "r_anchor")]
+        rows = [whole(name) for name in ("lse_z", "lse_r", "lse_diff", "z_top", "r_top", "label_ratio")]
         saved = (*rows, logp, ref_logp, stage.flat, stage.row_values)
     shown = [logp, ref_logp, whole("kl"), *(whole(name) for name in inputs.extras)]
+    infinite = tile_math.kl_is_infinite(inputs.policy, inputs.reference)
+    if infinite is not None:
+        shown[2] = shown[2].masked_fill(infinite, math.inf)
     if _can_rule_out(inputs):
         shown = [tile_math.to_infinity(x) for x in shown]
     return Forward(*shown[:3], dict(zip(inputs.extras, shown[3:], strict=True)), saved)
@@ -53,58 +56,72 @@ def _row_block(
     inputs: Inputs, grid: Grid, sides: tuple[Side, Side], stage: Stage | None, i: int, rows: slice
 ) -> dict[str, Tensor]:
     """Every statistic of one block of rows, over the whole vocabulary."""
-    policy, reference = sides
     labels_R = inputs.rows.labels_T[rows]
     R, columns = labels_R.numel(), grid.col_blocks()
-    parts_4KR = torch.empty(4, len(columns), R, dtype=inputs.stats_dtype, device=labels_R.device)
-    z_y, r_y = parts_4KR.new_zeros(2, R)
-    infinite = parts_4KR.new_zeros(R, dtype=torch.bool) if inputs.policy.head.bias is not None else None
+    parts: list[tile_math.Part] = []
+    staged_parts: list[tile_math.Part] = []
+    roundings: list[tile_math.Rounding] = []
+    extras = tile_math.Extras() if inputs.extras else None
+    labels = None
     for k, cols, C in blocks(columns):
-        z, r = _tile(policy, rows, cols), _tile(reference, rows, cols)
-        if k == 0:
-            z_anchor, r_anchor = tile_math.anchor(z), tile_math.anchor(r)
-            extras = tile_math.Extras(z_anchor) if inputs.extras else None
+        tiles = [_tile(side, rows, cols) for side in sides]
         staged = stage.tile(i, k, R, C) if stage else None
         if staged is not None and staged.slope is not None:
-            staged.slope.copy_(_softcap_slope(z, inputs.policy.head.softcap, policy.work.get("slope", R, C, z.dtype)))
-        z.sub_(z_anchor[:, None])
-        r.sub_(r_anchor[:, None])
+            softcap = inputs.policy.head.softcap
+            staged.slope.copy_(_softcap_slope(tiles[0], softcap, sides[0].work.get("slope", R, C, tiles[0].dtype)))
         label = LabelColumn(labels_R, cols, grid.V)
-        z_y, r_y = label.pick(z, z_y), label.pick(r, r_y)
-        if infinite is not None:
-            infinite |= (tile_math.is_lowest(z) & ~tile_math.is_lowest(r)).any(-1)
-        parts_4KR[:, k] = _part(inputs, z, r, staged, policy.work, extras)
-    state = tile_math.merge(parts_4KR)
-    found = dict(vars(state), logp=z_y - state.lse_z, ref_logp=r_y - state.lse_r, z_anchor=z_anchor, r_anchor=r_anchor)
-    if infinite is not None:
-        found["kl"].masked_fill_(infinite, math.inf)
-    return found if extras is None else found | extras.results(state.lse_z, z_y, grid.V)
+        labels = label.pick(tiles, labels)
+        part, excess, rounding = _part(tiles, staged, label, sides[0].work, extras)
+        parts.append(part)
+        if staged is not None:
+            staged_parts.append(part._replace(excess=excess))
+        if rounding is not None:
+            roundings.append(rounding)
+    state = tile_math.merge(parts)
+    if staged_parts:
+        stage.rows_of(i, R).copy_(tile_math.tile_weights(staged_parts, roundings, state))
+    z_y, r_y = labels[0] - state.z_top, labels[1] - state.r_top
+    found = dict(logp=z_y - state.lse_z, ref_logp=r_y - state.lse_r, label_ratio=state.lse_diff - (z_y - r_y))
+    found |= vars(state)
+    return found if extras is None else found | extras.results(state, labels[0], grid.V)
 
 
 def _part(
-    inputs: Inputs, z: Tensor, r: Tensor, staged: StagedTile | None, work: Workspace, extras: tile_math.Extras | None
-) -> Tensor:
-    """``(4, R)``: the part's lse_z, lse_r, mu, M. Fills `staged`; z and r are used up."""
+    tiles: list[Tensor],
+    staged: StagedTile | None,
+    label: LabelColumn,
+    work: Workspace,
+    extras: tile_math.Extras | None,
+) -> tuple[tile_math.Part, Tensor, tile_math.Rounding | None]:
+    """The part; what the staged t is too large by; what 16 bits do to it. The tiles are used up."""
+    z, r = tiles
     direct = staged is not None and staged.p.dtype == z.dtype
     p, y = (staged.p, staged.t) if direct else (work.get(name, *z.shape, z.dtype) for name in ("p", "y"))
     q = work.get("q", *z.shape, z.dtype)
-    lse_z, lse_r = tile_math.softmax_(z, out=p), tile_math.softmax_(r, out=q)
-    if inputs.reference.head.bias is not None:  # a part that the reference rules out altogether has no q
-        q.masked_fill_(tile_math.is_lowest(lse_r)[:, None], 0.0)
+    ends_z, ends_r = tile_math.softmax_(z, out=p), tile_math.softmax_(r, out=q)
     if extras is not None:
-        extras.add(z, p, lse_z)
-    mean, phi = tile_math.divergence_(z, r, p, q, y, lse_z, lse_r)
-    if staged is not None:
-        staged.offset.copy_(tile_math.log_ratio_(y, lse_z, lse_r, mean, phi))
-        staged.lse_z.copy_(lse_z)
-        staged.lse_r.copy_(lse_r)
-        if not direct:  # p is to make up for the rounding of t
-            staged.t.copy_(y)
-            y.copy_(staged.t)
-        tile_math.weigh_(p, q, y, scratch=z)
-        if not direct:
-            staged.p.copy_(p)
-    return torch.stack([lse_z, lse_r, mean, phi])
+        extras.add(z, p, ends_z)
+    part, narrow = tile_math.divergence_(z, r, p, q, y, ends_z, ends_r)
+    if staged is None or (direct and narrow):
+        return part, part.excess, None
+    tile_math.subtract_(y, part.excess)
+    if not direct:
+        return part, part.excess, _round_(p, q, y, staged, label, scratch=z)
+    tile_math.weigh_(p, q, y, scratch=z)
+    return part, torch.zeros_like(part.excess), None
+
+
+def _round_(
+    p: Tensor, q: Tensor, t: Tensor, staged: StagedTile, label: LabelColumn, scratch: Tensor
+) -> tile_math.Rounding:
+    """Stages p and t in 16 bits, without the label's p, which backward has in full. p makes up for the rounding of t
+    entry by entry, the tile's weights for what then is left of both in each row's sums."""
+    of_label = label.take_(p), label.take_(q), -label.read(t)
+    kept = p.sum(-1)
+    t.copy_(staged.t.copy_(t))
+    tile_math.weigh_(p, q, t, scratch)
+    p.copy_(staged.p.copy_(p))
+    return tile_math.rounding(p, t, kept, of_label, scratch)
 
 
 def backward(
@@ -142,15 +159,15 @@ def _dz(
         dz = policy.work.get("z", *staged.p.shape, c.a.dtype)
         return dlogits.from_stage(c, kind, rows, staged, label, dz)
     if kind is Kind.ONLY_Q:
-        return dlogits.from_q(c, rows, _tile(reference, rows, cols).sub_(c.r_anchor[rows, None]), label)
+        return dlogits.from_q(c, rows, _tile(reference, rows, cols).sub_(c.r_top[rows, None]), label)
     z = _tile(policy, rows, cols)
     softcap = inputs.policy.head.softcap
     slope = None if softcap is None else _softcap_slope(z, softcap, policy.work.get("slope", *z.shape, z.dtype))
-    z.sub_(c.z_anchor[rows, None])
+    z.sub_(c.z_top[rows, None])
     if kind is Kind.ONLY_P:
         dz = dlogits.from_p(c, rows, z, label)
     else:
-        r = _tile(reference, rows, cols).sub_(c.r_anchor[rows, None])
+        r = _tile(reference, rows, cols).sub_(c.r_top[rows, None])
         dz = dlogits.from_both(c, rows, z, r, label, policy.work.get("y", *z.shape, z.dtype))
     return dz if slope is None else dz.mul_(slope)
 

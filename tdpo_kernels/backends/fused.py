@@ -1,0 +1,71 @@
+"""Triton kernels that make both models' logits in registers: no tile ever reaches memory, but dz's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import Forward, Gradients, Inputs, Needs
+from . import kernel_walk, launch
+from .dlogits import Kind
+from .kernel_walk import Call
+from .launch import STATE, Operands
+from .slab import Grid, Side, copied_bytes, cut
+
+
+def unavailable(device: torch.device) -> str:
+    """Why it does not run on `device`; empty if it does."""
+    return launch.unavailable(device)
+
+
+def forward(inputs: Inputs, needs: Needs) -> Forward:
+    if inputs.stats_dtype == torch.float64:
+        raise TypeError("backend 'fused': got float64 inputs, wanted fp32, bf16 or fp16; 'tiled' takes float64")
+    return kernel_walk.forward(_Fused(), inputs, needs)
+
+
+def backward(
+    inputs: Inputs, needs: Needs, saved: tuple[Tensor | None, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None
+) -> Gradients:
+    return kernel_walk.backward(_Fused(), inputs, needs, saved, g_logp_T, g_kl_T)
+
+
+class _Fused:
+    def cut(self, inputs: Inputs, sides: tuple[Side, Side]) -> tuple[Grid, int]:
+        """dz, copies of operands and the states of a row block share the workspace."""
+        per_row, per_col = copied_bytes(inputs, widen=False)
+        part = launch.traits_of(inputs, sides).config("fused_stats", staged=True).C
+        per_row += 4 * STATE * -(-inputs.policy.head.weight.shape[0] // part)
+        return cut(inputs, sides[0].backward_dtype.itemsize, per_row, per_col, multiple=part), part
+
+    def ranges(self, call: Call, columns: list[slice]) -> list[slice]:
+        """All in one go, unless their weights need a copy, which goes block by block."""
+        if not columns or any(side.weight.needs_copy() for side in call.sides):
+            return columns
+        return [slice(columns[0].start, columns[-1].stop)]
+
+    def states(self, call: Call, rows: slice, cols: slice, planes: Tensor | None) -> Tensor:
+        traits, R = launch.traits_of(call.inputs, call.sides), rows.stop - rows.start
+        states = call.empty(launch.fused_parts(traits, R, cols.stop - cols.start, planes is not None), STATE, R)
+        launch.fused_stats(traits, *_operands(call, rows, cols), call.labels(rows, cols), states, planes)
+        return states
+
+    def dz(
+        self, call: Call, rows: slice, cols: slice, kind: Kind, values_R: Tensor, coefficients_R: Tensor, out: Tensor
+    ) -> None:
+        """The kernel sees for itself, row block by row block, which products its rows need."""
+        traits = launch.traits_of(call.inputs, call.sides)
+        launch.fused_dz(traits, *_operands(call, rows, cols), call.labels(rows, cols), values_R, coefficients_R, out)
+
+
+def _operands(call: Call, rows: slice, cols: slice) -> tuple[Operands, Operands]:
+    policy, reference = (
+        Operands(
+            side.hidden.block(rows, side.model.dtype),
+            side.weight.block(cols, side.model.dtype),
+            side.model.head,
+            launch.bias_block(side, cols),
+        )
+        for side in call.sides
+    )
+    return policy, reference

@@ -1,0 +1,296 @@
+"""Host side of the device code: what runs where, pointers or descriptors, grids; one function per kernel.
+
+Operands are blocks already cut to the rows and columns at hand; labels count from the first of those columns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..tuning import Device, TileConfig, choose
+from ..types import Inputs, LMHead
+from .slab import Operand, Side
+from .tile_math import largest_exponent
+
+STATE, ROWS = 12, 12  # `device.stats` and `device.merge`
+MERGE_ROWS = 128
+INTERPRETED = Device("interpreter", "interpreter", 4)
+
+
+def unavailable(device: torch.device) -> str:
+    """Why no kernel runs on `device`; empty if they do."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return ""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "" if device.type == "cpu" else f"the interpreter runs on a CPU, not on {device.type}"
+    return f"Triton has no compiler for {device.type}; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests"
+
+
+@lru_cache
+def device_of(device: torch.device) -> Device:
+    """What the choice of a configuration knows of a device."""
+    if device.type != "cuda":
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return Device(properties.name, arch, properties.multi_processor_count)
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """One model's share of a tile: hidden states ``(R, D)``, weight rows ``(C, D)``, and its head's bias ``(C,)``."""
+
+    hidden: Tensor
+    weight: Tensor
+    head: LMHead
+    bias: Tensor | None
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 is multiplied: as `torch.get_float32_matmul_precision` says. Others have only one way."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
+    return "tf32" if tf32 else "ieee"
+
+
+def _flags(head: LMHead, bias: Tensor | None, ref_head: LMHead, ref_bias: Tensor | None) -> dict[str, bool]:
+    return dict(
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        HAS_REF_BIAS=ref_bias is not None,
+        HAS_REF_SOFTCAP=ref_head.softcap is not None,
+    )
+
+
+def _scalars(head: LMHead, ref_head: LMHead) -> dict[str, float]:
+    return dict(
+        scale=head.logit_scale, softcap=head.softcap or 1.0,
+        ref_scale=ref_head.logit_scale, ref_softcap=ref_head.softcap or 1.0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the configurations of one call depend on; never the number of rows."""
+
+    device: Device
+    itemsize: int
+    width: int
+    one_head: bool  # one load of the weight serves both products
+    bias: bool
+    softcap: bool
+    extras: bool
+    ieee: bool
+    aligned: bool
+
+    def config(self, kernel: str, staged: bool = False) -> TileConfig:
+        return choose(
+            kernel, self.device, self.itemsize, width=self.width, staged=staged, one_head=self.one_head, bias=self.bias,
+            softcap=self.softcap, extras=self.extras, ieee=self.ieee, aligned=self.aligned,
+        )  # fmt: skip
+
+
+def traits_of(inputs: Inputs, sides: tuple[Side, Side]) -> Traits:
+    policy, reference = (side.model for side in sides)
+    heads = policy.head, reference.head
+    w, u = policy.head.weight, reference.head.weight
+    one_head = w.data_ptr() == u.data_ptr() and (w.shape, w.stride(), w.dtype) == (u.shape, u.stride(), u.dtype)
+    return Traits(
+        device=device_of(policy.hidden.device),
+        itemsize=max(policy.dtype.itemsize, reference.dtype.itemsize),
+        width=w.shape[1],
+        one_head=one_head and policy.dtype == reference.dtype,
+        bias=any(head.bias is not None for head in heads),
+        softcap=any(head.softcap is not None for head in heads),
+        extras=bool(inputs.extras),
+        ieee=precision(policy.dtype) == "ieee",
+        aligned=all(_aligned(x) for side in sides for x in (side.hidden, side.weight)),
+    )
+
+
+def _aligned(x: Operand) -> bool:
+    """What TMA asks of a matrix: base and row stride in multiples of 16 bytes. Copies are packed."""
+    if x.needs_copy():
+        return x.source.shape[1] * x.compute.itemsize % 16 == 0
+    return x.source.data_ptr() % 16 == 0 and x.source.stride(0) * x.source.itemsize % 16 == 0
+
+
+def bias_block(side: Side, cols: slice) -> Tensor | None:
+    bias = side.model.head.bias
+    return None if bias is None else bias[cols].to(side.model.dtype)
+
+
+def fused_parts(traits: Traits, T: int, cols: int, staged: bool) -> int:
+    """How many parts `fused_stats` makes of these columns: one per tile if staged, else enough programs to fill the
+    device twice."""
+    config = traits.config("fused_stats", staged)
+    tiles, row_blocks = _blocks(cols, config.C), _blocks(T, config.R)
+    return tiles if staged else _blocks(tiles, _tiles_each(tiles, row_blocks, traits.device.units))
+
+
+def _tiles_each(tiles: int, row_blocks: int, units: int) -> int:
+    splits = min(tiles, max(1, _blocks(2 * units, row_blocks)))
+    return _blocks(tiles, splits)
+
+
+def _blocks(length: int, step: int) -> int:
+    return -(-length // step)
+
+
+def _matrix(x: Tensor, rows: int, config: TileConfig):
+    """x as the kernel loads it."""
+    if not config.tma:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [rows, config.K])
+
+
+def _matrices(policy: Operands, reference: Operands, config: TileConfig) -> dict:
+    """The operands by their names in the kernel."""
+    pairs = dict(h=policy.hidden, w=policy.weight, g=reference.hidden, u=reference.weight)
+    rows = dict(h=config.R, w=config.C, g=config.R, u=config.C)
+    return {name: _matrix(x, rows[name], config) for name, x in pairs.items()}
+
+
+def _shapes(policy: Operands, reference: Operands) -> dict:
+    return dict(
+        T=policy.hidden.shape[0], V=policy.weight.shape[0], D=policy.hidden.shape[1], E=reference.hidden.shape[1],
+        first_col=0, last_col=policy.weight.shape[0], bias=policy.bias, ref_bias=reference.bias,
+        stride_h=policy.hidden.stride(0), stride_w=policy.weight.stride(0),
+        stride_g=reference.hidden.stride(0), stride_u=reference.weight.stride(0),
+        **_scalars(policy.head, reference.head),
+    )  # fmt: skip
+
+
+def fused_stats(
+    traits: Traits, policy: Operands, reference: Operands, labels_R: Tensor, states: Tensor, staged: Tensor | None
+) -> None:
+    """Fills `states` ``(parts, STATE, R)``, and `staged` ``(planes, R, C)`` if given."""
+    from ..device.stats import fused_stats as kernel
+
+    config = traits.config("fused_stats", staged is not None)
+    shapes = _shapes(policy, reference)
+    tiles = _blocks(shapes["V"], config.C)
+    each = _blocks(tiles, states.shape[0])
+    kernel[_blocks(shapes["T"], config.R), _blocks(tiles, each)](
+        **_matrices(policy, reference, config), **shapes, labels=labels_R, states=states, staged=staged, tiles=each,
+        stride_p=0 if staged is None else staged.stride(1), plane=0 if staged is None else staged.stride(0),
+        F=largest_exponent(torch.float32), R=config.R, C=config.C, K=config.K, TMA=config.tma,
+        PRECISION=precision(policy.hidden.dtype), ONE_HEAD=traits.one_head,
+        STAGE=staged is not None, EXTRAS=traits.extras,
+        **_flags(policy.head, policy.bias, reference.head, reference.bias),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def fused_dz(
+    traits: Traits,
+    policy: Operands,
+    reference: Operands,
+    labels_R: Tensor,
+    row_values: Tensor,
+    coefficients: Tensor,
+    dz: Tensor,
+) -> None:
+    """Fills dz ``(R, C)``; row_values and coefficients are ``(.., R)`` views of rows with one stride."""
+    from ..device.dlogits import fused_dz as kernel
+
+    config = traits.config("fused_dz")
+    shapes = _shapes(policy, reference)
+    kernel[_blocks(shapes["T"], config.R), _blocks(shapes["V"], config.C)](
+        **_matrices(policy, reference, config), **shapes, labels=labels_R, row_values=row_values,
+        coefficients=coefficients, dz=dz,
+        stride_rows=row_values.stride(0), stride_dz=dz.stride(0), R=config.R, C=config.C, K=config.K, TMA=config.tma,
+        PRECISION=precision(policy.hidden.dtype), **_flags(policy.head, policy.bias, reference.head, reference.bias),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def staged_dz(staged: Tensor, weights: Tensor, part: int, labels_R: Tensor, coefficients: Tensor, dz: Tensor) -> None:
+    """The same from planes ``(planes, R, C)`` staged in parts of `part` columns; weights ``(parts, 3, R)``."""
+    from ..device.dlogits import staged_dz as kernel
+
+    config = choose("staged_dz", device_of(dz.device), staged.dtype.itemsize, columns=min(part, 1024))
+    each = _blocks(part, config.C)
+    kernel[_blocks(dz.shape[0], config.R), weights.shape[0] * each](
+        staged=staged, weights=weights, labels=labels_R, coefficients=coefficients, dz=dz,
+        T=dz.shape[0], first_col=0, last_col=dz.shape[1], stride_p=staged.stride(1), plane=staged.stride(0),
+        stride_rows=coefficients.stride(0), stride_dz=dz.stride(0), part=part, R=config.R, C=config.C,
+        HAS_SOFTCAP=staged.shape[0] == 3,
+        num_warps=config.warps,
+    )  # fmt: skip
+
+
+def merge_states(states: Tensor, out: Tensor, weights: Tensor | None, extras: bool) -> None:
+    """`states` ``(parts, STATE, R)`` into `out` ``(ROWS, R)``; `weights` ``(staged, 3, R)`` of the first parts."""
+    from ..device.merge import merge_states as kernel
+
+    T = states.shape[2]
+    kernel[(_blocks(T, MERGE_ROWS),)](
+        states=states, out=out, weights=weights, T=T, parts=states.shape[0],
+        staged=0 if weights is None else weights.shape[0], stride_out=out.stride(0),
+        stride_weights=0 if weights is None else weights.stride(1), R=MERGE_ROWS,
+        EXTRAS=extras,
+    )  # fmt: skip
+
+
+def tile_stats(
+    tiles: list[Tensor],
+    heads: list[LMHead],
+    biases: list[Tensor | None],
+    labels_R: Tensor,
+    states: Tensor,
+    staged: Tensor | None,
+    extras: bool,
+) -> None:
+    """Fills `states` ``(1, STATE, R)``, and `staged` ``(planes, R, C)`` if given, from products ``(R, C)``."""
+    from ..device.rows import tile_stats as kernel
+
+    (z, r), (T, V) = tiles, tiles[0].shape
+    config = choose(
+        "tile_stats", device_of(z.device), 4, columns=V, staged=staged is not None, extras=extras,
+        bias=any(b is not None for b in biases), softcap=any(h.softcap is not None for h in heads),
+    )  # fmt: skip
+    kernel[(_blocks(T, config.R),)](
+        z_tile=z, r_tile=r, bias=biases[0], ref_bias=biases[1], labels=labels_R, states=states, staged=staged,
+        T=T, V=V, first_col=0, last_col=V, stride=z.stride(0), stride_p=0 if staged is None else staged.stride(1),
+        plane=0 if staged is None else staged.stride(0), **_scalars(*heads), F=largest_exponent(torch.float32),
+        R=config.R, C=config.C, STAGE=staged is not None, EXTRAS=extras,
+        **_flags(heads[0], biases[0], heads[1], biases[1]), num_warps=config.warps,
+    )  # fmt: skip
+
+
+def tile_dz(
+    tiles: list[Tensor | None],
+    heads: list[LMHead],
+    biases: list[Tensor | None],
+    labels_R: Tensor,
+    row_values: Tensor,
+    coefficients: Tensor,
+    dz: Tensor,
+) -> None:
+    """Fills dz ``(R, C)`` from the products that are needed; None stands for those that are not."""
+    from ..device.rows import tile_dz as kernel
+
+    (z, r), (T, V) = tiles, dz.shape
+    some = r if z is None else z
+    config = choose(
+        "tile_dz", device_of(dz.device), 4, columns=V, bias=any(b is not None for b in biases),
+        softcap=any(h.softcap is not None for h in heads),
+    )  # fmt: skip
+    kernel[(_blocks(T, config.R),)](
+        z_tile=z, r_tile=r, bias=biases[0], ref_bias=biases[1], labels=labels_R, row_values=row_values,
+        coefficients=coefficients, dz=dz, T=T, V=V, first_col=0, last_col=V, stride=some.stride(0),
+        stride_rows=row_values.stride(0), stride_dz=dz.stride(0), **_scalars(*heads),
+        R=config.R, C=config.C, NEEDS_Z=z is not None, NEEDS_R=r is not None,
+        **_flags(heads[0], biases[0], heads[1], biases[1]), num_warps=config.warps,
+    )  # fmt: skip

@@ -1,0 +1,70 @@
+"""The backward's walk over tiles of dz, and the gradients (7) under construction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..types import Gradients, Inputs, Needs
+from .products import GradientSum
+from .slab import Grid, Side, blocks
+
+MakeDz = Callable[[int, slice, int, slice], Tensor | None]
+
+
+def gradients(inputs: Inputs, grid: Grid, needs: Needs, policy: Side, scale: float, dz: MakeDz) -> Gradients:
+    """Sums up (7) from ``dz(i, rows, k, cols)``, which gives the tile of row block i and column block k, times `scale`,
+    or None where it is zero.
+
+    The columns go outside, unless dW is not wanted or its fp32 sum would be the larger of the two.
+    """
+    columns_outer = needs.weight and grid.T <= grid.V
+    sums = Sums(inputs, grid, needs, policy, 1.0 / scale, columns_outer)
+    every_row, every_col = list(blocks(grid.row_blocks())), list(blocks(grid.col_blocks()))
+    for outer in every_col if columns_outer else every_row:
+        for inner in every_row if columns_outer else every_col:
+            (i, rows, _), (k, cols, _) = (inner, outer) if columns_outer else (outer, inner)
+            tile = dz(i, rows, k, cols)
+            if tile is not None:
+                sums.add(tile, rows, cols)
+        sums.close(outer[1])
+    return sums.finish()
+
+
+class Sums:
+    """The gradient that the outer loop finishes block by block, and the one that the inner loop returns to."""
+
+    def __init__(
+        self, inputs: Inputs, grid: Grid, needs: Needs, policy: Side, alpha: float, columns_outer: bool
+    ) -> None:
+        self.policy, self.alpha, self.columns_outer, dtype = policy, alpha, columns_outer, inputs.stats_dtype
+        hidden, head = inputs.policy.hidden, inputs.policy.head
+        held_rows, held_cols = (grid.T, grid.C) if columns_outer else (grid.R, grid.V)
+        self.bias_sum = hidden.new_zeros(grid.V, dtype=dtype) if needs.bias else None
+        self.bias_dtype = head.weight.dtype
+        self.hidden = GradientSum(hidden, inputs.rows.hidden_T, dtype, held_rows) if needs.hidden else None
+        self.weight = GradientSum(head.weight, None, dtype, held_cols) if needs.weight else None
+        self.row_blocks, self.col_blocks = grid.row_blocks(), grid.col_blocks()
+
+    def add(self, dz_RC: Tensor, rows: slice, cols: slice) -> None:
+        if self.bias_sum is not None:
+            self.bias_sum[cols].add_(dz_RC.sum(0, dtype=self.bias_sum.dtype), alpha=self.alpha)
+        policy, dtype = self.policy, self.policy.backward_dtype
+        dz_RC = policy.gradient_operand(dz_RC)
+        if self.hidden is not None:
+            self.hidden.add(rows, dz_RC, policy.weight.block(cols, dtype), self.alpha)
+        if self.weight is not None:
+            self.weight.add(cols, dz_RC.T, policy.hidden.block(rows, dtype), self.alpha)
+
+    def close(self, block: slice) -> None:
+        outer = self.weight if self.columns_outer else self.hidden
+        if outer is not None:
+            outer.close(block)
+
+    def finish(self) -> Gradients:
+        inner, every = (self.hidden, self.row_blocks) if self.columns_outer else (self.weight, self.col_blocks)
+        for block in every if inner is not None else ():
+            inner.close(block)
+        bias = None if self.bias_sum is None else self.bias_sum.to(self.bias_dtype)
+        return Gradients(*(None if x is None else x.grad for x in (self.hidden, self.weight)), bias)

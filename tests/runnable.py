@@ -1,0 +1,26 @@
+"""Every backend there is, as test parameters: a later one joins by itself, or is skipped with its own reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tdpo_kernels.backends import availability
+
+
+def reasons(device: str = "cpu") -> dict[str, str | None]:
+    """Each backend, and why it cannot run on `device`; None where it can."""
+    every = availability(torch.device(device))
+    return {name: None if said.startswith("available") else said for name, said in every.items()}
+
+
+def runnable(device: str = "cpu") -> list[str]:
+    return [name for name, why_not in reasons(device).items() if why_not is None]
+
+
+def backend_params(device: str = "cpu") -> list:
+    """For ``pytest.mark.parametrize("backend", ...)``."""
+    return [
+        pytest.param(name, marks=[] if why_not is None else pytest.mark.skip(reason=f"{name}: {why_not}"))
+        for name, why_not in reasons(device).items()
+    ]
