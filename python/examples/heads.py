@@ -17,8 +17,14 @@ def last_hidden(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def lm_head(model: nn.Module) -> LMHead:
-    """The output embedding, with the softcap (Gemma 2) or scale (Cohere, Granite) its family puts on the logits."""
+    """The output embedding, with the softcap (Gemma 2) or scale (Cohere, Granite) its family puts on the logits.
+
+    Exactly an ``nn.Linear``: a wrapper shows its base layer's weight as its own, and what it adds would be left out.
+    """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if type(head) is not nn.Linear:
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        raise UsageError(f"its LM head is a {kind}, wanted a torch.nn.Linear: merge an adapter, or leave the head out")
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return LMHead(head.weight, getattr(head, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
 
@@ -32,7 +38,7 @@ def check_head(model: nn.Module, batch: Batch, tolerance: float = 1e-3) -> None:
     try:
         hidden, head = last_hidden(model, row), lm_head(model)
         ours = _logits(hidden, head)
-    except (AttributeError, RuntimeError, TypeError) as error:
+    except (AttributeError, RuntimeError, TypeError, UsageError) as error:
         raise UsageError(f"{name}: no backbone and linear LM head to be found: {error}") from error
     theirs = model(input_ids=row.input_ids, attention_mask=row.attention_mask, use_cache=False).logits.float()
     worst, size = float((ours - theirs).abs().max()), float(theirs.abs().max())

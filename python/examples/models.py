@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -67,11 +68,19 @@ def pad_id(tokenizer) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def rate(step: int, steps: int) -> float:
+    """Of the full learning rate: up in a straight line for a tenth of the steps, then down along a cosine."""
+    rising = max(steps // 10, 1)
+    if step < rising:
+        return (step + 1) / rising
+    return (1 + math.cos(math.pi * (step - rising + 1) / (steps - rising + 1))) / 2
+
+
 def fine_tune(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float) -> Iterator[float]:
     """Supervised fine-tuning on the labels of `batches`, at a rate that falls to zero. Yields the loss of each step."""
     model.eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     for batch in batches:
         loss = model(**vars(batch), use_cache=False).loss
         optimizer.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Pair:
     rejected: Ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """``(rows, L)`` each, padded on the right. For pairs: the P chosen rows first, then their rejected partners."""
 
@@ -83,12 +84,18 @@ def _kind(value: object) -> str:
 def split_by_prompt(
     pairs: Sequence[TextPair], rng: Random, share: float = 0.1
 ) -> tuple[list[TextPair], list[TextPair]]:
-    """Training and held-out pairs that have no prompt in common, else the held-out accuracy would flatter."""
-    names = sorted({pair.prompt for pair in pairs})
+    """Training and held-out pairs that have no prompt in common, else the held-out accuracy would flatter.
+
+    A prompt that would hold out more than half of the pairs stays in training; of two prompts, one never does.
+    """
+    sizes = Counter(pair.prompt for pair in pairs)
+    names = sorted(sizes)
     rng.shuffle(names)
-    wanted, held = max(1, round(share * len(pairs))), set[str]()
-    while names and sum(pair.prompt in held for pair in pairs) < wanted:
-        held.add(names.pop())
+    wanted, held, count = max(1, round(share * len(pairs))), set[str](), 0
+    for name in reversed(names):
+        if count < wanted and 2 * (count + sizes[name]) <= len(pairs):
+            held.add(name)
+            count += sizes[name]
     return [pair for pair in pairs if pair.prompt not in held], [pair for pair in pairs if pair.prompt in held]
 
 

@@ -95,15 +95,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--variant", default="tdpo2", choices=("tdpo1", "tdpo2"), help="(default %(default)s)")
     add("--backend", default="auto", help="of tdpo_kernels (default %(default)s)")
     add("--max-length", type=_count(16), default=512, help="tokens of prompt and completion (default %(default)s)")
-    add("--seed", type=int, default=0, help="(default %(default)s)")
+    add("--seed", type=_count(0, 2**63 - 1), default=0, help="(default %(default)s)")
     add("--out", type=Path, default=Path("demo-out"), help="folder for the results (default %(default)s)")
     return parser.parse_args(argv)
 
 
-def _count(least: int) -> Callable[[str], int]:
+def _count(least: int, most: float = float("inf")) -> Callable[[str], int]:
     def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least {least}")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            limit = "" if most == float("inf") else f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least {least}{limit}")
         return int(text)
 
     return count

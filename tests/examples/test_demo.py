@@ -153,6 +153,7 @@ def test_too_few_pairs(call, write, pairs, says):
         ("--beta -1", "beta"),
         ("--backend abacus", "abacus"),
         ("--lr 0", "--lr"),
+        ("--beta 1e400", "beta: got float inf"),
         ("--data /no/such/pairs.jsonl", "/no/such/pairs.jsonl: cannot be read"),
         ("--model /no/such/model", "--model /no/such/model: not a directory of a Hugging Face model"),
     ],
@@ -161,6 +162,13 @@ def test_refused_before_any_training(call, arguments, says):
     status, _, error = call(*arguments.split())
     assert status == 2 and says in error
     assert "fine-tuning" not in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", ["--seed 18446744073709551616", "--seed -1", "--steps 0", "--pairs 9"])
+def test_an_option_out_of_range_is_named(call, arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        call(*arguments.split())
+    assert exit.value.code == 2 and f"argument {arguments.split()[0]}: got" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_load(call, write, tmp_path):
@@ -206,6 +214,69 @@ def _scaled(out):
     return out
 
 
+@pytest.fixture
+def tiny_llama(demo):
+    """A model with a head of its own, a batch for it, and its head's logits."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, pad_token_id=0, **sizes))
+    return model, demo.collate([demo.Pair((5, 6), (7, 1), (8,))], 0, torch.device("cpu"))
+
+
+class LoRALinear(torch.nn.Module):
+    """As peft's: the base layer's weight as its own, and an adapter that changes nothing yet."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.down = base, torch.nn.Linear(base.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False)
+        torch.nn.init.zeros_(self.up.weight)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+class SubclassedLinear(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+def test_lora_on_the_head_is_refused_before_it_has_learned_anything(demo, tiny_llama):
+    """TRL #4612: the adapter is left out, and while B = 0 no comparison of logits can tell."""
+    model, batch = tiny_llama
+    demo.check_head(model, batch)
+    for wrapped in (LoRALinear(model.lm_head), SubclassedLinear(8, 20, bias=False)):
+        model.set_output_embeddings(wrapped)
+        with pytest.raises(demo.UsageError, match=f"LM head is a .*{type(wrapped).__name__}, wanted a torch.nn.Linear"):
+            demo.check_head(model, batch)
+
+
+def test_a_model_without_a_head_is_refused(demo, tiny_llama, monkeypatch):
+    model, batch = tiny_llama
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    with pytest.raises(demo.UsageError, match="LM head is a builtins.NoneType"):
+        demo.check_head(model, batch)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["adapter", "copy"])
+def test_peft_s_own_head_is_refused_and_taken_once_merged(demo, tiny_llama, how):
+    peft = pytest.importorskip("peft")
+    model, batch = tiny_llama
+    where = dict(target_modules=["lm_head"]) if how == "adapter" else dict(modules_to_save=["lm_head"])
+    config = peft.LoraConfig(init_lora_weights=True, **dict(dict(target_modules=["q_proj"]), **where))
+    wrapped = peft.get_peft_model(model, config)
+    with pytest.raises(demo.UsageError, match="LM head is a peft"):
+        demo.check_head(wrapped.get_base_model(), batch)
+    demo.check_head(wrapped.merge_and_unload(), batch)
+
+
 def test_prompts_are_held_out_whole(demo):
     from pairs import TextPair
 
@@ -213,6 +284,43 @@ def test_prompts_are_held_out_whole(demo):
     training, held_out = demo.split_by_prompt(pairs, demo.Random(0))
     assert len(held_out) == 3 and len(training) == 27
     assert not {pair.prompt for pair in training} & {pair.prompt for pair in held_out}
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1, 40], [40, 1], [1, 1], [2, 1, 1], [30, 30], [10, 1, 1, 1], [1] * 20, [100, 100, 3]]
+)
+def test_some_are_held_out_and_most_are_left_whatever_the_prompts(demo, sizes):
+    from pairs import TextPair
+
+    pairs = [TextPair(f"prompt {i}", "a", "b") for i, size in enumerate(sizes) for _ in range(size)]
+    for seed in range(20):
+        training, held_out = demo.split_by_prompt(pairs, demo.Random(seed))
+        assert held_out and len(training) >= len(held_out) and len(training) + len(held_out) == len(pairs)
+        assert not {pair.prompt for pair in training} & {pair.prompt for pair in held_out}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_prompts_one_of_one_pair(call, write, seed):
+    pairs = [GOOD | {"prompt": "the end"}, *[GOOD] * 40]
+    status, out, _ = call("--data", write(*pairs), "--steps", 1, "--sft-steps", 1, "--batch", 4, "--seed", seed)
+    assert status == 0 and "1 pairs held out" in out
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 10, 11, 20, 300])
+def test_fine_tuning_s_rate_rises_then_falls_for_any_number_of_steps(demo, steps):
+    rates = [demo.models.rate(step, steps) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates) and max(rates) == 1
+    top = rates.index(1)
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert top <= steps / 10 and (steps < 20 or rates[-1] < 0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_a_few_steps_of_fine_tuning(demo, tiny_llama, steps):
+    model, batch = tiny_llama
+    before = model.lm_head.weight.detach().clone()
+    losses = list(demo.models.fine_tune(model, [batch] * steps, steps, lr=1e-2))
+    assert len(losses) == steps and not torch.equal(before, model.lm_head.weight)
 
 
 def test_chosen_rows_come_first_and_only_completions_are_labelled(demo):
