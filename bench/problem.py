@@ -12,7 +12,7 @@ from .shapes import Shape
 BETA, ALPHA = 0.1, 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """TDPO2, trainable head, frozen reference with a head of its own, every label valid and already shifted."""
 

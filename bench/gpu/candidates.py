@@ -1,0 +1,37 @@
+"""Which configurations are measured for a case: the present one and its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tdpo_kernels import tuning
+from tdpo_kernels.tuning import Case, Device, TileConfig
+from tdpo_kernels.tuning.heuristic import heuristic
+
+TILES = ((128, 128), (64, 128), (128, 64), (64, 256), (128, 256))  # R x C of the kernels that multiply
+
+
+def candidates(case: Case, device: Device, few: bool = False) -> list[TileConfig]:
+    """The heuristic's first, each once."""
+    listed = getattr(tuning, "candidates", None)
+    base = heuristic(case, device.arch)
+    found = dict.fromkeys([base, *(listed(case, device) if listed else _neighbours(case, base))])
+    return list(found)[: 2 if few else None]
+
+
+def _neighbours(case: Case, base: TileConfig) -> Iterator[TileConfig]:
+    """One or two steps away. What does not fit the device fails when it is compiled, and is left out."""
+    if case.kernel in ("fused_stats", "fused_dz"):
+        for R, C in TILES:
+            if not case.staged or C == base.C:  # a staged part has its width
+                for warps in (4, 8):
+                    yield replace(base, R=R, C=C, warps=warps)
+        for change in (dict(stages=3), dict(stages=4), dict(K=32), dict(K=64), dict(K=128, stages=2)):
+            yield replace(base, **change)
+        if case.aligned:
+            yield replace(base, tma=not base.tma)
+    else:
+        for factor in (1, 2, 4):
+            for rows in (base.R, base.R * 2, max(base.R // 2, 1)):
+                yield replace(base, R=rows, warps=min(max(base.warps * factor // 2, 1), 16))
