@@ -5,15 +5,15 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint verify bench clean help
+.PHONY: demo test lint verify kernels kernels-versions bench gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 # torch by its exact version, first and alone: a looser pin would fetch a build with gigabytes of CUDA libraries.
 $(READY): constraints.txt pyproject.toml setup.py
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python >= 3.10 is needed, this is {sys.version.split()[0]}"'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0])'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (the first time takes minutes)"
 	@$(PY) -m pip install -q -c constraints.txt torch
@@ -33,8 +33,26 @@ lint: $(READY)  ## ruff
 verify: $(READY)  ## every backend against float64
 	$(PY) -m tdpo_kernels verify
 
+kernels: $(READY)  ## every kernel configuration compiled for every target, without a GPU (minutes)
+	$(PY) -m tdpo_kernels kernels $(ARGS)
+
+# triton alone, no torch: 3.6's interpreter needs numpy < 2.4, and no other package matters to a compiler.
+kernels-versions:  ## the same under the oldest and the newest Triton
+	@set -e; for version in 3.6.0 3.9.*; do \
+		there=$(VENV)/triton-$${version%%.\*}; \
+		test -x $$there/bin/python || $(PYTHON) -m venv $$there; \
+		$$there/bin/python -m pip install -q "triton==$$version" "numpy<2.4"; \
+		$$there/bin/python tests/without_torch.py $(ARGS); \
+	done
+
 bench: $(READY)  ## the table of the README, measured here; rows go to bench/results/
 	$(PY) -m bench $(ARGS)
+
+# Wants no environment of its own and no network: .venv where it is there already, else the system's python.
+OUT ?= build/gpu
+
+gpu:  ## the GPU campaign into OUT=build/gpu; goes on where it ended; ARGS="--dry" on a CPU, "--stages env,verify"
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m bench.gpu --out $(OUT) $(ARGS)
 
 clean:  ## remove the environment and outputs
 	rm -rf $(VENV) build *.egg-info demo-out
