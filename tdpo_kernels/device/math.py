@@ -21,6 +21,8 @@ LOWEST = tl.constexpr(-1e30)
 CUT = tl.constexpr(16.0)  # e^Y of a part is taken up to here; beyond, its mass says the same
 LARGE = tl.constexpr(1e12)
 TOP_EXPONENT = tl.constexpr(80.0)  # keeps exp() finite
+ROUNDING = tl.constexpr(0.125)  # more than staging in 16 bits moves a sum of probabilities by, of itself
+TINY = tl.constexpr(1.2e-38)
 NEAR = tl.constexpr(0.35)  # series below, exponentials above
 
 
@@ -44,12 +46,12 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """For x >= 0: ``2 atanh(x / (2 + x))`` by its series below 1."""
+    """For x > -1: ``2 atanh(x / (2 + x))`` by its series between -1/2 and 1."""
     s = x / (2.0 + x)
     u = s * s
     tail = 1.0 / 7 + u * (1.0 / 9 + u * (1.0 / 11 + u * (1.0 / 13 + u * (1.0 / 15))))
     near = 2.0 * s * (1.0 + u * (1.0 / 3 + u * (1.0 / 5 + u * tail)))
-    return tl.where(x < 1.0, near, tl.log(1.0 + x))
+    return tl.where((x > -0.5) & (x < 1.0), near, tl.log(1.0 + x))
 
 
 @triton.jit
@@ -161,10 +163,11 @@ def tile_extras(z, m_z, valid_C):
 
 
 @triton.jit
-def moved_extras(m_z, s_z, weighted, top_z):
-    """The second of `tile_extras` relative to another maximum."""
-    down = m_z - top_z
-    return tl.exp(down) * (weighted + down * s_z)
+def merged_extras(m_z, s_z, weighted, n_z, t_z, other):
+    """The second of `tile_extras` of two parts together, relative to the larger of their tops."""
+    top_z = tl.maximum(m_z, n_z)
+    down, other_down = m_z - top_z, n_z - top_z
+    return tl.exp(down) * (weighted + down * s_z) + tl.exp(other_down) * (other + other_down * t_z)
 
 
 @triton.jit
@@ -192,21 +195,35 @@ def part_weights(lse_z, lse_r, lse_diff):
 
 
 @triton.jit
-def made_up(p, q, kept_p, t, others):
-    """What rounding p and t to `kept_p` and `t` did to a row's sums over `others`: the factor on p and the summand on t
-    that make both sums, of p and of ``q = p e^-t``, right again."""
-    sum_p, sum_q = tl.sum(tl.where(others, p, 0.0), 1), tl.sum(tl.where(others, q, 0.0), 1)
-    found_p = tl.sum(tl.where(others, kept_p, 0.0), 1)
-    found_q = tl.sum(tl.where(others, kept_p * tl.exp(-t), 0.0), 1)
-    usable = (sum_p > 0) & (sum_q > 0) & (found_p > 0) & (found_q > 0)
-    factor = tl.where(usable, sum_p / found_p, 1.0)
-    return factor, tl.where(usable, tl.log(found_q / sum_q * factor), 0.0)
+def made_up(p, q, exact_t, kept_p, t, is_label):
+    """What rounding p and t to `kept_p` and `t` did to a row's sums without the label: the factor on p and the summand
+    on t that make both sums, of p and of ``q = p e^-t``, right again. Sums of q are had as what they are above those of
+    p (before, that is the label's ``p - q``): where the two are equal, the summand is 0."""
+    others = is_label == 0
+    before = tl.sum(tl.where(is_label, -difference(p, q, -exact_t), 0.0), 1)
+    after = tl.sum(tl.where(others, kept_p * expm1(-t), 0.0), 1)
+    sum_p = tl.maximum(tl.sum(tl.where(others, p, 0.0), 1), TINY)
+    found_p = tl.maximum(tl.sum(tl.where(others, kept_p, 0.0), 1), TINY)
+    more = log_more(after / found_p) - log_more(before / sum_p)
+    factor = tl.minimum(tl.maximum(sum_p / found_p, 1.0 - ROUNDING), 1.0 + ROUNDING)
+    return factor, tl.minimum(tl.maximum(more, -ROUNDING), ROUNDING)
+
+
+@triton.jit
+def log_more(x):
+    return log1p(tl.maximum(x, -0.999999))
 
 
 @triton.jit
 def weigh(p, q, t):
     """p such that, with the t that is kept, ``p e^-t`` is q to rounding: `tile_math.weigh_`."""
     return q * tl.exp(tl.minimum(t, 0.0)) + tl.maximum(p - q, 0.0)
+
+
+@triton.jit
+def difference(p, q, ratio):
+    """``q - p``, where they agree from ``ratio = log(q / p)``."""
+    return tl.where(tl.abs(ratio) < NEAR, p * (ratio + psi_series(ratio)), q - p)
 
 
 # --- backward: eq. (6), a = -g_kl, b = -g_logp; lse_z, lse_r, lse_diff are relative to m_z and m_r -------------------
@@ -217,8 +234,7 @@ def dz_from_both(z, r, m_z, m_r, lse_z, lse_r, lse_diff, a, b):
     """``b p + a (q - p)``; q - p is ``p expm1(delta')`` where p and q agree."""
     p, q = softmax(z, m_z, lse_z), softmax(r, m_r, lse_r)
     ratio = (r - m_r[:, None]) - (z - m_z[:, None]) + lse_diff[:, None]
-    difference = tl.where(tl.abs(ratio) < NEAR, p * (ratio + psi_series(ratio)), q - p)
-    return a[:, None] * difference + b[:, None] * p
+    return a[:, None] * difference(p, q, ratio) + b[:, None] * p
 
 
 @triton.jit

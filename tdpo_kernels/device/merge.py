@@ -7,17 +7,19 @@ delta' is at the label; and the extras: entropy, the sum of the logits, is_argma
 import triton
 import triton.language as tl
 
-from .math import empty_state, finish, kl_of, lse_diff_of, merge, moved_extras, part_weights
+from .math import empty_state, finish, kl_of, lse_diff_of, merge, merged_extras, part_weights
 from .stats import STATE, load_state
 
 ROWS = tl.constexpr(12)
+GROUP = tl.constexpr(32)
 
 
 @triton.jit
 def merge_states(
     states, out, weights, T, parts, staged, stride_out, stride_weights, R: tl.constexpr, EXTRAS: tl.constexpr
 ):
-    """`states` ``(parts, STATE, T)`` to `out` ``(ROWS, stride_out)``, in order of parts: the same bits every time.
+    """`states` ``(parts, STATE, T)`` to `out` ``(ROWS, stride_out)``: groups of GROUP parts in order, then the groups:
+    the same bits every time, and rounding that grows with the square root of what one long chain would have.
 
     Of the first `staged` parts `math.part_weights` go to `weights` ``(staged, 3, stride_weights)``.
     """
@@ -29,17 +31,26 @@ def merge_states(
     total = tl.zeros((R,), tl.float32)
     weighted = tl.zeros((R,), tl.float32)
     part = states
-    for _ in range(parts):
-        n_z, t_z, n_r, t_r, other_mean, N, z_label, r_label = load_state(part, rows, T)
+    for first in range(0, parts, GROUP):
+        n_z, t_z, n_r, t_r, other_mean, N = empty_state(rows.to(tl.float32))
+        group_total = tl.zeros((R,), tl.float32)
+        group_weighted = tl.zeros((R,), tl.float32)
+        for _ in range(first, tl.minimum(first + GROUP, parts)):
+            p_z, u_z, p_r, u_r, part_mean, P, z_label, r_label = load_state(part, rows, T)
+            if EXTRAS:
+                group_total += tl.load(part + 8 * T + rows, mask=inside, other=0.0)
+                part_weighted = tl.load(part + 9 * T + rows, mask=inside, other=0.0)
+                group_weighted = merged_extras(n_z, t_z, group_weighted, p_z, u_z, part_weighted)
+            n_z, t_z, n_r, t_r, other_mean, N = merge(
+                n_z, t_z, n_r, t_r, other_mean, N, p_z, u_z, p_r, u_r, part_mean, P
+            )
+            z_y += z_label
+            r_y += r_label
+            part += STATE * T
         if EXTRAS:
-            total += tl.load(part + 8 * T + rows, mask=inside, other=0.0)
-            part_weighted = tl.load(part + 9 * T + rows, mask=inside, other=0.0)
-            top_z = tl.maximum(m_z, n_z)
-            weighted = moved_extras(m_z, s_z, weighted, top_z) + moved_extras(n_z, t_z, part_weighted, top_z)
+            total += group_total
+            weighted = merged_extras(m_z, s_z, weighted, n_z, t_z, group_weighted)
         m_z, s_z, m_r, s_r, mean, M = merge(m_z, s_z, m_r, s_r, mean, M, n_z, t_z, n_r, t_r, other_mean, N)
-        z_y += z_label
-        r_y += r_label
-        part += STATE * T
     lse_z, lse_r, phi = finish(s_z, s_r, M)
     kl = kl_of(lse_z, lse_r, mean, phi)
     lse_diff = lse_diff_of(lse_z, lse_r, mean, phi)

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from .dlogits import load_coefficients, store_dz, with_label
-from .math import dz_from_both, head, softcap_slope, softmax, tile_extras, tile_state
+from .math import dz_from_both, head, softcap_slope, softmax
 from .merge import load_rows
-from .stats import pick, stage, store_extras, store_state, within
+from .stats import tile_forward
 from .tile import load_bias
 
 
@@ -34,19 +34,10 @@ def tile_stats(
     r = load_tile(
         r_tile, ref_bias, rows, T, first_col, cols, V, stride, ref_scale, ref_softcap, C, HAS_REF_BIAS, HAS_REF_SOFTCAP
     )
-    label = tl.load(labels + rows, mask=rows < T, other=-1)
-    z_y, r_y = pick(z, r, label - first_col, C)
-    z, r = within(z, cols, C), within(r, cols, C)
-    m_z, s_z, m_r, s_r, mean, M = tile_state(z, r)
-    store_state(states, rows, T, m_z, s_z, m_r, s_r, mean, M, z_y, r_y)
-    if EXTRAS:
-        total, weighted = tile_extras(z, m_z, tl.arange(0, C) < cols)
-        store_extras(states, rows, T, total, weighted)
-    if STAGE:
-        stage(
-            staged, states, rows, T, stride_p, plane, 0, cols, label - first_col, z, r,
-            m_z, s_z, m_r, s_r, mean, M, softcap, F, C, HAS_SOFTCAP,
-        )  # fmt: skip
+    label = tl.load(labels + rows, mask=rows < T, other=-1) - first_col
+    tile_forward(
+        z, r, states, staged, rows, T, label, 0, cols, stride_p, plane, softcap, F, C, STAGE, EXTRAS, HAS_SOFTCAP
+    )
 
 
 @triton.jit

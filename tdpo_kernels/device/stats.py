@@ -1,5 +1,5 @@
 """Forward of one tile of logits, whoever made it: its state, its labels' logits, and what is staged of it; and the
-kernel of `fused`, which makes both models' tiles in registers and merges states as the vocabulary goes by.
+kernel of `fused`, which makes both models' tiles in registers.
 
 States are ``(part, STATE, T)``, STATE being m_z, s_z, m_r, s_r, mean, M (`math.py`), the label's two logits, the two
 sums that extras are made of, and for a staged part the two numbers that make up for rounding (`math.made_up`).
@@ -11,13 +11,10 @@ import triton.language as tl
 
 from .math import (
     LOWEST,
-    empty_state,
     head,
     log_ratio,
     lse_diff_of,
     made_up,
-    merge,
-    moved_extras,
     softcap_slope,
     tile_extras,
     tile_state,
@@ -31,7 +28,7 @@ STATE = tl.constexpr(12)
 @triton.jit
 def fused_stats(
     h, w, bias, g, u, ref_bias, labels, states, staged,
-    T, V, D, E, first_col, last_col, tiles, stride_h, stride_w, stride_g, stride_u, stride_p, plane,
+    T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_p, plane,
     scale, softcap, ref_scale, ref_softcap, F,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ONE_HEAD: tl.constexpr, STAGE: tl.constexpr,
@@ -39,59 +36,47 @@ def fused_stats(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_REF_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """States ``(parts, STATE, T)`` of columns [first_col, last_col) of ``h w^T`` and ``g u^T``: ``h (T, D)``, ``w (V,
-    D)``, ``g (T, E)``, ``u (V, E)``, biases ``(V,)`` or None.
+    D)``, ``g (T, E)``, ``u (V, E)``, biases ``(V,)`` or None. With STAGE `staged` is filled from first_col on.
 
-    Program (i, s) takes R rows and `tiles` tiles of C columns, so that neighbours share their columns. With STAGE a
-    part is one tile, and `staged` is filled from first_col on; else it is all that a program sees.
+    Program (i, s) makes tile s of R rows: a part of C columns, staged or not, so that what is staged changes no bit of
+    the statistics. Programs in flight share their columns.
     """
-    row, split = tl.program_id(0) * R, tl.program_id(1)
-    rows = row + tl.arange(0, R)
-    label = tl.load(labels + rows, mask=rows < T, other=-1)
-    m_z, s_z, m_r, s_r, mean, M = empty_state(label.to(tl.float32))
-    z_y = tl.zeros((R,), tl.float32)
-    r_y = tl.zeros((R,), tl.float32)
-    total = tl.zeros((R,), tl.float32)
-    weighted = tl.zeros((R,), tl.float32)
-    for i in range(tiles):
-        col = first_col + (split * tiles + i) * C
-        if col < last_col:
-            if ONE_HEAD:
-                z, r = two_logits(h, g, w, row, col, T, V, D, stride_h, stride_g, stride_w, R, C, K, TMA, PRECISION)
-            else:
-                z = logits(h, w, row, col, T, V, D, stride_h, stride_w, R, C, K, TMA, PRECISION)
-                r = logits(g, u, row, col, T, V, E, stride_g, stride_u, R, C, K, TMA, PRECISION)
-            z = head(z, load_bias(bias, col, V, C, HAS_BIAS), scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-            ref_bias_C = load_bias(ref_bias, col, V, C, HAS_REF_BIAS)
-            r = head(r, ref_bias_C, ref_scale, ref_softcap, HAS_REF_BIAS, HAS_REF_SOFTCAP)
-            z_label, r_label = pick(z, r, label - col, C)
-            z_y += z_label
-            r_y += r_label
-            z, r = within(z, last_col - col, C), within(r, last_col - col, C)
-            n_z, t_z, n_r, t_r, other_mean, N = tile_state(z, r)
-            if EXTRAS:
-                tile_total, tile_weighted = tile_extras(z, n_z, tl.arange(0, C) < last_col - col)
-            else:
-                tile_total, tile_weighted = total, weighted
-            if STAGE:
-                part = states + ((col - first_col) // C) * STATE * T
-                store_state(part, rows, T, n_z, t_z, n_r, t_r, other_mean, N, z_label, r_label)
-                store_extras(part, rows, T, tile_total, tile_weighted)
-                stage(
-                    staged, part, rows, T, stride_p, plane, col - first_col, last_col - first_col, label - col, z, r,
-                    n_z, t_z, n_r, t_r, other_mean, N, softcap, F, C, HAS_SOFTCAP,
-                )  # fmt: skip
-            else:
-                if EXTRAS:
-                    top_z = tl.maximum(m_z, n_z)
-                    weighted = moved_extras(m_z, s_z, weighted, top_z) + moved_extras(n_z, t_z, tile_weighted, top_z)
-                    total += tile_total
-                m_z, s_z, m_r, s_r, mean, M = merge(
-                    m_z, s_z, m_r, s_r, mean, M, n_z, t_z, n_r, t_r, other_mean, N
-                )  # fmt: skip
-    if not STAGE:
-        part = states + split * STATE * T
-        store_state(part, rows, T, m_z, s_z, m_r, s_r, mean, M, z_y, r_y)
-        store_extras(part, rows, T, total, weighted)
+    row, part = tl.program_id(0) * R, tl.program_id(1)
+    rows, col = row + tl.arange(0, R), first_col + part * C
+    label = tl.load(labels + rows, mask=rows < T, other=-1) - col
+    if ONE_HEAD:
+        z, r = two_logits(h, g, w, row, col, T, V, D, stride_h, stride_g, stride_w, R, C, K, TMA, PRECISION)
+    else:
+        z = logits(h, w, row, col, T, V, D, stride_h, stride_w, R, C, K, TMA, PRECISION)
+        r = logits(g, u, row, col, T, V, E, stride_g, stride_u, R, C, K, TMA, PRECISION)
+    z = head(z, load_bias(bias, col, V, C, HAS_BIAS), scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    ref_bias_C = load_bias(ref_bias, col, V, C, HAS_REF_BIAS)
+    r = head(r, ref_bias_C, ref_scale, ref_softcap, HAS_REF_BIAS, HAS_REF_SOFTCAP)
+    tile_forward(
+        z, r, states + part * STATE * T, staged, rows, T, label, col - first_col, last_col - first_col,
+        stride_p, plane, softcap, F, C, STAGE, EXTRAS, HAS_SOFTCAP,
+    )  # fmt: skip
+
+
+@triton.jit
+def tile_forward(
+    z, r, part, staged, rows, T, label, col, cols, stride_p, plane, softcap, F,
+    C: tl.constexpr, STAGE: tl.constexpr, EXTRAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """All that a tile of both models' logits, at column `col` of `cols`, leaves behind; labels count from there."""
+    z_y, r_y = pick(z, r, tl.where(label < cols - col, label, -1), C)
+    z, r = within(z, cols - col, C), within(r, cols - col, C)
+    m_z, s_z, m_r, s_r, mean, M = tile_state(z, r)
+    store_state(part, rows, T, m_z, s_z, m_r, s_r, mean, M, z_y, r_y)
+    if EXTRAS:
+        total, weighted = tile_extras(z, m_z, tl.arange(0, C) < cols - col)
+        tl.store(part + 8 * T + rows, total, mask=rows < T)
+        tl.store(part + 9 * T + rows, weighted, mask=rows < T)
+    if STAGE:
+        stage(
+            staged, part, rows, T, stride_p, plane, col, cols, label, z, r,
+            m_z, s_z, m_r, s_r, mean, M, softcap, F, C, HAS_SOFTCAP,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -124,12 +109,14 @@ def stage(
     at = rows[:, None].to(tl.int64) * stride + (col + c)[None, :]
     inside = (rows < T)[:, None] & (col + c < cols)[None, :]
     z_down, r_down = z - m_z[:, None], r - m_r[:, None]
-    t = log_ratio(z_down, r_down, lse_diff_of(tl.log(s_z), tl.log(s_r), mean, M / s_r), F).to(dtype)
+    exact_t = log_ratio(z_down, r_down, lse_diff_of(tl.log(s_z), tl.log(s_r), mean, M / s_r), F)
+    t = exact_t.to(dtype)
     tl.store(out + plane + at, t, mask=inside)
     p, q = tl.exp(z_down) / s_z[:, None], tl.exp(r_down) / s_r[:, None]
     kept_p = weigh(p, q, t.to(tl.float32)).to(dtype)
     tl.store(out + at, kept_p, mask=inside)
-    factor, more = made_up(p, q, kept_p.to(tl.float32), t.to(tl.float32), c[None, :] != label[:, None])
+    is_label = c[None, :] == label[:, None]
+    factor, more = made_up(p, q, exact_t, kept_p.to(tl.float32), t.to(tl.float32), is_label)
     tl.store(part + 10 * T + rows, factor, mask=rows < T)
     tl.store(part + 11 * T + rows, more, mask=rows < T)
     if HAS_SOFTCAP:
@@ -147,12 +134,6 @@ def store_state(part, rows, T, m_z, s_z, m_r, s_r, mean, M, z_y, r_y):
     tl.store(part + 5 * T + rows, M, mask=inside)
     tl.store(part + 6 * T + rows, z_y, mask=inside)
     tl.store(part + 7 * T + rows, r_y, mask=inside)
-
-
-@triton.jit
-def store_extras(part, rows, T, total, weighted):
-    tl.store(part + 8 * T + rows, total, mask=rows < T)
-    tl.store(part + 9 * T + rows, weighted, mask=rows < T)
 
 
 @triton.jit

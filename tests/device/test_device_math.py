@@ -106,6 +106,10 @@ def test_expm1():
 def test_log1p():
     x = torch.cat([spread(1e-9, 1e12).abs(), torch.tensor([1.0]), torch.nextafter(torch.ones(1), torch.zeros(1))])
     check_each(device.log1p, x, math.log1p, lambda x, w: 3 * EPS * w)
+    below = torch.cat(
+        [-spread(1e-9, 0.99).abs(), torch.tensor([-0.5]), torch.nextafter(-torch.ones(1) / 2, torch.zeros(1))]
+    )
+    check_each(device.log1p, below, math.log1p, lambda x, w: 4 * EPS * abs(w) + EPS * (x < -0.4))
 
 
 def test_tanh():
