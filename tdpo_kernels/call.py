@@ -24,7 +24,7 @@ class Call:
     steps: Steps
 
     def forward(self, needs: Needs) -> Forward:
-        with _no_autocast(self.inputs.policy.hidden):
+        with _settled(self.inputs.policy.hidden):
             return self.backend.forward(self.inputs, needs)
 
     def statistics(self, out: Forward) -> tuple[Tensor, ...]:
@@ -38,7 +38,7 @@ class Call:
         if g_logp is None and g_kl is None:
             return Gradients(None, None, None)
         g_logp_T, g_kl_T = (None if g is None else gather(g, self.inputs.rows) for g in (g_logp, g_kl))
-        with _no_autocast(self.inputs.policy.hidden):
+        with _settled(self.inputs.policy.hidden):
             grads = self.backend.backward(self.inputs, needs, saved, g_logp_T, g_kl_T)
         return grads if grads.hidden is None else replace(grads, hidden=unflatten(grads.hidden, self.shape, self.steps))
 
@@ -50,8 +50,12 @@ def lay_out(backend: Backend, policy: Model, reference: Model, rows: Rows, memor
     return Call(backend, Inputs(*sides, rows, memory_budget, **options), policy.hidden.shape, steps)
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """The compute dtype was settled in `checks.compute_dtype`; nothing below may cast behind our back."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+def _settled(x: Tensor) -> contextlib.AbstractContextManager:
+    """The compute dtype was settled in `checks.compute_dtype`: nothing below may cast behind our back. Kernels are
+    launched on the current device: it is made x's own."""
+    stack = contextlib.ExitStack()
+    if torch.is_autocast_enabled(x.device.type):
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    if x.is_cuda:
+        stack.enter_context(torch.cuda.device(x.device))
+    return stack

@@ -101,13 +101,13 @@ FLOATS = ("scale", "softcap", "ref_scale", "ref_softcap", "F")
 POINTERS = {"labels": "*i64"} | dict.fromkeys(
     ("states", "row_values", "coefficients", "weights", "out", "z_tile", "r_tile"), "*fp32"
 )
-LENGTHS = ("T", "V", "last_col", "tiles", "parts", "part")  # whatever they are; other integers are multiples of 16
+LENGTHS = ("T", "V", "last_col", "parts", "part")  # whatever they are; other integers are multiples of 16
 MATRICES = ("h", "w", "g", "u")
 OF_MATRICES = (*MATRICES, "D", "E", *(f"stride_{name}" for name in MATRICES))
 
 
 def build_of(job: Job) -> Build:
-    """As a launch specialises it: a staged tile is a program's only one, and None stands for what is absent."""
+    """As a launch specialises it: None stands for what is absent."""
     case, config, kernel = job.case, job.config, _kernel(job.case.kernel)
     constexprs = {name: value for name, value in _constexprs(job).items() if name in kernel.arg_names}
     signature = {name: _type(name, job) for name in kernel.arg_names if name not in constexprs}
@@ -140,7 +140,7 @@ def _constexprs(job: Job) -> dict[str, Any]:
     absent = () if case.bias else ("bias", "ref_bias")
     if case.kernel in ("fused_stats", "tile_stats") and not case.staged:
         absent += ("staged",)
-    return given | dict.fromkeys(absent) | ({"tiles": 1} if case.staged else {})
+    return given | dict.fromkeys(absent)
 
 
 def _type(name: str, job: Job) -> str:

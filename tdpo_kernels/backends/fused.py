@@ -9,7 +9,7 @@ from ..types import Forward, Gradients, Inputs, Needs
 from . import kernel_walk, launch
 from .dlogits import Kind
 from .kernel_walk import Call
-from .launch import STATE, Operands
+from .launch import STATE, Launch, Operands, Traits
 from .slab import Grid, Side, copied_bytes, cut
 
 
@@ -31,10 +31,10 @@ def backward(
 
 
 class _Fused:
-    def cut(self, inputs: Inputs, sides: tuple[Side, Side]) -> tuple[Grid, int]:
+    def cut(self, inputs: Inputs, sides: tuple[Side, Side], traits: Traits) -> tuple[Grid, int]:
         """dz, copies of operands and the states of a row block share the workspace."""
         per_row, per_col = copied_bytes(inputs, widen=False)
-        part = launch.traits_of(inputs, sides).config("fused_stats", staged=True).C
+        part = traits.config("fused_stats").C
         per_row += 4 * STATE * -(-inputs.policy.head.weight.shape[0] // part)
         return cut(inputs, sides[0].backward_dtype.itemsize, per_row, per_col, multiple=part), part
 
@@ -44,18 +44,15 @@ class _Fused:
             return columns
         return [slice(columns[0].start, columns[-1].stop)]
 
-    def states(self, call: Call, rows: slice, cols: slice, planes: Tensor | None) -> Tensor:
-        traits, R = launch.traits_of(call.inputs, call.sides), rows.stop - rows.start
-        states = call.empty(launch.fused_parts(traits, R, cols.stop - cols.start, planes is not None), STATE, R)
-        launch.fused_stats(traits, *_operands(call, rows, cols), call.labels(rows, cols), states, planes)
-        return states
+    def states(self, call: Call, rows: slice, cols: slice, states: Tensor, planes: Tensor | None) -> Launch:
+        return launch.fused_stats(call.traits, *_operands(call, rows, cols), call.labels(rows, cols), states, planes)
 
     def dz(
         self, call: Call, rows: slice, cols: slice, kind: Kind, values_R: Tensor, coefficients_R: Tensor, out: Tensor
-    ) -> None:
+    ) -> Launch:
         """The kernel sees for itself, row block by row block, which products its rows need."""
-        traits = launch.traits_of(call.inputs, call.sides)
-        launch.fused_dz(traits, *_operands(call, rows, cols), call.labels(rows, cols), values_R, coefficients_R, out)
+        operands, labels_R = _operands(call, rows, cols), call.labels(rows, cols)
+        return launch.fused_dz(call.traits, *operands, labels_R, values_R, coefficients_R, out)
 
 
 def _operands(call: Call, rows: slice, cols: slice) -> tuple[Operands, Operands]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..types import Forward, Gradients, Inputs, Needs
-from . import launch, tile_math
+from . import launch, selfcheck, tile_math
 from .dlogits import Coefficients, Kind
-from .launch import ROWS
+from .launch import ROWS, STATE, Launch, Traits, traits_of
 from .products import SIXTEEN_BIT
 from .slab import Grid, Side, Workspace, blocks, sides_of
 from .sums import gradients
@@ -29,46 +29,49 @@ class Call:
 
     inputs: Inputs
     grid: Grid
-    part: int  # columns of a staged part
+    part: int  # columns of a part of the vocabulary, the last one of a block's may have less
     sides: tuple[Side, Side]
+    traits: Traits
     work: Workspace
-
-    def empty(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float32, device=self.work.device)
 
     def labels(self, rows: slice, cols: slice) -> Tensor:
         """Counted from the first of the columns."""
         return self.inputs.rows.labels_T[rows] - cols.start
 
+    def parts(self, cols: slice) -> slice:
+        """The parts that these columns are; blocks begin where a part does."""
+        return slice(cols.start // self.part, -(-cols.stop // self.part))
+
 
 class Maker(Protocol):
     """A way to make tiles of both models' logits, and what becomes of them before they are gone."""
 
-    def cut(self, inputs: Inputs, sides: tuple[Side, Side]) -> tuple[Grid, int]:
-        """The grid, and how many columns a staged part has."""
+    def cut(self, inputs: Inputs, sides: tuple[Side, Side], traits: Traits) -> tuple[Grid, int]:
+        """The grid, and how many columns a part has."""
         ...
 
     def ranges(self, call: Call, columns: list[slice]) -> list[slice]:
         """Columns that are not staged, as they are to be asked for."""
         ...
 
-    def states(self, call: Call, rows: slice, cols: slice, planes: Tensor | None) -> Tensor:
-        """``(parts, STATE, R)`` of one tile; fills `planes` ``(planes, R, C)`` if given."""
+    def states(self, call: Call, rows: slice, cols: slice, states: Tensor, planes: Tensor | None) -> Launch:
+        """Fills `states` ``(parts, STATE, R)`` of these columns, and `planes` ``(planes, R, C)`` if given."""
         ...
 
     def dz(
         self, call: Call, rows: slice, cols: slice, kind: Kind, values_R: Tensor, coefficients_R: Tensor, out: Tensor
-    ) -> None:
+    ) -> Launch:
         """Eq. (6) for one tile, from recomputed logits."""
         ...
 
 
 def forward(maker: Maker, inputs: Inputs, needs: Needs) -> Forward:
     call = _call(maker, inputs)
-    values_T = call.empty(ROWS, call.grid.T)
+    values_T = inputs.keep(ROWS, call.grid.T, dtype=torch.float32)
     stage = _Stage.empty(call) if needs else _Stage.none(call)
+    launches: dict[Launch, None] = {}
     for i, rows, _ in blocks(call.grid.row_blocks()):
-        _row_block(maker, call, stage, i, rows, values_T[:, rows])
+        launches |= dict.fromkeys(_row_block(maker, call, stage, i, rows, values_T[:, rows]))
     kl, logp, ref_logp, _, entropy, total, is_argmax = values_T[5:]
     infinite = tile_math.kl_is_infinite(inputs.policy, inputs.reference)
     if infinite is not None:
@@ -78,31 +81,32 @@ def forward(maker: Maker, inputs: Inputs, needs: Needs) -> Forward:
     has_bias = any(side.model.head.bias is not None for side in call.sides)
     shown = [tile_math.to_infinity(x) if has_bias else x.clone() for x in shown]
     extras = dict(zip(inputs.extras, shown[3:], strict=True))
-    return Forward(*shown[:3], extras, (values_T, stage.flat, stage.weights) if needs else ())
+    out = Forward(*shown[:3], extras, (values_T, stage.flat, stage.weights) if needs else ())
+    selfcheck.forward(inputs, call.grid, launches, out)
+    return out
 
 
 def _call(maker: Maker, inputs: Inputs) -> Call:
     work = Workspace(inputs.policy.hidden.device)
     sides = sides_of(inputs, work)
-    return Call(inputs, *maker.cut(inputs, sides), sides, work)
+    traits = traits_of(inputs, sides)
+    return Call(inputs, *maker.cut(inputs, sides, traits), sides, traits, work)
 
 
-def _row_block(maker: Maker, call: Call, stage: _Stage, i: int, rows: slice, values_R: Tensor) -> None:
+def _row_block(maker: Maker, call: Call, stage: _Stage, i: int, rows: slice, values_R: Tensor) -> list[Launch]:
     """Row values of one block of rows over the whole vocabulary, and what is staged of them."""
-    columns = call.grid.col_blocks()
-    states: list[Tensor] = []
-    staged_parts = 0
-    for k, cols, C in blocks(columns):
-        planes = stage.planes(i, k, rows.stop - rows.start, C)
-        if planes is None:
-            break
-        states.append(maker.states(call, rows, cols, planes))
-        staged_parts += states[-1].shape[0]
-    for cols in maker.ranges(call, columns[len(states) :]):
-        states.append(maker.states(call, rows, cols, None))
-    every = states[0] if len(states) == 1 else torch.cat(states)
-    weights = stage.weights[:staged_parts, :, rows] if staged_parts else None
-    launch.merge_states(every, values_R, weights, bool(call.inputs.extras))
+    columns, R = call.grid.col_blocks(), rows.stop - rows.start
+    every = slice(0, call.grid.V)
+    states = torch.empty(call.parts(every).stop, STATE, R, dtype=torch.float32, device=call.work.device)
+    planes = [stage.planes(i, k, R, C) for k, _, C in blocks(columns)]
+    staged = [cols for cols, tile in zip(columns, planes, strict=True) if tile is not None]
+    rest = maker.ranges(call, columns[len(staged) :])
+    launches = [
+        maker.states(call, rows, cols, states[call.parts(cols)], tile)
+        for cols, tile in [*zip(staged, planes, strict=False), *((cols, None) for cols in rest)]
+    ]
+    weights = stage.weights[call.parts(slice(0, staged[-1].stop)), :, rows] if staged else None
+    return [*launches, launch.merge_states(states, values_R, weights, call.traits.extras)]
 
 
 def backward(
@@ -120,6 +124,7 @@ def backward(
     rows_T = (lse_z, lse_r, lse_diff, z_top, r_top, label_ratio, logp, ref_logp)
     c = Coefficients(inputs, call.grid, rows_T, g_logp_T, g_kl_T)
     coefficients_3T = torch.stack([c.a, c.b, c.label])
+    check = selfcheck.Slabs(inputs, call.grid, g_logp_T, g_kl_T, c.scale)
 
     def dz(i: int, rows: slice, k: int, cols: slice) -> Tensor | None:
         if c.kinds[i] is Kind.NOTHING:
@@ -128,13 +133,16 @@ def backward(
         out, coefficients_3R = call.work.get("dz", R, C, policy.backward_dtype), coefficients_3T[:, rows]
         planes = stage.planes(i, k, R, C)
         if planes is None:
-            maker.dz(call, rows, cols, c.kinds[i], values_T[:, rows], coefficients_3R, out)
+            made = maker.dz(call, rows, cols, c.kinds[i], values_T[:, rows], coefficients_3R, out)
         else:
-            weights = stage.weights_of(k)[:, :, rows]
-            launch.staged_dz(planes, weights, call.part, call.labels(rows, cols), coefficients_3R, out)
+            weights = stage.weights[call.parts(cols), :, rows]
+            made = launch.staged_dz(planes, weights, call.part, call.labels(rows, cols), coefficients_3R, out)
+        check.see(made, rows, cols, out)
         return out
 
-    return gradients(inputs, call.grid, needs, policy, c.scale, dz)
+    grads = gradients(inputs, call.grid, needs, policy, c.scale, dz)
+    check.verdict()
+    return grads
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,19 +156,22 @@ class _Stage:
 
     @staticmethod
     def none(call: Call) -> _Stage:
-        return _Stage(call, call.empty(0, 0), call.empty(0, 3, call.grid.T))
+        return _Stage(call, torch.empty(0, 0), torch.empty(0, 3, call.grid.T))
 
     @staticmethod
     def empty(call: Call) -> _Stage:
+        """Room for as many tiles as the budget holds, their parts' weights included."""
         inputs, grid = call.inputs, call.grid
         dtype = torch.bfloat16 if inputs.policy.dtype in SIXTEEN_BIT else torch.float32
-        row_count = max(len(grid.row_blocks()), 1)
+        row_count, columns = max(len(grid.row_blocks()), 1), grid.col_blocks()
         slot, parts = _planes(call) * grid.R * grid.C, -(-grid.C // call.part)
         slots = min(
-            inputs.memory_budget // (slot * dtype.itemsize + 12 * parts * grid.R), row_count * len(grid.col_blocks())
-        )
-        flat = torch.empty(slots, slot, dtype=dtype, device=call.work.device)
-        return _Stage(call, flat, call.empty(-(-slots // row_count) * parts, 3, grid.T))
+            inputs.memory_budget // (slot * dtype.itemsize + 12 * parts * grid.R), row_count * len(columns)
+        )  # fmt: skip
+        staged = columns[: -(-slots // row_count)]
+        count = call.parts(slice(0, staged[-1].stop)).stop if staged else 0
+        flat = inputs.keep(slots, slot, dtype=dtype)
+        return _Stage(call, flat, inputs.keep(count, 3, grid.T, dtype=torch.float32))
 
     def planes(self, i: int, k: int, R: int, C: int) -> Tensor | None:
         """``(planes, R, C)`` of row block i and column block k, or None if they are to be recomputed."""
@@ -169,11 +180,6 @@ class _Stage:
             return None
         count = _planes(self.call)
         return self.flat[slot][: count * R * C].view(count, R, C)
-
-    def weights_of(self, k: int) -> Tensor:
-        """``(parts, 3, T)`` of column block k."""
-        cols, each = self.call.grid.col_blocks()[k], -(-self.call.grid.C // self.call.part)
-        return self.weights[k * each : k * each + -(-(cols.stop - cols.start) // self.call.part)]
 
 
 def _planes(call: Call) -> int:

@@ -6,8 +6,10 @@ Operands are blocks already cut to the rows and columns at hand; labels count fr
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +20,46 @@ from .slab import Operand, Side
 from .tile_math import largest_exponent
 
 STATE, ROWS = 12, 12  # `device.stats` and `device.merge`
-MERGE_ROWS = 128
+MERGE_ROWS = 32
 INTERPRETED = Device("interpreter", "interpreter", 4)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What tells one compiled kernel from another. `flags`: names and values of the constexprs but the tile's."""
+
+    kernel: str
+    config: TileConfig
+    dtypes: tuple[torch.dtype, ...]
+    flags: tuple[tuple[str, Any], ...]
+    device: torch.device
+
+    def __str__(self) -> str:
+        flags = " ".join(f"{name}={value}" for name, value in self.flags)
+        dtypes = ", ".join(str(x).removeprefix("torch.") for x in self.dtypes)
+        return f"{self.kernel} with {self.config!r}, {dtypes}, {flags or 'no flags'}, on {self.device}"
 
 
 def unavailable(device: torch.device) -> str:
     """Why no kernel runs on `device`; empty if they do."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
     if device.type == "cuda":
         return ""
-    import triton
-
-    if triton.knobs.runtime.interpret:
+    if os.environ.get("TRITON_INTERPRET") and _interpreting():
         return "" if device.type == "cpu" else f"the interpreter runs on a CPU, not on {device.type}"
     return f"Triton has no compiler for {device.type}; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests"
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
 
 
 @lru_cache
@@ -97,6 +124,13 @@ class Traits:
             softcap=self.softcap, extras=self.extras, ieee=self.ieee, aligned=self.aligned,
         )  # fmt: skip
 
+    def row_config(self, kernel: str, columns: int, staged: bool = False) -> TileConfig:
+        """Of a kernel that takes fp32 tiles of so many columns from memory."""
+        return choose(
+            kernel, self.device, 4, columns=columns, staged=staged, extras=self.extras, bias=self.bias,
+            softcap=self.softcap,
+        )  # fmt: skip
+
 
 def traits_of(inputs: Inputs, sides: tuple[Side, Side]) -> Traits:
     policy, reference = (side.model for side in sides)
@@ -126,19 +160,6 @@ def _aligned(x: Operand) -> bool:
 def bias_block(side: Side, cols: slice) -> Tensor | None:
     bias = side.model.head.bias
     return None if bias is None else bias[cols].to(side.model.dtype)
-
-
-def fused_parts(traits: Traits, T: int, cols: int, staged: bool) -> int:
-    """How many parts `fused_stats` makes of these columns: one per tile if staged, else enough programs to fill the
-    device twice."""
-    config = traits.config("fused_stats", staged)
-    tiles, row_blocks = _blocks(cols, config.C), _blocks(T, config.R)
-    return tiles if staged else _blocks(tiles, _tiles_each(tiles, row_blocks, traits.device.units))
-
-
-def _tiles_each(tiles: int, row_blocks: int, units: int) -> int:
-    splits = min(tiles, max(1, _blocks(2 * units, row_blocks)))
-    return _blocks(tiles, splits)
 
 
 def _blocks(length: int, step: int) -> int:
@@ -173,23 +194,26 @@ def _shapes(policy: Operands, reference: Operands) -> dict:
 
 def fused_stats(
     traits: Traits, policy: Operands, reference: Operands, labels_R: Tensor, states: Tensor, staged: Tensor | None
-) -> None:
+) -> Launch:
     """Fills `states` ``(parts, STATE, R)``, and `staged` ``(planes, R, C)`` if given."""
     from ..device.stats import fused_stats as kernel
 
     config = traits.config("fused_stats", staged is not None)
     shapes = _shapes(policy, reference)
-    tiles = _blocks(shapes["V"], config.C)
-    each = _blocks(tiles, states.shape[0])
-    kernel[_blocks(shapes["T"], config.R), _blocks(tiles, each)](
-        **_matrices(policy, reference, config), **shapes, labels=labels_R, states=states, staged=staged, tiles=each,
+    parts = _blocks(shapes["V"], config.C)
+    if parts != states.shape[0]:
+        raise ValueError(f"fused_stats: {config} makes {parts} parts of {shapes['V']} columns, not {states.shape[0]}")
+    flags = dict(
+        TMA=config.tma, PRECISION=precision(policy.hidden.dtype), ONE_HEAD=traits.one_head, STAGE=staged is not None,
+        EXTRAS=traits.extras, **_flags(policy.head, policy.bias, reference.head, reference.bias),
+    )  # fmt: skip
+    kernel[_blocks(shapes["T"], config.R), parts](
+        **_matrices(policy, reference, config), **shapes, labels=labels_R, states=states, staged=staged,
         stride_p=0 if staged is None else staged.stride(1), plane=0 if staged is None else staged.stride(0),
-        F=largest_exponent(torch.float32), R=config.R, C=config.C, K=config.K, TMA=config.tma,
-        PRECISION=precision(policy.hidden.dtype), ONE_HEAD=traits.one_head,
-        STAGE=staged is not None, EXTRAS=traits.extras,
-        **_flags(policy.head, policy.bias, reference.head, reference.bias),
+        F=largest_exponent(torch.float32), R=config.R, C=config.C, K=config.K, **flags,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+    return _launched("fused_stats", config, flags, policy.hidden, reference.hidden, staged)
 
 
 def fused_dz(
@@ -200,76 +224,81 @@ def fused_dz(
     row_values: Tensor,
     coefficients: Tensor,
     dz: Tensor,
-) -> None:
+) -> Launch:
     """Fills dz ``(R, C)``; row_values and coefficients are ``(.., R)`` views of rows with one stride."""
     from ..device.dlogits import fused_dz as kernel
 
     config = traits.config("fused_dz")
     shapes = _shapes(policy, reference)
+    flags = dict(
+        TMA=config.tma, PRECISION=precision(policy.hidden.dtype),
+        **_flags(policy.head, policy.bias, reference.head, reference.bias),
+    )  # fmt: skip
     kernel[_blocks(shapes["T"], config.R), _blocks(shapes["V"], config.C)](
         **_matrices(policy, reference, config), **shapes, labels=labels_R, row_values=row_values,
-        coefficients=coefficients, dz=dz,
-        stride_rows=row_values.stride(0), stride_dz=dz.stride(0), R=config.R, C=config.C, K=config.K, TMA=config.tma,
-        PRECISION=precision(policy.hidden.dtype), **_flags(policy.head, policy.bias, reference.head, reference.bias),
-        num_warps=config.warps, num_stages=config.stages,
+        coefficients=coefficients, dz=dz, stride_rows=row_values.stride(0), stride_dz=dz.stride(0),
+        R=config.R, C=config.C, K=config.K, **flags, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+    return _launched("fused_dz", config, flags, policy.hidden, reference.hidden, dz)
 
 
-def staged_dz(staged: Tensor, weights: Tensor, part: int, labels_R: Tensor, coefficients: Tensor, dz: Tensor) -> None:
+def staged_dz(staged: Tensor, weights: Tensor, part: int, labels_R: Tensor, coefficients: Tensor, dz: Tensor) -> Launch:
     """The same from planes ``(planes, R, C)`` staged in parts of `part` columns; weights ``(parts, 3, R)``."""
     from ..device.dlogits import staged_dz as kernel
 
-    config = choose("staged_dz", device_of(dz.device), staged.dtype.itemsize, columns=min(part, 1024))
+    flags = dict(HAS_SOFTCAP=staged.shape[0] == 3)
+    config = choose(
+        "staged_dz", device_of(dz.device), staged.dtype.itemsize, columns=min(part, 1024), softcap=flags["HAS_SOFTCAP"]
+    )
     each = _blocks(part, config.C)
     kernel[_blocks(dz.shape[0], config.R), weights.shape[0] * each](
         staged=staged, weights=weights, labels=labels_R, coefficients=coefficients, dz=dz,
         T=dz.shape[0], first_col=0, last_col=dz.shape[1], stride_p=staged.stride(1), plane=staged.stride(0),
-        stride_rows=coefficients.stride(0), stride_dz=dz.stride(0), part=part, R=config.R, C=config.C,
-        HAS_SOFTCAP=staged.shape[0] == 3,
+        stride_rows=coefficients.stride(0), stride_dz=dz.stride(0), part=part, R=config.R, C=config.C, **flags,
         num_warps=config.warps,
     )  # fmt: skip
+    return _launched("staged_dz", config, flags, staged, dz)
 
 
-def merge_states(states: Tensor, out: Tensor, weights: Tensor | None, extras: bool) -> None:
+def merge_states(states: Tensor, out: Tensor, weights: Tensor | None, extras: bool) -> Launch:
     """`states` ``(parts, STATE, R)`` into `out` ``(ROWS, R)``; `weights` ``(staged, 3, R)`` of the first parts."""
     from ..device.merge import merge_states as kernel
 
-    T = states.shape[2]
+    T, config, flags = states.shape[2], TileConfig(MERGE_ROWS, warps=1), dict(EXTRAS=extras)
     kernel[(_blocks(T, MERGE_ROWS),)](
         states=states, out=out, weights=weights, T=T, parts=states.shape[0],
         staged=0 if weights is None else weights.shape[0], stride_out=out.stride(0),
-        stride_weights=0 if weights is None else weights.stride(1), R=MERGE_ROWS,
-        EXTRAS=extras,
+        stride_weights=0 if weights is None else weights.stride(1), R=MERGE_ROWS, **flags, num_warps=config.warps,
     )  # fmt: skip
+    return _launched("merge_states", config, flags, states, weights)
 
 
 def tile_stats(
+    traits: Traits,
     tiles: list[Tensor],
     heads: list[LMHead],
     biases: list[Tensor | None],
     labels_R: Tensor,
     states: Tensor,
     staged: Tensor | None,
-    extras: bool,
-) -> None:
+) -> Launch:
     """Fills `states` ``(1, STATE, R)``, and `staged` ``(planes, R, C)`` if given, from products ``(R, C)``."""
     from ..device.rows import tile_stats as kernel
 
     (z, r), (T, V) = tiles, tiles[0].shape
-    config = choose(
-        "tile_stats", device_of(z.device), 4, columns=V, staged=staged is not None, extras=extras,
-        bias=any(b is not None for b in biases), softcap=any(h.softcap is not None for h in heads),
-    )  # fmt: skip
+    config = traits.row_config("tile_stats", V, staged is not None)
+    flags = dict(STAGE=staged is not None, EXTRAS=traits.extras, **_flags(heads[0], biases[0], heads[1], biases[1]))
     kernel[(_blocks(T, config.R),)](
         z_tile=z, r_tile=r, bias=biases[0], ref_bias=biases[1], labels=labels_R, states=states, staged=staged,
         T=T, V=V, first_col=0, last_col=V, stride=z.stride(0), stride_p=0 if staged is None else staged.stride(1),
         plane=0 if staged is None else staged.stride(0), **_scalars(*heads), F=largest_exponent(torch.float32),
-        R=config.R, C=config.C, STAGE=staged is not None, EXTRAS=extras,
-        **_flags(heads[0], biases[0], heads[1], biases[1]), num_warps=config.warps,
+        R=config.R, C=config.C, **flags, num_warps=config.warps,
     )  # fmt: skip
+    return _launched("tile_stats", config, flags, z, staged)
 
 
 def tile_dz(
+    traits: Traits,
     tiles: list[Tensor | None],
     heads: list[LMHead],
     biases: list[Tensor | None],
@@ -277,20 +306,25 @@ def tile_dz(
     row_values: Tensor,
     coefficients: Tensor,
     dz: Tensor,
-) -> None:
+) -> Launch:
     """Fills dz ``(R, C)`` from the products that are needed; None stands for those that are not."""
     from ..device.rows import tile_dz as kernel
 
     (z, r), (T, V) = tiles, dz.shape
     some = r if z is None else z
-    config = choose(
-        "tile_dz", device_of(dz.device), 4, columns=V, bias=any(b is not None for b in biases),
-        softcap=any(h.softcap is not None for h in heads),
+    config = traits.row_config("tile_dz", V)
+    flags = dict(
+        NEEDS_Z=z is not None, NEEDS_R=r is not None, **_flags(heads[0], biases[0], heads[1], biases[1])
     )  # fmt: skip
     kernel[(_blocks(T, config.R),)](
         z_tile=z, r_tile=r, bias=biases[0], ref_bias=biases[1], labels=labels_R, row_values=row_values,
         coefficients=coefficients, dz=dz, T=T, V=V, first_col=0, last_col=V, stride=some.stride(0),
         stride_rows=row_values.stride(0), stride_dz=dz.stride(0), **_scalars(*heads),
-        R=config.R, C=config.C, NEEDS_Z=z is not None, NEEDS_R=r is not None,
-        **_flags(heads[0], biases[0], heads[1], biases[1]), num_warps=config.warps,
+        R=config.R, C=config.C, **flags, num_warps=config.warps,
     )  # fmt: skip
+    return _launched("tile_dz", config, flags, some, dz)
+
+
+def _launched(kernel: str, config: TileConfig, flags: dict[str, Any], *tensors: Tensor | None) -> Launch:
+    dtypes = tuple(x.dtype for x in tensors if x is not None)
+    return Launch(kernel, config, dtypes, tuple(flags.items()), tensors[0].device)

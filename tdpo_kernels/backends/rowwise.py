@@ -6,11 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import Inputs
+from ..types import Inputs, LMHead
 from . import launch
 from .dlogits import Kind
 from .kernel_walk import Call
-from .launch import STATE
+from .launch import Launch, Traits
 from .products import logits_
 from .slab import Grid, Side, make_grid
 
@@ -20,30 +20,28 @@ def runs_on(device: torch.device) -> bool:
 
 
 class Rowwise:
-    def cut(self, inputs: Inputs, sides: tuple[Side, Side]) -> tuple[Grid, int]:
+    def cut(self, inputs: Inputs, sides: tuple[Side, Side], traits: Traits) -> tuple[Grid, int]:
         grid = make_grid(inputs)
         return grid, grid.C
 
     def ranges(self, call: Call, columns: list[slice]) -> list[slice]:
         return columns
 
-    def states(self, call: Call, rows: slice, cols: slice, planes: Tensor | None) -> Tensor:
+    def states(self, call: Call, rows: slice, cols: slice, states: Tensor, planes: Tensor | None) -> Launch:
         tiles = [_products(side, rows, cols) for side in call.sides]
-        states = call.empty(1, STATE, rows.stop - rows.start)
-        biases = [launch.bias_block(side, cols) for side in call.sides]
-        heads = [side.model.head for side in call.sides]
-        extras = bool(call.inputs.extras)
-        launch.tile_stats(tiles, heads, biases, call.labels(rows, cols), states, planes, extras)
-        return states
+        return launch.tile_stats(call.traits, tiles, *_heads(call, cols), call.labels(rows, cols), states, planes)
 
     def dz(
         self, call: Call, rows: slice, cols: slice, kind: Kind, values_R: Tensor, coefficients_R: Tensor, out: Tensor
-    ) -> None:
+    ) -> Launch:
         needed = (kind is not Kind.ONLY_Q, kind is not Kind.ONLY_P)
         tiles = [_products(side, rows, cols) if need else None for side, need in zip(call.sides, needed, strict=True)]
-        biases = [launch.bias_block(side, cols) for side in call.sides]
-        heads = [side.model.head for side in call.sides]
-        launch.tile_dz(tiles, heads, biases, call.labels(rows, cols), values_R, coefficients_R, out)
+        labels_R = call.labels(rows, cols)
+        return launch.tile_dz(call.traits, tiles, *_heads(call, cols), labels_R, values_R, coefficients_R, out)
+
+
+def _heads(call: Call, cols: slice) -> tuple[list[LMHead], list[Tensor | None]]:
+    return [side.model.head for side in call.sides], [launch.bias_block(side, cols) for side in call.sides]
 
 
 def _products(side: Side, rows: slice, cols: slice) -> Tensor:

@@ -28,13 +28,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..types import Forward, Inputs, Model
 from ..version import __version__
+from .launch import Launch
 from .products import SIXTEEN_BIT, forward_operand_dtype, logits_
 from .slab import Grid
 from .tile_math import is_lowest
@@ -48,38 +49,6 @@ TINY = 1e-36  # what flushing subnormals may lose, of a probability
 STAGED = 2.0**-8  # p, t and the slope are rounded to bf16, and rows' sums made up for it: twice 2^-9
 FAR = 30.0  # log-ratios beyond are staged as if they were no larger (`tile_math.largest_exponent`)
 LARGEST = 1e29  # logits beyond are no numbers to the kernels (`tile_math.LOWEST`)
-
-
-class Config(Protocol):
-    """`tuning.TileConfig`, as far as it matters here."""
-
-    @property
-    def R(self) -> int: ...
-
-    @property
-    def C(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What tells one compiled kernel from another. `flags`: names and values of the other constexprs."""
-
-    kernel: str
-    config: Config
-    dtypes: tuple[torch.dtype, ...]
-    flags: tuple[tuple[str, Any], ...]
-    device: torch.device
-
-    def __str__(self) -> str:
-        flags = " ".join(f"{name}={value}" for name, value in self.flags)
-        dtypes = ", ".join(str(x).removeprefix("torch.") for x in self.dtypes)
-        return f"{self.kernel} with {self.config!r}, {dtypes}, {flags or 'no flags'}, on {self.device}"
-
-
-def launched(
-    kernel: str, config: Config, dtypes: tuple[torch.dtype, ...], device: torch.device, **flags: Any
-) -> Launch:
-    return Launch(kernel, config, dtypes, tuple(flags.items()), device)
 
 
 Key = tuple[Launch, int, int]  # and both hidden sizes, on which the configuration depends that staged what is read back
@@ -507,7 +476,7 @@ def _report(inputs: Inputs, launches: list[Launch], finding: Finding) -> str:
         *(f"  {name + ':':26}{x}" for name, x in _tensors(inputs)),
         f"  rows that count: {inputs.rows.count}; extras: {inputs.extras or 'none'}; "
         f"memory_budget: {inputs.memory_budget}",
-        f'What to do: backend="tiled" does not use these kernels. {SWITCH}=0 in the environment turns this check off.',
+        f'What to do: backend="naive" uses no kernels. {SWITCH}=0 in the environment turns this check off.',
         "Please report this text: it may be a compiler's bug, and others will meet it.",
     ]
     return "\n".join(lines)
@@ -586,7 +555,10 @@ class _Peers:
             n, alone = (n + 1, alone) if store is known else (1, False)
             cls.known = store, n, alone
         peers = cls(store, n, alone)
-        peers._count("entered", 1)
+        try:
+            peers._count("entered", 1)
+        except RuntimeError:  # the store is gone, and its owner with it
+            peers.store = None
         return peers
 
     def leave(self, fault: str) -> str:

@@ -2,8 +2,8 @@
 ``[T, V]``.
 
 Forward, row blocks outside: both logits tiles, their parts (`tile_math.py`), one merge per row block. Backward: each
-tile's dz
-(`dlogits.py`) from the stage or from recomputed logits, then the products (7) (`products.py`).
+tile's dz (`dlogits.py`) from the stage or from recomputed logits, then the products (7) (`sums.py`). Where Triton's
+kernels run, they do the row mathematics (`rowwise.py`), but for float64.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from ..types import Forward, Gradients, Inputs, LMHead, Needs
-from . import dlogits, tile_math
+from . import dlogits, kernel_walk, rowwise, tile_math
 from .dlogits import Coefficients, Kind, LabelColumn
-from .products import GradientSum, logits_
-from .slab import Grid, Side, Stage, StagedTile, Workspace, blocks, make_grid
+from .products import logits_
+from .rowwise import Rowwise
+from .slab import Grid, Side, Stage, StagedTile, Workspace, blocks, make_grid, sides_of
+from .sums import gradients
 
 
 def forward(inputs: Inputs, needs: Needs) -> Forward:
+    if _by_kernels(inputs):
+        return kernel_walk.forward(Rowwise(), inputs, needs)
     grid, work = make_grid(inputs), Workspace(inputs.policy.hidden.device)
-    sides = _sides(inputs, work)
+    sides = sides_of(inputs, work)
     stage = Stage(inputs, grid) if needs else None
     collected: dict[str, list[Tensor]] = {}
     for i, rows, _ in blocks(grid.row_blocks()):
@@ -127,20 +131,24 @@ def _round_(
 def backward(
     inputs: Inputs, needs: Needs, saved: tuple[Tensor | None, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None
 ) -> Gradients:
+    if _by_kernels(inputs):
+        return kernel_walk.backward(Rowwise(), inputs, needs, saved, g_logp_T, g_kl_T)
     *row_values, flat, stage_rows = saved
     grid, work = make_grid(inputs), Workspace(inputs.policy.hidden.device)
-    sides, stage = _sides(inputs, work), Stage(inputs, grid, flat, stage_rows)
-    coefficients = Coefficients(inputs, grid, tuple(row_values), g_logp_T, g_kl_T)
-    rows, cols = list(blocks(grid.row_blocks())), list(blocks(grid.col_blocks()))
-    sums = _Sums(inputs, grid, needs, sides[0], coefficients.scale)
-    for outer in cols if sums.columns_outer else rows:
-        for inner in rows if sums.columns_outer else cols:
-            (i, row, R), (k, col, C) = (inner, outer) if sums.columns_outer else (outer, inner)
-            kind = coefficients.kinds[i]
-            if kind is not Kind.NOTHING:
-                sums.add(_dz(inputs, coefficients, sides, stage.tile(i, k, R, C), kind, row, col), row, col)
-        sums.close_outer(outer[1])
-    return sums.close_inner()
+    sides, stage = sides_of(inputs, work), Stage(inputs, grid, flat, stage_rows)
+    c = Coefficients(inputs, grid, tuple(row_values), g_logp_T, g_kl_T)
+
+    def dz(i: int, rows: slice, k: int, cols: slice) -> Tensor | None:
+        if c.kinds[i] is Kind.NOTHING:
+            return None
+        staged = stage.tile(i, k, rows.stop - rows.start, cols.stop - cols.start)
+        return _dz(inputs, c, sides, staged, c.kinds[i], rows, cols)
+
+    return gradients(inputs, grid, needs, sides[0], c.scale, dz)
+
+
+def _by_kernels(inputs: Inputs) -> bool:
+    return inputs.stats_dtype == torch.float32 and rowwise.runs_on(inputs.policy.hidden.device)
 
 
 def _dz(
@@ -170,52 +178,6 @@ def _dz(
         r = _tile(reference, rows, cols).sub_(c.r_top[rows, None])
         dz = dlogits.from_both(c, rows, z, r, label, policy.work.get("y", *z.shape, z.dtype))
     return dz if slope is None else dz.mul_(slope)
-
-
-class _Sums:
-    """The gradients under construction. The columns go outside unless dW is not wanted or its fp32 sum is the larger
-    of the two."""
-
-    def __init__(self, inputs: Inputs, grid: Grid, needs: Needs, policy: Side, scale: float) -> None:
-        self.policy, self.needs, self.alpha, dtype = policy, needs, 1.0 / scale, inputs.stats_dtype
-        self.columns_outer = needs.weight and grid.T <= grid.V
-        hidden, head = inputs.policy.hidden, inputs.policy.head
-        held_rows, held_cols = (grid.T, grid.C) if self.columns_outer else (grid.R, grid.V)
-        self.bias_sum = hidden.new_zeros(grid.V, dtype=dtype) if needs.bias else None
-        self.bias_dtype = head.weight.dtype
-        self.hidden = GradientSum(hidden, inputs.rows.hidden_T, dtype, held_rows) if needs.hidden else None
-        self.weight = GradientSum(head.weight, None, dtype, held_cols) if needs.weight else None
-        self.row_blocks, self.col_blocks = grid.row_blocks(), grid.col_blocks()
-
-    def add(self, dz_RC: Tensor, rows: slice, cols: slice) -> None:
-        if self.bias_sum is not None:
-            self.bias_sum[cols].add_(dz_RC.sum(0), alpha=self.alpha)
-        policy, dtype = self.policy, self.policy.backward_dtype
-        dz_RC = policy.gradient_operand(dz_RC)
-        if self.hidden is not None:
-            self.hidden.add(rows, dz_RC, policy.weight.block(cols, dtype), self.alpha)
-        if self.weight is not None:
-            self.weight.add(cols, dz_RC.T, policy.hidden.block(rows, dtype), self.alpha)
-
-    def close_outer(self, block: slice) -> None:
-        outer = self.weight if self.columns_outer else self.hidden
-        if outer is not None:
-            outer.close(block)
-
-    def close_inner(self) -> Gradients:
-        inner, every = (self.hidden, self.row_blocks) if self.columns_outer else (self.weight, self.col_blocks)
-        for block in every if inner is not None else ():
-            inner.close(block)
-        bias = None if self.bias_sum is None else self.bias_sum.to(self.bias_dtype)
-        return Gradients(*(None if x is None else x.grad for x in (self.hidden, self.weight)), bias)
-
-
-def _sides(inputs: Inputs, work: Workspace) -> tuple[Side, Side]:
-    index = inputs.rows.hidden_T
-    return (
-        Side(inputs.policy, index, work, "z", inputs.stats_dtype),
-        Side(inputs.reference, index, work, "r", inputs.stats_dtype),
-    )
 
 
 def _tile(side: Side, rows: slice, cols: slice) -> Tensor:

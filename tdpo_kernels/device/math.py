@@ -246,5 +246,8 @@ def softmax(x, m, lse):
 @triton.jit
 def dz_from_stage(p, t, weight, ref_weight, ratio, a, b):
     """From what was staged of a part whose P, Q and ratio within the whole are given (`part_weights`)."""
-    a_r = a * ref_weight
-    return p * ((b * weight + (a_r - a * weight))[:, None] + a_r[:, None] * expm1(-ratio[:, None] - t))
+    a_r, x = a * ref_weight, -ratio[:, None] - t
+    near = tl.abs(x) < NEAR
+    power = tl.where(near, x + psi_series(x), tl.exp(x))  # e^x - 1 where it is near 0, else e^x
+    rest = tl.where(near, (b * weight + a * (ref_weight - weight))[:, None], ((b - a) * weight)[:, None])
+    return p * (rest + a_r[:, None] * power)
