@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint verify kernels kernels-versions bench gpu clean help
+.PHONY: demo test interpreted lint verify kernels kernels-versions bench gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -24,7 +24,11 @@ demo: $(READY)  ## train a tiny model with TDPO: a table and demo-out/curves.png
 	$(PY) python/examples/sentiment.py $(ARGS)
 
 test: $(READY) lint verify  ## everything that CI checks
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -m "not long" tests/device tests/test_laws.py
+
+interpreted: $(READY)  ## every test that kernels can be interpreted in, on a CPU (half an hour)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(ARGS) tests/device tests/test_*.py
 
 lint: $(READY)  ## ruff
 	@$(PY) -m ruff check .

@@ -83,7 +83,7 @@ def _statistics(
     shift: bool, extras: tuple[str, ...], backend: str, memory_budget: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`registered.statistics`, without what an operator's dispatch costs a small call."""
-    _, implementation = choose(backend, policy.hidden.device)
+    _, implementation = choose(backend, policy.hidden.device, (policy, reference))
     rows = pack(labels, cu_seqlens, policy.head.weight.shape[0], ignore_index=ignore_index, shift=shift)
     detached = replace(policy, hidden=policy.hidden.detach())
     call = lay_out(implementation, detached, reference, rows, memory_budget, extras=extras)

@@ -65,7 +65,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     labels, cu_seqlens, ignore_index, extras, row_bytes, stage_bytes = args[_M:-_O]
     rows = pack(labels, cu_seqlens, policy.head.weight.shape[0], ignore_index=ignore_index, shift=shift)
     kept = Kept(row_bytes + stage_bytes, policy.hidden.device)
-    _, implementation = choose(backend, policy.hidden.device)
+    _, implementation = choose(backend, policy.hidden.device, (policy, reference))
     call = lay_out(
         implementation, policy, reference, rows, stage_bytes, extras=tuple(extras), allocate=kept.allocate
     )  # fmt: skip
@@ -81,7 +81,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
 def _(*args: Any) -> tuple[Tensor, ...]:
     policy, reference, _, backend, _ = _read(args)
     labels, _, _, extras, row_bytes, stage_bytes = args[_M:-_O]
-    choose(backend, policy.hidden.device)  # refused now rather than when it runs
+    choose(backend, policy.hidden.device, (policy, reference))  # refused now rather than when it runs
     shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape))
     shown = [labels.new_empty(shape, dtype=_stats_dtype(policy, reference)) for shape in shapes]
     kept = labels.new_empty(row_bytes + stage_bytes, dtype=torch.uint8)
@@ -94,7 +94,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     kept, where, g_logp, g_kl = args[_M:-_O]
     label_T, labels_T, *saved = Kept.taken(kept, where)
     rows = Rows(label_T - 1 if shift and label_T is not None else label_T, label_T, labels_T)
-    _, implementation = choose(backend, policy.hidden.device)
+    _, implementation = choose(backend, policy.hidden.device, (policy, reference))
     call = lay_out(implementation, policy, reference, rows, 0)
     with _above_autograd():
         grads = call.backward(needs, tuple(saved), g_logp, g_kl)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tdpo_kernels.backends import availability
+from tdpo_kernels.backends import availability, launch
+
+
+def interpreting() -> bool:
+    """Whether this process runs the kernels, on a CPU: ``TRITON_INTERPRET=1 python -m pytest``."""
+    return not launch.unavailable(torch.device("cpu"))
 
 
 def reasons(device: str = "cpu") -> dict[str, str | None]:
     """Each backend, and why it cannot run on `device`; None where it can."""
     every = availability(torch.device(device))
-    return {name: None if said.startswith("available") else said for name, said in every.items()}
+    found = {name: None if said.startswith("available") else said for name, said in every.items()}
+    return found | ({"naive": "has no kernels to interpret"} if interpreting() else {})
 
 
 def runnable(device: str = "cpu") -> list[str]:

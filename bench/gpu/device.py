@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdpo_kernels import backends
+from tdpo_kernels.verify import DTYPES
 
 from ..conditions import cpu_model
 from ..problem import Problem
@@ -160,9 +161,8 @@ def every_backend() -> list[str]:
 
 
 def lacks(device: Device, backend: str, dtype: str) -> bool:
-    """Whether the backend's kernels give no right answer in this dtype here. Triton's interpreter multiplies the raw
-    bits of bf16; for float64 `fused` has no kernels anywhere."""
-    return backend == "fused" and (dtype in ("fp64", "float64") or not device.is_cuda and dtype in ("bf16", "bfloat16"))
+    """Whether the backend takes no such inputs here; `dtype` is torch's name or `verify`'s."""
+    return bool(backends.lacks(backend, device.torch, DTYPES.get(dtype) or getattr(torch, dtype)))
 
 
 def make_problem(shape: Shape, dtype: str, device: torch.device, trainable: bool = True, seed: int = 0) -> Problem:

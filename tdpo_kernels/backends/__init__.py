@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..checks import check_backend
@@ -23,22 +25,42 @@ def availability(device: torch.device) -> dict[str, str]:
     }
 
 
-def choose(backend: str, device: torch.device, policy: Model | None = None) -> tuple[str, Backend]:
+def lacks(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a backend that runs on `device` takes no inputs of this dtype; empty if it does."""
+    if backend != "fused":
+        return ""
+    if dtype == torch.float64:
+        return "its kernels add up in fp32: float64 is for 'tiled' or 'naive'"
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        return "Triton's interpreter multiplies the raw bits of bf16: 'tiled' or 'naive' take it"
+    return ""
+
+
+def choose(backend: str, device: torch.device, sides: Sequence[Model] = ()) -> tuple[str, Backend]:
     """``"auto"`` is the one measured to be the fastest on such a device and at such sizes; `fused` on a GPU where
-    nothing was measured, guarded by its self-check; else `tiled`. A named one is taken at its word or refused."""
+    nothing was measured, guarded by its self-check; else `tiled`. A named one is taken at its word or refused.
+
+    Args:
+        sides: policy and reference, if there are any yet.
+    """
     check_backend(backend, BACKENDS)
-    name = _auto(device, policy) if backend == "auto" else backend
-    if name == "fused" and (reason := launch.unavailable(device)):
-        raise ValueError(f"backend: got 'fused', which does not run here: {reason}; wanted 'auto', 'tiled' or 'naive'")
+    name = _auto(device, sides) if backend == "auto" else backend
+    if reason := _refusal(name, device, sides):
+        raise ValueError(f"backend: got {name!r}, which does not run here: {reason}; wanted 'auto', 'tiled' or 'naive'")
     return name, BACKENDS[name]
 
 
-def _auto(device: torch.device, policy: Model | None) -> str:
-    if device.type != "cuda" or launch.unavailable(device):
+def _refusal(name: str, device: torch.device, sides: Sequence[Model]) -> str:
+    if name != "fused":
+        return ""
+    dtypes = {dtype for side in sides for dtype in (side.dtype, side.hidden.dtype)}
+    return launch.unavailable(device) or next(filter(None, (lacks(name, device, dtype) for dtype in dtypes)), "")
+
+
+def _auto(device: torch.device, sides: Sequence[Model]) -> str:
+    if device.type != "cuda" or _refusal("fused", device, sides):
         return "tiled"
-    if policy is None:
+    if not sides:
         return "fused"
-    if policy.dtype == torch.float64:
-        return "tiled"
-    V, D = policy.head.weight.shape
-    return winner(launch.device_of(device), policy.dtype.itemsize, D, V) or "fused"
+    V, D = sides[0].head.weight.shape
+    return winner(launch.device_of(device), sides[0].dtype.itemsize, D, V) or "fused"

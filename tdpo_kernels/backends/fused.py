@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..types import Forward, Gradients, Inputs, Needs
@@ -13,14 +12,7 @@ from .launch import STATE, Launch, Operands, Traits
 from .slab import Grid, Side, copied_bytes, cut
 
 
-def unavailable(device: torch.device) -> str:
-    """Why it does not run on `device`; empty if it does."""
-    return launch.unavailable(device)
-
-
 def forward(inputs: Inputs, needs: Needs) -> Forward:
-    if inputs.stats_dtype == torch.float64:
-        raise TypeError("backend 'fused': got float64 inputs, wanted fp32, bf16 or fp16; 'tiled' takes float64")
     return kernel_walk.forward(_Fused(), inputs, needs)
 
 

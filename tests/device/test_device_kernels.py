@@ -399,7 +399,7 @@ def check_planes(p: Problem, staged: Tensor, cols: tuple[int, int], width: int) 
     """Of each tile: t its own log-ratio, p such that p e^-t is q, and the slope; nothing outside."""
     first, last = cols
     assert staged[..., last - first :].isnan().all() and not staged[..., : last - first].isnan().any()
-    eps = torch.finfo(staged.dtype).eps + 8 * EPS  # the interpreter rounds to bf16 by cutting off
+    eps = torch.finfo(staged.dtype).eps / 2 + 8 * EPS
     for start in range(first, last, width):
         stop = min(start + width, last)
         for i, part in enumerate(p.truth(slice(start, stop)) if _some(p, start, stop) else []):
