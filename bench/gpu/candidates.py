@@ -24,7 +24,7 @@ def _neighbours(case: Case, base: TileConfig) -> Iterator[TileConfig]:
     """One or two steps away. What does not fit the device fails when it is compiled, and is left out."""
     if case.kernel in ("fused_stats", "fused_dz"):
         for R, C in TILES:
-            if not case.staged or C == base.C:  # a staged part has its width
+            if case.kernel == "fused_dz" or C == base.C:  # parts have one width, whatever is staged
                 for warps in (4, 8):
                     yield replace(base, R=R, C=C, warps=warps)
         for change in (dict(stages=3), dict(stages=4), dict(K=32), dict(K=64), dict(K=128, stages=2)):
