@@ -570,6 +570,43 @@ def staged(z: Tensor, r: Tensor, dtype: torch.dtype = F32) -> tuple[Tensor, Tens
     return weigh(p, q, t)[: p.numel()].view_as(p)[:R, :V], t[:R, :V]
 
 
+@triton.jit
+def _made_up(p, q, exact_t, kept_p, t, label, out, R: tl.constexpr, C: tl.constexpr):
+    at = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    is_label = tl.arange(0, C)[None, :] == tl.load(label + tl.arange(0, R))[:, None]
+    p, q, exact_t, kept_p, t = (
+        tl.load(p + at),
+        tl.load(q + at),
+        tl.load(exact_t + at),
+        tl.load(kept_p + at),
+        tl.load(t + at),
+    )
+    factor, more = device.made_up(p, q, exact_t, kept_p, t, is_label)
+    tl.store(out + tl.arange(0, R), factor)
+    tl.store(out + R + tl.arange(0, R), more)
+
+
+@pytest.mark.parametrize("apart", (0.0, 1e-3, 0.5, 3.0))
+@pytest.mark.parametrize("label", (0, 5, 31, -7, 40))
+def test_made_up_gives_sums_back_what_rounding_took(apart, label):
+    """Of the entries but the label's, which may be elsewhere. Equal models stay equal."""
+    g = torch.Generator().manual_seed(3)
+    z = torch.randn(8, 32, generator=g)
+    r = z + apart * torch.randn(8, 32, generator=g)
+    p, q, exact_t = z.softmax(1), r.softmax(1), z.log_softmax(1) - r.log_softmax(1)
+    t = exact_t.bfloat16().float()
+    kept_p = (q * t.clamp(max=0).exp() + (p - q).clamp(min=0)).bfloat16().float()
+    labels, out = torch.full((8,), label), torch.full((2, 8), math.nan)
+    launch(_made_up, (1,), p, q, exact_t, kept_p, t, labels, out, 8, 32)
+    others = (torch.arange(32) != label).double()
+    sum_p, sum_q = (p.double() * others).sum(1), (q.double() * others).sum(1)
+    made_p = kept_p.double() * out[0, :, None].double() * others
+    made_q = made_p * torch.exp(-(t + out[1, :, None]).double())
+    assert ((made_p.sum(1) - sum_p).abs() <= 8 * EPS * sum_p).all()
+    assert ((made_q.sum(1) - sum_q).abs() <= 16 * EPS * sum_q).all()
+    assert apart or not out[1].count_nonzero()
+
+
 def exponent(t: Row, z: float, r: float) -> float:
     """How many eps exp(log p) and exp(log q) may be off: the size of what they are exponentials of."""
     return 4 + abs(z - t.m_z) + abs(r - t.m_r) + t.lse_z + t.lse_r
