@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import offline
 from .offline import TARGETS, Build, Report, Target, compile_for
 from .tuning.config import Case, TileConfig
-from .tuning.heuristic import heuristic, widths
+from .tuning.heuristic import heuristic, keeps_bits, widths
 from .tuning.roofline import H200, SHAPES, estimate
 from .tuning.table import TABLES, parse
 
@@ -52,13 +53,14 @@ def cases(products: Iterable[str]) -> Iterator[Case]:
     every = dict(head, extras=True)
     for kind in products:
         stats = [dict(one_head=one, staged=staged) for one, staged in product((False, True), repeat=2)]
-        for more in (none, every) if kind != "ieee" else (every,):
+        for more in (none, every):
             yield from (Case("fused_stats", kind, **flags, **more) for flags in stats)
         for more in (none, head) if kind != "ieee" else (head,):
             yield Case("fused_dz", kind, **more)
-        yield from (Case("fused_stats", kind, **flags, **every, aligned=False) for flags in stats[:3])
+        yield from (Case("fused_stats", kind, **flags, **every, aligned=False) for flags in stats)
         yield Case("fused_dz", kind, **head, aligned=False)
-    yield from (Case("fused_stats", "16bit", **{name: True}) for name in every)
+    for staged, name in product((False, True), every):
+        yield Case("fused_stats", "16bit", staged=staged, **{name: True})
     yield from (Case("fused_dz", "16bit", **{name: True}) for name in head)
     for kind, heavy in (("16bit", False), ("ieee", True)):
         bias = dict(bias=heavy, softcap=heavy)
@@ -178,9 +180,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--roofline", action="store_true", help="estimates of what the sm_90 ones could reach on an H200"
     )
     parser.add_argument("--jobs", type=int, default=2, help="compiled at once; default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="printed there instead, with the command on top")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not arguments.out:
+        return _run(arguments)
+    with arguments.out.open("w") as file, redirect_stdout(file):
+        print(f"{_command(arguments)}\n\n{WHAT_IT_IS}\n")
+        return _run(arguments)
+
+
+WHAT_IT_IS = """\
+Compiled, not run: no GPU was there. Registers (a thread), stack (bytes a thread), shared memory (bytes) and counts of
+instructions are read off the binaries; s is what compiling took. Times in the table of estimates are estimates, not
+measurements: counted flops and bytes over rates that are stated there."""
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    flags = [f"--{name}" for name in ("core", "roofline") if getattr(arguments, name)]
+    targets = [f"--target {name}" for name in arguments.target or ()]
+    return " ".join(["python -m tdpo_kernels kernels", *targets, *flags, f"--out {arguments.out}"])
+
+
+def _run(arguments: argparse.Namespace) -> int:
     targets = [TARGETS[name] for name in arguments.target or TARGETS]
     if reason := next(filter(None, map(offline.unavailable, targets)), ""):
         print(f"nothing can be compiled here: {reason}")
@@ -209,6 +232,8 @@ def report(jobs: list[Job], *, workers: int = 2, roofline: bool = False) -> int:
 
 
 def _attempt(job: Job) -> Report | str:
+    if not keeps_bits(job.case, job.config, job.target.name):
+        return f"{job.origin}: staging would change bits of the statistics; no launch uses this row"
     try:
         return compile_for(build_of(job), job.target)
     except (RuntimeError, TypeError, ValueError) as error:

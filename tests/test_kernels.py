@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,6 +34,16 @@ def test_the_core_set_is_sound(capfd):
     assert all(f" {target} " in out for target in TARGETS)
 
 
+def test_the_report_is_written_to_a_file_under_the_command_that_made_it(tmp_path: Path, monkeypatch, capfd):
+    monkeypatch.setattr(kernels, "core", lambda target: [CHEAP])
+    out = tmp_path / "out.txt"
+    assert main(["--core", "--roofline", "--target", "sm_90", "--out", str(out)]) == 0
+    first, _, *rest = out.read_text().splitlines()
+    assert first == f"python -m tdpo_kernels kernels --target sm_90 --core --roofline --out {out}"
+    assert "not\nmeasurements" in "\n".join(rest) and rest[-1] == "1 sound, 0 failed"
+    assert capfd.readouterr().out == ""
+
+
 def test_a_configuration_that_spills_makes_the_command_fail(monkeypatch, capfd):
     monkeypatch.setattr(kernels, "core", lambda target: [SPILLING, CHEAP])
     assert main(["--core", "--target", "sm_90"]) == 1
@@ -48,6 +59,13 @@ def test_a_configuration_that_does_not_compile_makes_the_command_fail(capfd):
 def test_no_wgmma_where_it_is_wanted_makes_the_command_fail(capfd):
     assert report([NARROW]) == 1
     assert "no wgmma though it is wanted" in capfd.readouterr().out
+
+
+def test_a_row_of_a_table_that_no_launch_uses_makes_the_command_fail(capfd):
+    case = Case("fused_stats", "16bit")
+    config = replace(heuristic(case, "sm_90"), C=64)
+    assert report([Job(case, config, TARGETS["sm_90"], origin="card")]) == 1
+    assert "FAILED: card: staging would change bits of the statistics" in capfd.readouterr().out
 
 
 def test_where_nothing_can_be_compiled_the_command_says_why(monkeypatch, capfd):
@@ -79,6 +97,28 @@ def test_whatever_is_chosen_is_compiled(target: str):
                 if kind in kernels.PRODUCTS[target]:
                     config = choose(kernel, Device("", target), itemsize, ieee=ieee, **given)
                     assert (kernel, kind, config) in checked, given
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_row_is_summed_in_the_same_order_staged_or_not(target: str):
+    """Tiles may differ in their rows, not in how columns are spread over a thread's registers, lanes and warps."""
+    case = Case("fused_stats", "16bit")
+    plain, staged = (_row_layouts(replace(case, staged=staged), target) for staged in (False, True))
+    assert len(plain) == 1 and plain == staged
+
+
+def test_another_split_of_rows_is_seen():
+    case, config = Case("fused_stats", "16bit"), TileConfig(128, 128, 64, 8, 3, True)
+    assert _row_layouts(case, "sm_90", config) != _row_layouts(case, "sm_90")
+
+
+def _row_layouts(case: Case, target: str, config: TileConfig | None = None) -> set[str]:
+    """Layouts of the tiles whose rows are reduced, without how many warps there are along the rows."""
+    build = build_of(Job(case, config or heuristic(case, target), TARGETS[target]))
+    text = offline._compile(build, TARGETS[target])[0].asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.M))
+    reduced = re.findall(r"\}\) : \(tensor<\d+x\d+xf32, (#\w+)>\) ->", text)
+    return {re.sub(r"warpsPerCTA = \[\d+, ", "warpsPerCTA = [_, ", layouts[name]) for name in reduced}
 
 
 def test_every_build_fits_its_kernel():

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .config import Case, Device, TileConfig, product_of
-from .heuristic import heuristic, widths
+from .heuristic import heuristic, keeps_bits, widths
 from .table import TABLES, table_of
 
 __all__ = ["Case", "Device", "TileConfig", "choose", "winner"]
@@ -35,7 +35,9 @@ def choose(
     """The configuration of a launch, in this order of precedence:
 
     1. `explicit`, as it is;
-    2. the row of the device's table ``tables/<device>.json`` that was measured for this case, nearest in hidden size;
+    2. the row of the device's table ``tables/<device>.json`` that was measured for this case, nearest in hidden size.
+       A row of `fused_stats` with another C than the heuristic's, or with other rows per warp, is skipped: what is
+       staged must not change a bit of the statistics (`heuristic.keeps_bits`);
     3. the heuristic of the device's architecture, compiled and checked by ``python -m tdpo_kernels kernels``.
 
     Nothing is measured here, and nothing depends on the number of rows.
@@ -61,7 +63,7 @@ def choose(
 @lru_cache(maxsize=4096)
 def _choose(case: Case, device: Device, width: int, tables: Path) -> TileConfig:
     table = table_of(device, tables)
-    measured = table.config(case, width) if table else None
+    measured = table and table.config(case, width, lambda config: keeps_bits(case, config, device.arch))
     return measured or heuristic(case, device.arch)
 
 

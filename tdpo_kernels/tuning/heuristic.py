@@ -1,7 +1,14 @@
 """Configurations per architecture, found by compiling: the largest tiles of both models' logits that fit in registers.
 
 A program reads ``(1 / R + 1 / C)`` of an operand element per product, so a larger tile needs less of the L2 cache; what
-limits it are two accumulators and the epilogue's rows in 255 registers a thread. Nothing here was timed.
+limits it are two accumulators and the epilogue's rows in 255 registers a thread (128 with 16 warps). What `fused_stats`
+stages takes about twice the registers of its statistics, so a staged tile has half the rows, or where the rest is heavy
+already both have the smaller tile. What still spills does so after the main loop; `stack` is the most that any case of
+a rule needs under Triton 3.6 to 3.9. Nothing here was timed.
+
+The statistics have the same bits whatever is staged, so with and without it `fused_stats` has one C (a part of the
+vocabulary), one K (the order along D), and warps that share a row alike (the order of its sums): on sm_90 two each for
+C = 128, with 16 warps over 128 rows or 8 over 64, and one for C = 64.
 """
 
 from __future__ import annotations
@@ -12,7 +19,7 @@ from .config import Case, TileConfig
 
 INTERPRETER = "interpreter"
 WIDEST = 8192
-WIDEST_STACK = 128  # 16 warps leave 128 registers a thread
+_ROW_STACK = {4096: 8, WIDEST: 200}  # 16 warps leave 128 registers a thread
 _ROW_ELEMENTS = 4096  # of a tile in a program of a row kernel, where it is not wider than that
 
 
@@ -22,83 +29,72 @@ class Rule:
 
     kernel: str
     config: TileConfig
-    ieee: bool = False
-    aligned: bool = True
+    ieee: bool | None = None
     staged: bool | None = None
     one_head: bool | None = None
-    plain: bool | None = None  # no bias, softcap or extras
+    plain: bool | None = None  # no bias, softcap or extras, and aligned
 
     def fits(self, case: Case) -> bool:
-        plain = not (case.bias or case.softcap or case.extras)
-        wanted = ((self.staged, case.staged), (self.one_head, case.one_head), (self.plain, plain))
-        return (
-            self.kernel == case.kernel
-            and self.ieee == (case.product == "ieee")
-            and self.aligned == case.aligned
-            and all(want is None or want == is_ for want, is_ in wanted)
+        plain = case.aligned and not (case.bias or case.softcap or case.extras)
+        asked = (
+            (self.ieee, case.product == "ieee"),
+            (self.staged, case.staged),
+            (self.one_head, case.one_head),
+            (self.plain, plain),
         )
+        return self.kernel == case.kernel and all(want is None or want == is_ for want, is_ in asked)
 
 
 def _rules(kernel: str, *rules: tuple[dict, TileConfig]) -> tuple[Rule, ...]:
     return tuple(Rule(kernel, config, **when) for when, config in rules)
 
 
-def _warpgroup_rules(stats: TileConfig) -> tuple[Rule, ...]:
-    """Of sm_90 and sm_100: 64 rows at least, or there is no wgmma. `stats` is for what keeps nothing and is plain."""
-    return _rules(
-        "fused_stats",
-        (dict(ieee=True), TileConfig(32, 128, 16, 8, 2, True)),
-        (dict(staged=True, plain=True), TileConfig(64, 128, 64, 8, 4, True)),
-        (dict(staged=True), TileConfig(64, 64, 64, 8, 4, True)),
-        (dict(plain=True), stats),
-        ({}, TileConfig(64, 128, 64, 8, 4, True, stack=128)),
-        (dict(ieee=True, aligned=False), TileConfig(32, 128, 16, 8, 2)),
-        (dict(aligned=False), TileConfig(64, 64, 32, 8, 2)),
-    ) + _rules(
-        "fused_dz",
-        (dict(ieee=True), TileConfig(64, 128, 16, 8, 2, True)),
-        (dict(plain=True), TileConfig(128, 128, 64, 8, 3, True, stack=16)),
-        ({}, TileConfig(64, 128, 64, 8, 4, True)),
-        (dict(ieee=True, aligned=False), TileConfig(64, 128, 16, 8, 2)),
-        (dict(aligned=False), TileConfig(64, 128, 32, 8, 2)),
-    )
+def _ieee_rules(tma: bool) -> tuple[Rule, ...]:
+    """fp32 as it is, without tensor cores."""
+    stats, dz = TileConfig(64, 64, 32, 8, 2, tma, stack=32), TileConfig(64, 128, 32, 8, 2, tma, stack=8)
+    return Rule("fused_stats", stats, ieee=True), Rule("fused_dz", dz, ieee=True)
 
 
 RULES: dict[str, tuple[Rule, ...]] = {  # the first that fits
-    "sm_80": _rules(
-        "fused_stats",
-        (dict(ieee=True), TileConfig(32, 128, 16, 8, 2)),
-        (dict(staged=True, plain=True, one_head=False), TileConfig(64, 128, 32, 8, 3, stack=128)),
-        (dict(staged=True), TileConfig(64, 64, 32, 8, 3)),
-        (dict(one_head=True, plain=True), TileConfig(128, 128, 32, 8, 3, stack=128)),
-        (dict(plain=True), TileConfig(64, 128, 32, 8, 3, stack=128)),
-        ({}, TileConfig(64, 64, 32, 8, 3)),
-        (dict(ieee=True, aligned=False), TileConfig(32, 128, 16, 8, 2)),
-        (dict(aligned=False), TileConfig(32, 128, 32, 8, 2)),
-    )
-    + _rules(
-        "fused_dz",
-        (dict(ieee=True), TileConfig(64, 128, 16, 8, 2)),
-        ({}, TileConfig(128, 128, 32, 8, 3, stack=88)),
-        (dict(ieee=True, aligned=False), TileConfig(64, 128, 16, 8, 2)),
-        (dict(aligned=False), TileConfig(64, 128, 32, 8, 2)),
+    "sm_80": (
+        *_ieee_rules(tma=False),
+        *_rules(
+            "fused_stats",
+            (dict(plain=True, one_head=False), TileConfig(64, 128, 32, 8, 3, stack=88)),
+            ({}, TileConfig(64, 64, 32, 8, 3, stack=168)),
+        ),
+        *_rules("fused_dz", ({}, TileConfig(128, 128, 32, 8, 3, stack=136))),
     ),
-    "sm_90": _warpgroup_rules(TileConfig(128, 128, 64, 8, 3, True, stack=128)),
-    "sm_100": _warpgroup_rules(TileConfig(64, 128, 64, 8, 4, True)),
-    "gfx942": _rules(
-        "fused_stats",
-        (dict(ieee=True), TileConfig(64, 128, 16, 8, 2, stack=128)),
-        (dict(staged=True, plain=False), TileConfig(64, 64, 32, 8, 2, stack=32)),
-        ({}, TileConfig(64, 128, 32, 8, 2, stack=128)),
-        (dict(ieee=True, aligned=False), TileConfig(32, 128, 16, 8, 2)),
-        (dict(aligned=False), TileConfig(32, 128, 32, 8, 2)),
-    )
-    + _rules(
-        "fused_dz",
-        (dict(ieee=True), TileConfig(128, 128, 16, 8, 2, stack=16)),
-        ({}, TileConfig(128, 128, 32, 8, 2)),
-        (dict(ieee=True, aligned=False), TileConfig(64, 128, 16, 8, 2)),
-        (dict(aligned=False), TileConfig(64, 128, 32, 8, 2)),
+    "sm_90": (  # 64 rows at least, or there is no wgmma
+        *_ieee_rules(tma=True),
+        *_rules(
+            "fused_stats",
+            (dict(plain=True, staged=True), TileConfig(64, 128, 64, 8, 4, True, stack=40)),
+            (dict(plain=True), TileConfig(128, 128, 64, 16, 3, True)),
+            ({}, TileConfig(128, 64, 64, 8, 4, True, stack=184)),
+        ),
+        *_rules(
+            "fused_dz",
+            (dict(plain=True), TileConfig(128, 128, 64, 8, 3, True)),
+            ({}, TileConfig(64, 128, 64, 8, 4, True)),
+        ),
+    ),
+    "sm_100": (  # accumulators are in tensor memory; with 16 warps there is no tcgen05
+        *_ieee_rules(tma=True),
+        *_rules("fused_stats", ({}, TileConfig(128, 64, 64, 8, 4, True, stack=280))),
+        *_rules(
+            "fused_dz",
+            (dict(plain=True), TileConfig(128, 128, 64, 8, 3, True, stack=16)),
+            ({}, TileConfig(64, 128, 64, 8, 4, True)),
+        ),
+    ),
+    "gfx942": (  # 4 warps of 64 lanes can have 512 registers a thread, 8 have 256
+        *_rules(
+            "fused_stats",
+            (dict(plain=True, staged=False), TileConfig(128, 128, 32, 8, 2)),
+            ({}, TileConfig(64, 128, 32, 4, 2)),
+        ),
+        *_rules("fused_dz", ({}, TileConfig(128, 128, 32, 8, 2, stack=20))),
     ),
 }
 
@@ -107,14 +103,28 @@ def heuristic(case: Case, arch: str) -> TileConfig:
     """Raises ValueError where there is none for `arch`."""
     case, family = case.with_columns(widths(case.kernel)), family_of(arch)
     if case.kernel == "merge_states":
-        return TileConfig(128, warps=4)
+        return TileConfig(32, warps=1)
     if arch == INTERPRETER:
         return TileConfig(32, case.columns or 128, 64)
     if case.columns:
         return _row_kernel(case, lanes=64 if family == "gfx942" else 32)
     rule = next(rule for rule in RULES[family] if rule.fits(case))
-    halved = case.product == "tf32"
-    return replace(rule.config, K=rule.config.K // 2) if halved else rule.config
+    config = rule.config if case.aligned else _by_pointers(rule.config)
+    return config if case.product == "16bit" else replace(config, K=config.K // 2)
+
+
+def _by_pointers(config: TileConfig) -> TileConfig:
+    """For operands that are not aligned: no descriptors, and no copies that run ahead of the products."""
+    return replace(config, K=min(config.K, 32), stages=2, tma=False)
+
+
+def keeps_bits(case: Case, config: TileConfig, arch: str) -> bool:
+    """Whether `config` has the heuristic's C and rows per warp: then the parts of the vocabulary, and the order in
+    which a row of a part is summed, are the same whatever is chosen for the same call with and without staging."""
+    if case.kernel != "fused_stats":
+        return True
+    own = heuristic(case, arch)
+    return (config.C, config.R / config.warps) == (own.C, own.R / own.warps)
 
 
 def family_of(arch: str) -> str:
@@ -140,5 +150,5 @@ def widths(kernel: str) -> tuple[int, ...]:
 def _row_kernel(case: Case, lanes: int) -> TileConfig:
     """16 elements a thread in 32 lanes."""
     R = min(max(_ROW_ELEMENTS // case.columns, 1), 16)
-    stack = WIDEST_STACK if case.kernel == "tile_stats" and case.staged and case.columns == WIDEST else 0
+    stack = 0 if case.kernel == "staged_dz" else _ROW_STACK.get(case.columns, 0)
     return TileConfig(R, case.columns, warps=max(R * case.columns // (16 * lanes), 1), stack=stack)

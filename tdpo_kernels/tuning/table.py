@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -62,9 +62,10 @@ class Table:
     configs: tuple[Measured, ...] = ()
     winners: tuple[Winner, ...] = ()
 
-    def config(self, case: Case, D: int) -> TileConfig | None:
-        """Of the rows of this case and this class of D, the one measured nearest to it."""
+    def config(self, case: Case, D: int, allowed: Callable[[TileConfig], bool] = lambda _: True) -> TileConfig | None:
+        """Of the rows of this case and this class of D that are allowed, the one measured nearest to it."""
         rows = [row for row in self.configs if row.case == case and (row.D <= SMALL) == (D <= SMALL)]
+        rows = [row for row in rows if allowed(row.config)]
         return min(rows, key=lambda row: _apart(row.D, D)).config if rows else None
 
     def backend(self, itemsize: int, D: int, V: int) -> str | None:
