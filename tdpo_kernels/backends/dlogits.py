@@ -41,8 +41,9 @@ class Coefficients:
         g_kl = torch.zeros_like(logp) if g_kl_T is None else g_kl_T.to(logp.dtype)
         no_q, only_q = g_kl == 0, g_kl == g_logp
         self.kinds = _kinds(grid, no_q, only_q, inputs.policy.head.softcap is not None, g_kl_T is None)
-        self.scale = _fp16_scale(g_logp, g_kl) if inputs.policy.dtype == torch.float16 else 1.0
-        factor = self.scale * inputs.policy.head.logit_scale
+        logit_scale = inputs.policy.head.logit_scale
+        self.scale = _fp16_scale(g_logp, g_kl, logit_scale) if inputs.policy.dtype == torch.float16 else 1.0
+        factor = self.scale * logit_scale
         self.a, self.b = g_kl * -factor, g_logp * -factor
         p_y, q_y = logp.exp(), ref_logp.exp()
         without_kl = self.b * torch.expm1(torch.where(only_q, ref_logp, logp))
@@ -68,11 +69,11 @@ def _kinds(grid: Grid, no_q: Tensor, no_p: Tensor, softcap: bool, no_kl: bool) -
     return kinds
 
 
-def _fp16_scale(g_logp: Tensor, g_kl: Tensor) -> float:
-    """The power of two that lifts dz clear of fp16's underflow: |dz| <= |g_logp| + |g_kl|."""
+def _fp16_scale(g_logp: Tensor, g_kl: Tensor, logit_scale: float) -> float:
+    """The power of two that lifts dz clear of fp16's underflow: |dz| <= (|g_logp| + |g_kl|) |logit_scale|."""
     if g_kl.numel() == 0 or (g_kl.is_cuda and torch.cuda.is_current_stream_capturing()):
         return 1.0
-    largest = (g_logp.abs() + g_kl.abs()).amax().item()
+    largest = (g_logp.abs() + g_kl.abs()).amax().item() * abs(logit_scale)
     return 2.0 ** math.floor(math.log2(FP16_HEADROOM / largest)) if 0 < largest < math.inf else 1.0
 
 

@@ -9,7 +9,7 @@ from . import kernel_walk, launch
 from .dlogits import Kind
 from .kernel_walk import Call
 from .launch import STATE, Launch, Operands, Traits
-from .slab import Grid, Side, copied_bytes, cut
+from .slab import Grid, Operand, Side, copied_bytes, cut
 
 
 def forward(inputs: Inputs, needs: Needs) -> Forward:
@@ -28,11 +28,13 @@ class _Fused:
         per_row, per_col = copied_bytes(inputs, widen=False)
         part = traits.config("fused_stats").C
         per_row += 4 * STATE * -(-inputs.policy.head.weight.shape[0] // part)
+        per_row += sum(_unpacked_bytes(side.hidden) for side in sides)
+        per_col += sum(_unpacked_bytes(side.weight) for side in sides)
         return cut(inputs, sides[0].backward_dtype.itemsize, per_row, per_col, multiple=part), part
 
     def ranges(self, call: Call, columns: list[slice]) -> list[slice]:
         """All in one go, unless their weights need a copy, which goes block by block."""
-        if not columns or any(side.weight.needs_copy() for side in call.sides):
+        if not columns or any(x.needs_copy() or _unpacked_bytes(x) for x in (side.weight for side in call.sides)):
             return columns
         return [slice(columns[0].start, columns[-1].stop)]
 
@@ -47,11 +49,20 @@ class _Fused:
         return launch.fused_dz(call.traits, *operands, labels_R, values_R, coefficients_R, out)
 
 
+def _unpacked_bytes(x: Operand) -> int:
+    """Of a row whose elements are not neighbours, as kernels want them: it is copied."""
+    return 0 if x.needs_copy() or x.source.stride(1) == 1 else x.source.shape[1] * x.source.itemsize
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def _operands(call: Call, rows: slice, cols: slice) -> tuple[Operands, Operands]:
     policy, reference = (
         Operands(
-            side.hidden.block(rows, side.model.dtype),
-            side.weight.block(cols, side.model.dtype),
+            _packed(side.hidden.block(rows, side.model.dtype)),
+            _packed(side.weight.block(cols, side.model.dtype)),
             side.model.head,
             launch.bias_block(side, cols),
         )

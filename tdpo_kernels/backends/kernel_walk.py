@@ -66,7 +66,7 @@ class Maker(Protocol):
 
 
 def forward(maker: Maker, inputs: Inputs, needs: Needs) -> Forward:
-    call = _call(maker, inputs)
+    call = _call(maker, inputs, None)
     values_T = inputs.keep(ROWS, call.grid.T, dtype=torch.float32)
     stage = _Stage.empty(call) if needs else _Stage.none(call)
     launches: dict[Launch, None] = {}
@@ -86,11 +86,12 @@ def forward(maker: Maker, inputs: Inputs, needs: Needs) -> Forward:
     return out
 
 
-def _call(maker: Maker, inputs: Inputs) -> Call:
+def _call(maker: Maker, inputs: Inputs, made: tuple[Grid, int] | None) -> Call:
+    """`made`: how forward cut it. Backward may find other addresses or settings, that would be cut otherwise."""
     work = Workspace(inputs.policy.hidden.device)
     sides = sides_of(inputs, work)
     traits = traits_of(inputs, sides)
-    return Call(inputs, *maker.cut(inputs, sides, traits), sides, traits, work)
+    return Call(inputs, *(made or maker.cut(inputs, sides, traits)), sides, traits, work)
 
 
 def _row_block(maker: Maker, call: Call, stage: _Stage, i: int, rows: slice, values_R: Tensor) -> list[Launch]:
@@ -105,7 +106,7 @@ def _row_block(maker: Maker, call: Call, stage: _Stage, i: int, rows: slice, val
         maker.states(call, rows, cols, states[call.parts(cols)], tile)
         for cols, tile in [*zip(staged, planes, strict=False), *((cols, None) for cols in rest)]
     ]
-    weights = stage.weights[call.parts(slice(0, staged[-1].stop)), :, rows] if staged else None
+    weights = stage.weights_of(slice(0, staged[-1].stop), rows) if staged else None
     return [*launches, launch.merge_states(states, values_R, weights, call.traits.extras)]
 
 
@@ -118,7 +119,7 @@ def backward(
     g_kl_T: Tensor | None,
 ) -> Gradients:
     values_T, flat, weights = saved
-    call = _call(maker, inputs)
+    call = _call(maker, inputs, _Stage.cut(inputs, flat, weights))
     stage, policy = _Stage(call, flat, weights), call.sides[0]
     z_top, r_top, lse_z, lse_r, lse_diff, _, logp, ref_logp, label_ratio = values_T[:9]
     rows_T = (lse_z, lse_r, lse_diff, z_top, r_top, label_ratio, logp, ref_logp)
@@ -135,8 +136,8 @@ def backward(
         if planes is None:
             made = maker.dz(call, rows, cols, c.kinds[i], values_T[:, rows], coefficients_3R, out)
         else:
-            weights = stage.weights[call.parts(cols), :, rows]
-            made = launch.staged_dz(planes, weights, call.part, call.labels(rows, cols), coefficients_3R, out)
+            weights, labels_R = stage.weights_of(cols, rows), call.labels(rows, cols)
+            made = launch.staged_dz(call.traits, planes, weights, call.part, labels_R, coefficients_3R, out)
         check.see(made, rows, cols, out)
         return out
 
@@ -148,38 +149,47 @@ def backward(
 @dataclass(frozen=True, eq=False)
 class _Stage:
     """What is kept for backward: planes of the first tiles of the grid in column order, and for each of their parts and
-    each row `device.math.part_weights`."""
+    each row `device.math.part_weights`. Their shapes tell how forward cut the logits, though nothing be staged."""
 
     call: Call
-    flat: Tensor  # (slots, planes * R * C)
-    weights: Tensor  # (parts, 3, T)
+    flat: Tensor  # (slots, planes, R, C)
+    weights: Tensor  # (column blocks, parts of each, 3, T)
 
     @staticmethod
     def none(call: Call) -> _Stage:
-        return _Stage(call, torch.empty(0, 0), torch.empty(0, 3, call.grid.T))
+        return _Stage(call, torch.empty(0, 0, 0, 0), torch.empty(0, 0, 3, call.grid.T))
+
+    @staticmethod
+    def cut(inputs: Inputs, flat: Tensor, weights: Tensor) -> tuple[Grid, int]:
+        """Grid, and columns of a part."""
+        R, C = flat.shape[2:]
+        return Grid(inputs.rows.count, inputs.policy.head.weight.shape[0], R, C), C // weights.shape[1]
 
     @staticmethod
     def empty(call: Call) -> _Stage:
-        """Room for as many tiles as the budget holds, their parts' weights included."""
-        inputs, grid = call.inputs, call.grid
+        """Room for as many tiles as the budget holds, with weights of all rows for each column block begun."""
+        inputs, grid, planes = call.inputs, call.grid, _planes(call)
         dtype = torch.bfloat16 if inputs.policy.dtype in SIXTEEN_BIT else torch.float32
-        row_count, columns = max(len(grid.row_blocks()), 1), grid.col_blocks()
-        slot, parts = _planes(call) * grid.R * grid.C, -(-grid.C // call.part)
-        slots = min(
-            inputs.memory_budget // (slot * dtype.itemsize + 12 * parts * grid.R), row_count * len(columns)
-        )  # fmt: skip
-        staged = columns[: -(-slots // row_count)]
-        count = call.parts(slice(0, staged[-1].stop)).stop if staged else 0
-        flat = inputs.keep(slots, slot, dtype=dtype)
-        return _Stage(call, flat, inputs.keep(count, 3, grid.T, dtype=torch.float32))
+        row_count, parts = max(len(grid.row_blocks()), 1), grid.C // call.part
+        tile, weights = planes * grid.R * grid.C * dtype.itemsize, 12 * parts * grid.T
+        whole, rest = divmod(inputs.memory_budget, row_count * tile + weights)
+        slots = min(whole, len(grid.col_blocks())) * row_count
+        if whole < len(grid.col_blocks()):
+            slots += max(rest - weights, 0) // tile
+        flat = inputs.keep(slots, planes, grid.R, grid.C, dtype=dtype)
+        return _Stage(call, flat, inputs.keep(-(-slots // row_count), parts, 3, grid.T, dtype=torch.float32))
 
     def planes(self, i: int, k: int, R: int, C: int) -> Tensor | None:
         """``(planes, R, C)`` of row block i and column block k, or None if they are to be recomputed."""
         slot = k * max(len(self.call.grid.row_blocks()), 1) + i
         if slot >= self.flat.shape[0]:
             return None
-        count = _planes(self.call)
-        return self.flat[slot][: count * R * C].view(count, R, C)
+        count = self.flat.shape[1]
+        return self.flat[slot].view(-1)[: count * R * C].view(count, R, C)
+
+    def weights_of(self, cols: slice, rows: slice) -> Tensor:
+        """``(parts, 3, R)`` of whole column blocks."""
+        return self.weights.flatten(0, 1)[self.call.parts(cols), :, rows]
 
 
 def _planes(call: Call) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..tuning import Device, TileConfig, choose
+from ..tuning.heuristic import family_of
 from ..types import Inputs, LMHead
 from .slab import Operand, Side
 from .tile_math import largest_exponent
@@ -45,10 +46,19 @@ def unavailable(device: torch.device) -> str:
     if not _installed():
         return "triton is not installed"
     if device.type == "cuda":
-        return ""
+        return _no_configuration(device)
     if os.environ.get("TRITON_INTERPRET") and _interpreting():
         return "" if device.type == "cpu" else f"the interpreter runs on a CPU, not on {device.type}"
     return f"Triton has no compiler for {device.type}; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests"
+
+
+@cache
+def _no_configuration(device: torch.device) -> str:
+    try:
+        family_of(device_of(device).arch)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @cache
@@ -83,9 +93,14 @@ class Operands:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 is multiplied: as `torch.get_float32_matmul_precision` says. Others have only one way."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
-    return "tf32" if tf32 else "ieee"
+    """How fp32 is multiplied: as torch is told to. Others have only one way."""
+    return "tf32" if dtype == torch.float32 and tf32_is_allowed() and not torch.version.hip else "ieee"
+
+
+def tf32_is_allowed() -> bool:
+    """Whichever way it was said: the older getter raises once the newer setting was used."""
+    said = torch.backends.cuda.matmul.fp32_precision
+    return (torch.backends.fp32_precision if said == "none" else said) == "tf32"
 
 
 def _flags(head: LMHead, bias: Tensor | None, ref_head: LMHead, ref_bias: Tensor | None) -> dict[str, bool]:
@@ -152,14 +167,14 @@ def traits_of(inputs: Inputs, sides: tuple[Side, Side]) -> Traits:
 
 def _aligned(x: Operand) -> bool:
     """What TMA asks of a matrix: base and row stride in multiples of 16 bytes. Copies are packed."""
-    if x.needs_copy():
+    if x.needs_copy() or x.source.stride(1) != 1:
         return x.source.shape[1] * x.compute.itemsize % 16 == 0
     return x.source.data_ptr() % 16 == 0 and x.source.stride(0) * x.source.itemsize % 16 == 0
 
 
 def bias_block(side: Side, cols: slice) -> Tensor | None:
     bias = side.model.head.bias
-    return None if bias is None else bias[cols].to(side.model.dtype)
+    return None if bias is None else bias[cols].to(side.model.dtype).contiguous()
 
 
 def _blocks(length: int, step: int) -> int:
@@ -242,7 +257,9 @@ def fused_dz(
     return _launched("fused_dz", config, flags, policy.hidden, reference.hidden, dz)
 
 
-def staged_dz(staged: Tensor, weights: Tensor, part: int, labels_R: Tensor, coefficients: Tensor, dz: Tensor) -> Launch:
+def staged_dz(
+    traits: Traits, staged: Tensor, weights: Tensor, part: int, labels_R: Tensor, coefficients: Tensor, dz: Tensor
+) -> Launch:
     """The same from planes ``(planes, R, C)`` staged in parts of `part` columns; weights ``(parts, 3, R)``."""
     from ..device.dlogits import staged_dz as kernel
 
@@ -257,7 +274,8 @@ def staged_dz(staged: Tensor, weights: Tensor, part: int, labels_R: Tensor, coef
         stride_rows=coefficients.stride(0), stride_dz=dz.stride(0), part=part, R=config.R, C=config.C, **flags,
         num_warps=config.warps,
     )  # fmt: skip
-    return _launched("staged_dz", config, flags, staged, dz)
+    staged_by = dict(part=part, one_head=traits.one_head, bias=traits.bias, aligned=traits.aligned)
+    return _launched("staged_dz", config, flags | staged_by, staged, dz)
 
 
 def merge_states(states: Tensor, out: Tensor, weights: Tensor | None, extras: bool) -> Launch:
@@ -266,9 +284,10 @@ def merge_states(states: Tensor, out: Tensor, weights: Tensor | None, extras: bo
 
     T, config, flags = states.shape[2], TileConfig(MERGE_ROWS, warps=1), dict(EXTRAS=extras)
     kernel[(_blocks(T, MERGE_ROWS),)](
-        states=states, out=out, weights=weights, T=T, parts=states.shape[0],
+        states=states, out=out, weights=states if weights is None else weights, T=T, parts=states.shape[0],
         staged=0 if weights is None else weights.shape[0], stride_out=out.stride(0),
         stride_weights=0 if weights is None else weights.stride(1), R=MERGE_ROWS, **flags, num_warps=config.warps,
+        enable_fp_fusion=False,  # or equal models' sums are contracted each in its own way
     )  # fmt: skip
     return _launched("merge_states", config, flags, states, weights)
 

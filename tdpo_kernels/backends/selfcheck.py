@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..types import Forward, Inputs, Model
 from ..version import __version__
-from .launch import Launch
+from .launch import Launch, tf32_is_allowed
 from .products import SIXTEEN_BIT, forward_operand_dtype, logits_
 from .slab import Grid
 from .tile_math import is_lowest
@@ -266,7 +266,7 @@ class _Side:
         head, D = self.model.head, self.hidden.shape[1]
         h, w = self.hidden.double(), head.weight.detach()[cols].to(self.model.dtype).double()
         x = h @ w.T
-        tf32 = self.model.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        tf32 = self.model.dtype == torch.float32 and tf32_is_allowed()
         rounded = 2.0**-10 if tf32 and x.is_cuda else EPS / 4  # operands; otherwise what a sum of 16 loses
         off = _norms(h, w) * (4 * self.unit + 8 * rounded / D**0.5) + (2 * rounded + 2 * EPS) * x.abs()
         if head.bias is not None:

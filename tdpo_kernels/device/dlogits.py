@@ -25,8 +25,8 @@ def fused_dz(
     row, col = tl.program_id(0) * R, first_col + tl.program_id(1) * C
     rows = row + tl.arange(0, R)
     a, b = load_coefficients(coefficients, rows, T, stride_rows)
-    needs_r = tl.max(tl.abs(a), 0) > 0
-    needs_z = tl.max(tl.abs(a - b), 0) > 0
+    needs_r = tl.sum((a != 0).to(tl.int32), 0) > 0  # true for nan
+    needs_z = tl.sum((a - b != 0).to(tl.int32), 0) > 0
     if HAS_SOFTCAP:  # its slope needs z whatever else is spared
         needs_z = needs_z | needs_r
     z = tl.zeros((R, C), tl.float32)
@@ -43,8 +43,10 @@ def fused_dz(
         out = dz_from_both(z, r, m_z, m_r, lse_z, lse_r, lse_diff, a, b)
     elif needs_r:
         out = b[:, None] * softmax(r, m_r, lse_r)
-    else:
+    elif needs_z:
         out = b[:, None] * softmax(z, m_z, lse_z)
+    else:  # 0 x e^-lse may be 0 x inf
+        out = tl.zeros((R, C), tl.float32)
     out = with_label(out, labels, coefficients + 2 * stride_rows, rows, T, col, C)
     if HAS_SOFTCAP:
         out *= softcap_slope(z, softcap)

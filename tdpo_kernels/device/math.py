@@ -55,6 +55,12 @@ def log1p(x):
 
 
 @triton.jit
+def not_negative(x):
+    """A nan stays one; on a device `tl.maximum` would drop it."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
 def kl_of(lse_z, lse_r, mean, phi):
     """Eq. (8); where 1 + M nears what fp32 holds, L - L' - mu, which no longer cancels there."""
     return tl.where(phi < LARGE, log1p(phi), lse_z - lse_r - mean)
@@ -78,14 +84,14 @@ def head(x, bias_C, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.cons
     if HAS_SOFTCAP:
         x = softcap * tanh(x / softcap)
     if HAS_BIAS:
-        x = tl.maximum(x, LOWEST)
+        x = tl.where(x < LOWEST, LOWEST, x)
     return x
 
 
 @triton.jit
 def tanh(x):
     """``expm1(2|x|) / (expm1(2|x|) + 2)`` with the sign of x."""
-    e = expm1(2.0 * tl.minimum(tl.abs(x), 20.0))
+    e = expm1(2.0 * tl.where(tl.abs(x) > 20.0, 20.0, tl.abs(x)))
     t = e / (e + 2.0)
     return tl.where(x < 0, -t, t)
 
@@ -119,7 +125,7 @@ def tile_state(z, r):
     rest = tl.sum(q * y, 1)
     mass = tl.exp(tl.minimum(z - (mean + log_s)[:, None], TOP_EXPONENT))
     phi = tl.sum(tl.where(tl.abs(y) < NEAR, q * psi_series(y), mass - q * (1.0 + y)), 1)
-    moved_phi = tl.maximum(tl.exp(-rest) * (phi - psi(rest)), 0.0)
+    moved_phi = not_negative(tl.exp(-rest) * (phi - psi(rest)))
     phi = tl.where(tl.abs(rest) < 1.0, moved_phi, phi)  # a mean without digits to move by: phi is LARGE, and stays so
     return m_z, s_z, m_r, s_r, mean + rest, phi * s_r
 
@@ -144,7 +150,7 @@ def merge(m_z, s_z, m_r, s_r, mean, M, n_z, t_z, n_r, t_r, other_mean, N):
     first = moved(a, mean - new_mean, M, s_r, m_z - top_z - new_mean, s_z)
     second = moved(b, other_mean - new_mean, N, t_r, n_z - top_z - new_mean, t_z)
     total_z = tl.exp(m_z - top_z) * s_z + tl.exp(n_z - top_z) * t_z
-    return top_z, total_z, top_r, both, new_mean, tl.maximum(first + second, 0.0)
+    return top_z, total_z, top_r, both, new_mean, not_negative(first + second)
 
 
 @triton.jit
