@@ -59,7 +59,8 @@ def test_strides_change_nothing(backend: str, budget: int, change):
 def test_rows_of_no_cotangent_have_no_gradient_however_low_their_logits(backend: str, budget: int):
     """A program's rows, not the walk's: 0 x e^-L is 0 x inf."""
     case = base(5, L=60, ignored=0.0)
-    p = replace(case, bias=torch.full_like(case.weight[:, 0], -200.0)).problem(F32)
+    case.hidden[..., 0], case.weight[:, 0] = 1.0, -200.0
+    p = case.problem(F32)
     g = torch.randn(2, *p.labels.shape, generator=torch.Generator().manual_seed(0))
     g[:, :, 10:35] = 0
     p, parts = leaves(p)
