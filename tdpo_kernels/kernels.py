@@ -114,12 +114,15 @@ def build_of(job: Job) -> Build:
     constexprs = {name: value for name, value in _constexprs(job).items() if name in kernel.arg_names}
     signature = {name: _type(name, job) for name in kernel.arg_names if name not in constexprs}
     products = case.kernel in ("fused_stats", "fused_dz")
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if case.kernel == "merge_states":
+        options["enable_fp_fusion"] = False
     return Build(
         name=job.name,
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,
-        options={"num_warps": config.warps, "num_stages": config.stages},
+        options=options,
         divisible=tuple(name for name, type_ in signature.items() if _divisible(name, type_, case)),
         stack_allowance=config.stack,
         wants_wgmma=products and case.product != "ieee",
@@ -217,7 +220,7 @@ def report(jobs: list[Job], *, workers: int = 2, roofline: bool = False) -> int:
     import triton
 
     print(f"triton {triton.__version__}, {len(jobs)} builds; loop and around count local-memory instructions\n")
-    print(f"{'':8}{'case':52}{'configuration':22}{offline.HEADER[32:]}", flush=True)
+    print(f"{'':8}{'case':56}{'configuration':22}{offline.HEADER[32:]}", flush=True)
     failed, reports = 0, []
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for i, (job, made) in enumerate(zip(jobs, pool.map(_attempt, jobs), strict=True), 1):
@@ -241,7 +244,7 @@ def _attempt(job: Job) -> Report | str:
 
 
 def _lines(job: Job, made: Report | str) -> tuple[str, bool]:
-    what = f"{job.name:52}{str(job.config):22}"
+    what = f"{job.name:56}{str(job.config):22}"
     if isinstance(made, str):
         return f"{what}{job.target.name}\n  FAILED: {made}", False
     _, numbers, *faults = offline.table([replace(made, build=replace(made.build, name=""))]).splitlines()
@@ -254,7 +257,7 @@ def roofline_table(reports: list[tuple[Job, Report]]) -> str:
     lines = [
         f"estimates on {H200.name}, not measured: {H200.flops['16bit'] / 1e12:.0f} TFLOP/s of bf16 and "
         f"{H200.memory / 1e12:.1f} TB/s of memory (data sheet), {H200.cache / 1e12:.1f} TB/s of L2 (assumed)",
-        f"{'case':52}{'configuration':22}{'T x D x V':>20}{'a unit':>8}{'flops':>9}{'L2':>9}{'HBM':>9}   bound",
+        f"{'case':56}{'configuration':22}{'T x D x V':>20}{'a unit':>8}{'flops':>9}{'L2':>9}{'HBM':>9}   bound",
     ]
     for job, made in reports:
         if job.case.kernel not in products or job.target.name != "sm_90":
@@ -263,5 +266,5 @@ def roofline_table(reports: list[tuple[Job, Report]]) -> str:
             e = estimate(job.case, job.config, made.registers, made.shared, shape)
             times = "".join(f"{1e3 * seconds:6.1f} ms" for seconds in (e.compute, e.cache, e.memory))
             sizes = f"{shape.T} x {shape.D} x {shape.V}"
-            lines.append(f"{job.name:52}{str(job.config):22}{sizes:>20}{e.programs:8}{times}   {e.bound}")
+            lines.append(f"{job.name:56}{str(job.config):22}{sizes:>20}{e.programs:8}{times}   {e.bound}")
     return "\n".join(lines)
