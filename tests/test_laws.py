@@ -32,9 +32,12 @@ def budget_of(problem: Problem, name: str) -> int:
     return {"nothing": 0, "partial": half * 2 // 3, "everything": EVERYTHING}[name]
 
 
+CORE = ("scaled", "dense", "peaked_30", "near_equal_offset", "offset_50", "ruled_out", "softcap", "more_rows_than_V")
+
+
 def length_of(run: tuple[str, str]) -> list[pytest.MarkDecorator]:
-    """Where kernels are interpreted, cotangents of one kind only are enough to look at each time."""
-    return [] if run[1] == "general" or run[0] == "softcap" else [pytest.mark.long]
+    """Where kernels are interpreted, `CORE` with cotangents of every kind at once is enough to look at each time."""
+    return [] if run[0] in CORE and run[1] == "general" else [pytest.mark.long]
 
 
 @functools.cache
