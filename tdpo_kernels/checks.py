@@ -115,12 +115,13 @@ def check_pairs(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is None:
         if hidden.dim() != 3:
             raise ValueError(f"hidden: got {seen(hidden)}, wanted (2P, L, D), or (N, D) with cu_seqlens")
-        count, name = hidden.shape[0], f"hidden: got {seen(hidden)}"
+        count, name, x = hidden.shape[0], "hidden", hidden
     else:
-        count, name = cu_seqlens.numel() - 1, f"cu_seqlens: got {seen(cu_seqlens)}"
+        count, name, x = cu_seqlens.numel() - 1, "cu_seqlens", cu_seqlens
     if count < 2 or count % 2:
         raise ValueError(
-            f"{name}, that is {count} sequences; wanted 2P of them: the P chosen first, then their P rejected"
+            f"{name}: got {seen(x)}, that is {count} sequences; wanted 2P of them: the P chosen first, then their P "
+            "rejected"
         )
 
 

@@ -14,28 +14,30 @@ DEFAULT_ALPHA = 0.5
 
 
 def sequence_sums(per_token: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """``(S, L) -> (S,)``, or ``(N,) -> (S,)`` between the offsets. Deterministic; an empty sequence sums to 0.
+    """``(..., S, L) -> (..., S)``, or ``(..., N) -> (..., S)`` between the offsets. Deterministic; an empty sequence
+    sums to 0.
 
     Packed sequences may be summed one token after the other: in fp32 that is nats off at 10^5 tokens.
     """
     if cu_seqlens is None:
         return per_token.sum(-1)
-    return torch.segment_reduce(per_token, "sum", lengths=cu_seqlens.diff().long(), initial=0.0, unsafe=True)
+    lengths = cu_seqlens.diff().long().expand(*per_token.shape[:-1], -1)
+    return torch.segment_reduce(per_token, "sum", lengths=lengths, axis=per_token.dim() - 1, initial=0.0, unsafe=True)
 
 
 def preference_loss(
     stats: TokenStats, *, beta: float, alpha: float, variant: str, reduction: str, cu_seqlens: Tensor | None = None
 ) -> TDPOOutput:
     """Everything between the tokens and the loss in float64; returned in the statistics' dtype."""
-    per_token = (stats.logp, stats.ref_logp, stats.kl)
-    logp_S, ref_S, kl_S = (sequence_sums(_wide(x), cu_seqlens) for x in per_token)
+    tokens_3 = _wide(torch.stack((stats.logp, stats.ref_logp, stats.kl)))
+    logp_S, ref_S, kl_S = sums_3S = sequence_sums(tokens_3, cu_seqlens)
     margin_S = logp_S - ref_S  # in fp32 two sums of hundreds of nats would cancel
     (m_w, m_l), (k_w, k_l) = margin_S.chunk(2), kl_S.chunk(2)
     loss_P = -F.logsigmoid(beta * ((m_w - m_l) - _kl_difference(k_w, k_l, alpha, variant)))
     loss = loss_P if reduction == "none" else getattr(loss_P, reduction)()
-    sums = (logp_S, ref_S, kl_S, beta * (margin_S + kl_S))
-    dtype = stats.logp.dtype
-    return TDPOOutput(loss.to(dtype), *(half for x in sums for half in x.detach().to(dtype).chunk(2)))
+    rewards_S = beta * (margin_S + kl_S)
+    shown_8P = torch.cat((sums_3S, rewards_S[None])).detach().to(stats.logp.dtype).view(8, -1)
+    return TDPOOutput(loss.to(stats.logp.dtype), *shown_8P.unbind())
 
 
 def _wide(x: Tensor) -> Tensor:

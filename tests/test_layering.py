@@ -14,7 +14,7 @@ import torch
 
 import tdpo_kernels
 from tdpo_kernels import fused_tdpo_loss, token_stats
-from tdpo_kernels.backends import products, tiled
+from tdpo_kernels.backends import products, slab
 
 PACKAGE = Path(tdpo_kernels.__file__).parent
 ORDER = [  # each layer imports from earlier ones only
@@ -108,7 +108,7 @@ def test_only_torch_and_the_standard_library_are_imported(module: str):
 def test_the_parser_sees_what_it_should():
     """Two known edges: otherwise the tests above would pass on nothing."""
     assert imports("op")[0] >= {"checks", "backends", "pack", "types"}
-    assert imports("backends.tiled")[0] >= {"types", "backends.products", "backends.slab", "backends.dlogits"}
+    assert imports("backends.tiled")[0] >= {"types", "backends.sums", "backends.slab", "backends.dlogits"}
 
 
 def test_kernel_knows_no_preferences_and_loss_no_vocabulary():
@@ -192,7 +192,7 @@ def test_product_precision_is_the_user_s_before_during_and_after(
     def seeing(make):
         return lambda *args: (during.append(precision.fp32_precision), make(*args))[1]
 
-    for module, name in ((tiled, "logits_"), (products, "accumulate_")):
+    for module, name in ((slab, "logits"), (products, "accumulate_")):
         monkeypatch.setattr(module, name, seeing(getattr(module, name)))
     fused_tdpo_loss(**batch(dtype), memory_budget=0).loss.backward()
     assert len(during) > 2 and set(during) == {shown} == {precision.fp32_precision}

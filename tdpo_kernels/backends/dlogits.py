@@ -31,7 +31,7 @@ class Kind(Enum):
 
 
 class Coefficients:
-    """Per-row coefficients of eq. (6), and each row block's kind, read from the device in one go."""
+    """Per-row coefficients of eq. (6); each row block's kind, and fp16's scale, read from the device in one go."""
 
     def __init__(
         self, inputs: Inputs, grid: Grid, row_values: tuple[Tensor, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None
@@ -39,11 +39,14 @@ class Coefficients:
         self.lse_z, self.lse_r, self.lse_diff, self.z_top, self.r_top, ratio, logp, ref_logp = row_values
         g_logp = torch.zeros_like(logp) if g_logp_T is None else g_logp_T.to(logp.dtype)
         g_kl = torch.zeros_like(logp) if g_kl_T is None else g_kl_T.to(logp.dtype)
-        no_q, only_q = g_kl == 0, g_kl == g_logp
-        self.kinds = _kinds(grid, no_q, only_q, inputs.policy.head.softcap is not None, g_kl_T is None)
-        logit_scale = inputs.policy.head.logit_scale
-        self.scale = _fp16_scale(g_logp, g_kl, logit_scale) if inputs.policy.dtype == torch.float16 else 1.0
-        factor = self.scale * logit_scale
+        only_q, head = g_kl == g_logp, inputs.policy.head
+        self.kinds, self.scale = [Kind.ONLY_P if g_kl_T is None else Kind.GENERAL] * len(grid.row_blocks()), 1.0
+        if self.kinds and not (logp.is_cuda and torch.cuda.is_current_stream_capturing()):
+            fp16 = inputs.policy.dtype == torch.float16
+            spared, largest = _read(grid, g_kl == 0, only_q, g_logp.abs() + g_kl.abs() if fp16 else None)
+            self.kinds = [_kind(*block, head.softcap is not None) for block in spared]
+            self.scale = _fp16_scale(largest * abs(head.logit_scale)) if fp16 else 1.0
+        factor = self.scale * head.logit_scale
         self.a, self.b = g_kl * -factor, g_logp * -factor
         p_y, q_y = logp.exp(), ref_logp.exp()
         without_kl = self.b * torch.expm1(torch.where(only_q, ref_logp, logp))
@@ -51,29 +54,32 @@ class Coefficients:
         self.label = torch.addcmul(without_kl, self.a, times_a)  # dz at each row's label
 
 
-def _kinds(grid: Grid, no_q: Tensor, no_p: Tensor, softcap: bool, no_kl: bool) -> list[Kind]:
-    """The kind of each row block: one read from the device."""
+def _read(
+    grid: Grid, no_q: Tensor, no_p: Tensor, sizes_T: Tensor | None
+) -> tuple[list[tuple[bool, bool, bool]], float]:
+    """Of each row block, whether q, p and both are spared; and the largest of `sizes_T`. One read of the device."""
     count = len(grid.row_blocks())
-    if count == 0:
-        return []
-    if no_q.is_cuda and torch.cuda.is_current_stream_capturing():
-        return [Kind.ONLY_P if no_kl else Kind.GENERAL] * count
     spared_3T = torch.stack([no_q, no_p, no_q & no_p])
     if grid.T < count * grid.R:
         spared_3T = F.pad(spared_3T, (0, count * grid.R - grid.T), value=True)
-    kinds = []
-    for q, p, everything in zip(*spared_3T.view(3, count, grid.R).all(-1).tolist(), strict=True):
-        # a softcap's slope needs z whatever else is spared
-        kind = Kind.ONLY_P if q else Kind.ONLY_Q if p and not softcap else Kind.GENERAL
-        kinds.append(Kind.NOTHING if everything else kind)
-    return kinds
+    facts = spared_3T.view(3, count, grid.R).all(-1).view(-1)
+    if sizes_T is None:
+        facts, largest = facts.tolist(), 0.0
+    else:
+        *facts, largest = torch.cat([facts.to(sizes_T.dtype), sizes_T.amax()[None]]).tolist()
+    return list(zip(facts[:count], facts[count : 2 * count], facts[2 * count :], strict=True)), largest
 
 
-def _fp16_scale(g_logp: Tensor, g_kl: Tensor, logit_scale: float) -> float:
+def _kind(no_q: bool, no_p: bool, nothing: bool, softcap: bool) -> Kind:
+    if nothing:
+        return Kind.NOTHING
+    if no_q:
+        return Kind.ONLY_P
+    return Kind.ONLY_Q if no_p and not softcap else Kind.GENERAL  # a softcap's slope needs z whatever else is spared
+
+
+def _fp16_scale(largest: float) -> float:
     """The power of two that lifts dz clear of fp16's underflow: |dz| <= (|g_logp| + |g_kl|) |logit_scale|."""
-    if g_kl.numel() == 0 or (g_kl.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return 1.0
-    largest = (g_logp.abs() + g_kl.abs()).amax().item() * abs(logit_scale)
     return 2.0 ** math.floor(math.log2(FP16_HEADROOM / largest)) if 0 < largest < math.inf else 1.0
 
 
@@ -120,7 +126,7 @@ def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, lab
         a = c.a[rows] * staged.ref_weight
         b = torch.addcmul(b, c.a[rows], staged.ref_weight - staged.weight)
         torch.sub(-staged.ratio[:, None], staged.t, out=dz).expm1_()
-        dz.mul_(a[:, None]).add_(b[:, None]).mul_(staged.p)
+        torch.addcmul(b[:, None], a[:, None], dz, out=dz).mul_(staged.p)
     label.write_(dz, c.label[rows])
     return dz if staged.slope is None else dz.mul_(staged.slope)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 CPUINFO = Path("/proc/cpuinfo")
+ONEDNN_LEAST = 2**23  # multiplications; a smaller product costs more to hand to oneDNN than it saves
 
 
 def forward_operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
@@ -26,14 +27,15 @@ def backward_operand_dtype(compute: torch.dtype, stats: torch.dtype, device: tor
     return forward_operand_dtype(compute, stats, device)
 
 
-def logits_(out_RC: Tensor, hidden_RD: Tensor, weight_CD: Tensor, compute: torch.dtype | None = None) -> None:
-    """``hidden @ weight^T`` into an fp32 (float64) tile, accumulated in its dtype."""
-    if hidden_RD.dtype != out_RC.dtype:
-        torch.mm(hidden_RD, weight_CD.T, out_dtype=out_RC.dtype, out=out_RC)
-    elif (linear := _onednn(hidden_RD)) is not None:
-        out_RC.copy_(linear(hidden_RD, weight_CD))
-    else:
-        torch.mm(hidden_RD, weight_CD.T, out=out_RC)
+def logits(hidden_RD: Tensor, weight_CD: Tensor, place: Callable[[], Tensor]) -> Tensor:
+    """``hidden @ weight^T`` as an fp32 (float64) tile, accumulated in that dtype: in `place()`, or where oneDNN makes
+    it in a tensor of its own."""
+    if (linear := _onednn(hidden_RD, weight_CD.shape[0])) is not None:
+        return linear(hidden_RD, weight_CD)
+    out_RC = place()
+    if hidden_RD.dtype == out_RC.dtype:
+        return torch.mm(hidden_RD, weight_CD.T, out=out_RC)
+    return torch.mm(hidden_RD, weight_CD.T, out_dtype=out_RC.dtype, out=out_RC)
 
 
 def accumulate_(acc: Tensor, a: Tensor, b: Tensor, alpha: float, keep: int = 1) -> None:
@@ -41,7 +43,7 @@ def accumulate_(acc: Tensor, a: Tensor, b: Tensor, alpha: float, keep: int = 1) 
     hold anything."""
     if a.dtype != acc.dtype:
         part = torch.mm(a, b, out_dtype=acc.dtype)
-    elif (linear := _onednn(a)) is not None:
+    elif (linear := _onednn(a, b.shape[1])) is not None:
         part = linear(a, b.T)
     else:
         acc.addmm_(a, b, alpha=alpha, beta=keep)
@@ -52,10 +54,10 @@ def accumulate_(acc: Tensor, a: Tensor, b: Tensor, alpha: float, keep: int = 1) 
         acc.add_(part, alpha=alpha)
 
 
-def _onednn(a: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """oneDNN's ``a @ b^T``, in a new tensor, where it can take `a` and beats `torch.mm`. It heeds the user's
-    ``torch.backends.mkldnn`` switches, as `torch.mm` does."""
-    if a.dtype != torch.float32 or a.device.type != "cpu" or a.shape[1] == 0 or not mkl_is_held_back():
+def _onednn(a: Tensor, cols: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """oneDNN's ``a @ b^T`` of so many columns, in a new tensor, where it can take `a` and beats `torch.mm`. It heeds
+    the user's ``torch.backends.mkldnn`` switches, as `torch.mm` does."""
+    if a.dtype != torch.float32 or a.device.type != "cpu" or a.numel() * cols < ONEDNN_LEAST or not mkl_is_held_back():
         return None
     return onednn_linear() if torch.backends.mkldnn.enabled else None
 
@@ -100,6 +102,13 @@ class GradientSum:
             partial = self.grad.new_empty(a.shape[0], b.shape[1])
             accumulate_(partial, a, b, alpha, 0)
             self.grad.index_add_(0, self.index[block], partial)
+
+    def put(self, block: slice, done: Tensor) -> None:
+        """All of `block` at once, rounded already."""
+        if self.index is None:
+            self.grad[block].copy_(done)
+        else:
+            self.grad.index_copy_(0, self.index[block], done)
 
     def close(self, block: slice) -> None:
         """`block` is complete: round it into the gradient, or zero it where nothing was added."""

@@ -11,7 +11,6 @@ from . import launch
 from .dlogits import Kind
 from .kernel_walk import Call
 from .launch import Launch, Traits
-from .products import logits_
 from .slab import Grid, Side, make_grid
 
 
@@ -28,25 +27,17 @@ class Rowwise:
         return columns
 
     def states(self, call: Call, rows: slice, cols: slice, states: Tensor, planes: Tensor | None) -> Launch:
-        tiles = [_products(side, rows, cols) for side in call.sides]
+        tiles = [side.products(rows, cols) for side in call.sides]
         return launch.tile_stats(call.traits, tiles, *_heads(call, cols), call.labels(rows, cols), states, planes)
 
     def dz(
         self, call: Call, rows: slice, cols: slice, kind: Kind, values_R: Tensor, coefficients_R: Tensor, out: Tensor
     ) -> Launch:
         needed = (kind is not Kind.ONLY_Q, kind is not Kind.ONLY_P)
-        tiles = [_products(side, rows, cols) if need else None for side, need in zip(call.sides, needed, strict=True)]
+        tiles = [side.products(rows, cols) if need else None for side, need in zip(call.sides, needed, strict=True)]
         labels_R = call.labels(rows, cols)
         return launch.tile_dz(call.traits, tiles, *_heads(call, cols), labels_R, values_R, coefficients_R, out)
 
 
 def _heads(call: Call, cols: slice) -> tuple[list[LMHead], list[Tensor | None]]:
     return [side.model.head for side in call.sides], [launch.bias_block(side, cols) for side in call.sides]
-
-
-def _products(side: Side, rows: slice, cols: slice) -> Tensor:
-    """``h W^T`` of one tile in fp32; the rest of the head is the row kernel's."""
-    out = side.work.get(side.name, rows.stop - rows.start, cols.stop - cols.start, torch.float32)
-    dtype = side.forward_dtype
-    logits_(out, side.hidden.block(rows, dtype), side.weight.block(cols, dtype), side.model.dtype)
-    return out

@@ -3,7 +3,7 @@ forward to backward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..types import Inputs, Model
-from .products import SIXTEEN_BIT, backward_operand_dtype, forward_operand_dtype
+from .products import SIXTEEN_BIT, backward_operand_dtype, forward_operand_dtype, logits
 
 WORKSPACE = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # bytes of tiles and gathered operands held at once
 TILE = {"cpu": (1024, 1024), "cuda": (2048, 4096)}  # rows x columns where the workspace allows
 SMALLEST = 64
+SLAB = 16 * 2**20  # bytes of a CPU's workspace that dz of all rows and one column block may take in bf16
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,16 @@ class Grid:
     R: int
     C: int
 
-    def row_blocks(self) -> list[slice]:
+    def row_blocks(self) -> tuple[slice, ...]:
         return _blocks(self.T, self.R)
 
-    def col_blocks(self) -> list[slice]:
+    def col_blocks(self) -> tuple[slice, ...]:
         return _blocks(self.V, self.C)
 
 
-def _blocks(length: int, step: int) -> list[slice]:
-    return [slice(a, min(a + step, length)) for a in range(0, length, step)]
+@lru_cache
+def _blocks(length: int, step: int) -> tuple[slice, ...]:
+    return tuple(slice(a, min(a + step, length)) for a in range(0, length, step))
 
 
 def _even(length: int, most: int, multiple: int) -> int:
@@ -51,7 +53,20 @@ def make_grid(inputs: Inputs) -> Grid:
     per_tile = stats.itemsize * (5 if inputs.policy.head.softcap is None else 6)
     if inputs.policy.dtype in SIXTEEN_BIT:
         per_tile += inputs.policy.dtype.itemsize  # dz for the products
-    return cut(inputs, per_tile, *copied_bytes(inputs, widen=True))
+    per_row, per_col = copied_bytes(inputs, widen=True)
+    if has_slab(inputs):
+        per_col += inputs.rows.count * inputs.policy.dtype.itemsize
+    return cut(inputs, per_tile, per_row, per_col)
+
+
+def has_slab(inputs: Inputs) -> bool:
+    """Whether products come back in 16 bits, as gradients are wanted, and dz of all rows and some columns is small:
+    then backward has a slab of it (`sums.SlabSums`). fp16 would overflow."""
+    policy, T = inputs.policy, inputs.rows.count
+    dtypes = {policy.dtype, policy.hidden.dtype, policy.head.weight.dtype}
+    if policy.hidden.device.type != "cpu" or dtypes != {torch.bfloat16}:
+        return False
+    return T * 2 * TILE["cpu"][1] + (0 if inputs.rows.hidden_T is None else T * 2 * policy.hidden.shape[1]) <= SLAB
 
 
 def cut(inputs: Inputs, per_tile: int, per_row: int, per_col: int, multiple: int = 16) -> Grid:
@@ -150,6 +165,12 @@ class Side:
         self.forward_dtype = forward_operand_dtype(model.dtype, stats, device)
         self.backward_dtype = backward_operand_dtype(model.dtype, stats, device)
 
+    def products(self, rows: slice, cols: slice) -> Tensor:
+        """``h W^T`` of one tile, in the statistics' dtype: the caller's until the next one of this side."""
+        size = rows.stop - rows.start, cols.stop - cols.start
+        operands = self.hidden.block(rows, self.forward_dtype), self.weight.block(cols, self.forward_dtype)
+        return logits(*operands, lambda: self.work.get(self.name, *size, self.stats))
+
     def gradient_operand(self, dz_RC: Tensor) -> Tensor:
         """dz rounded to the compute dtype, on every device alike, in the dtype its products are taken in."""
         for step in dict.fromkeys(
@@ -214,6 +235,6 @@ class Stage:
         return self.row_values[:, i :: self.row_count, :rows]
 
 
-def blocks(slices: list[slice]) -> Iterator[tuple[int, slice, int]]:
+def blocks(slices: Sequence[slice]) -> Iterator[tuple[int, slice, int]]:
     """Index, slice and length of each block."""
     return ((i, s, s.stop - s.start) for i, s in enumerate(slices))

@@ -199,18 +199,25 @@ def tile_weights(parts: list[Part], roundings: list[Rounding], whole: RowState) 
     """``(3, K, R)``: of each part its P and Q within the whole, and the ratio ``log(P / Q)`` that added to a column's t
     makes its log(p / q) within the whole. Where P and Q are far apart, and the sum would have fewer digits than t,
     the ratio is 0; where they are not, it tells them apart, and P stands for both."""
-    stacked = _stacked(parts)
-    lse_2k, gap_k = rebase(stacked[:2], torch.stack([whole.z_top, whole.r_top]), stacked[2:4])
-    *_, lse_diff_k, excess_k = stacked
-    ratio_k = lse_diff_k + gap_k - whole.lse_diff
-    weight_k, ref_weight_k = (lse_2k - torch.stack([whole.lse_z, whole.lse_r])[:, None]).exp_()
-    near = ratio_k.abs() < 1
-    weights_2k = torch.stack([weight_k, torch.where(near, weight_k, ref_weight_k)])
-    ratio_k = torch.where(near, ratio_k, 0.0)
+    weights_2k, ratio_k = _within(parts, whole)
     if not roundings:
-        return torch.cat([weights_2k, (ratio_k - excess_k)[None]])
+        return torch.cat([weights_2k, (ratio_k - torch.stack([part.excess for part in parts]))[None]])
     factor_k, moved_k = _made_up(roundings)
     return torch.cat([weights_2k.mul_(factor_k), (ratio_k + moved_k)[None]])
+
+
+def _within(parts: list[Part], whole: RowState) -> tuple[Tensor, Tensor]:
+    """``(2, K, R)`` and ``(K, R)``: P and Q, and their log-ratio where they are near one another."""
+    if whole.lse_z is parts[0].lse_z:  # `merge` of one part: that part
+        one = torch.ones_like(whole.lse_z)
+        return one.expand(2, 1, -1).clone(), torch.zeros_like(one)[None]
+    tops_2k, lse_2k = _stacked(parts)[:4].split(2)
+    lse_2k, gap_k = rebase(tops_2k, torch.stack([whole.z_top, whole.r_top]), lse_2k)
+    ratio_k = torch.stack([part.lse_diff for part in parts]) + gap_k - whole.lse_diff
+    weight_k, ref_weight_k = (lse_2k - torch.stack([whole.lse_z, whole.lse_r])[:, None]).exp_()
+    near_k = ratio_k.abs() < 1
+    weights_2k = torch.stack([weight_k, torch.where(near_k, weight_k, ref_weight_k)])
+    return weights_2k, torch.where(near_k, ratio_k, 0.0)
 
 
 def weigh_(p: Tensor, q: Tensor, t: Tensor, scratch: Tensor) -> None:

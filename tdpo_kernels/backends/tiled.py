@@ -16,7 +16,6 @@ from torch import Tensor
 from ..types import Forward, Gradients, Inputs, LMHead, Needs
 from . import dlogits, kernel_walk, rowwise, tile_math
 from .dlogits import Coefficients, Kind, LabelColumn
-from .products import logits_
 from .rowwise import Rowwise
 from .slab import Grid, Side, Stage, StagedTile, Workspace, blocks, make_grid, sides_of
 from .sums import gradients
@@ -144,7 +143,7 @@ def backward(
         staged = stage.tile(i, k, rows.stop - rows.start, cols.stop - cols.start)
         return _dz(inputs, c, sides, staged, c.kinds[i], rows, cols)
 
-    return gradients(inputs, grid, needs, sides[0], c.scale, dz)
+    return gradients(inputs, grid, needs, sides[0], c.scale, dz, inputs.memory_budget - stage.flat.nbytes)
 
 
 def _by_kernels(inputs: Inputs) -> bool:
@@ -181,13 +180,8 @@ def _dz(
 
 
 def _tile(side: Side, rows: slice, cols: slice) -> Tensor:
-    """One tile of one model's logits, in the statistics' dtype, in the workspace."""
-    out = side.work.get(side.name, rows.stop - rows.start, cols.stop - cols.start, side.stats)
-    head = side.model.head
-    logits_(
-        out, side.hidden.block(rows, side.forward_dtype), side.weight.block(cols, side.forward_dtype), side.model.dtype
-    )
-    return _apply_head_(out, head, cols, side.model.dtype)
+    """One tile of one model's logits, in the statistics' dtype."""
+    return _apply_head_(side.products(rows, cols), side.model.head, cols, side.model.dtype)
 
 
 def _apply_head_(out: Tensor, head: LMHead, cols: slice, compute: torch.dtype) -> Tensor:
