@@ -1,9 +1,10 @@
 """The loss within a wrapper's forward, where weights are whole and gradient hooks are armed.
 
 A loss computed on the unwrapped model leaves DDP's gradients unsynchronised, silently, and a sharded head's
-``full_tensor()`` gives it a wrong gradient under FSDP2. So two calls are redirected (`redirect.redirect`): the wrapper's, to
-a function that runs the backbone and then the head; and the head module's, to the loss. Whatever gathers a weight, frees
-it, gathers it again for backward and reduces its gradient does so by its own hooks, around the model or around the head.
+``full_tensor()`` gives it a wrong gradient under FSDP2. So two calls are redirected (`redirect.redirect`): the
+wrapper's, to a function that runs the backbone and then the head; and the head module's, to the loss. Whatever gathers a
+weight, frees it, gathers it again for backward and reduces its gradient does so by its own hooks, around the model or
+around the head.
 
 In a trainer::
 
@@ -51,8 +52,8 @@ def pair_outputs(
         wrapped: the policy as the trainer calls it: wrapped by DDP, FSDP1, DeepSpeed, or bare, FSDP2 included.
         reference: the other side: `reference_side`, or one from a cache.
         inputs: what the policy's own forward takes: ``input_ids (2P, L)``, the P chosen first, ``attention_mask``, ...
-        loss: called once, as ``loss(hidden, head, ref_hidden, ref_head)``, the first arguments of `fused_tdpo_loss`. Returns
-            tensors by name, one of them ``"loss"``.
+        loss: called once, as ``loss(hidden, head, ref_hidden, ref_head)``, the first arguments of `fused_tdpo_loss`.
+            Returns tensors by name, one of them ``"loss"``.
         unwrapped: the model within `wrapped`: a causal LM, or its PEFT model.
 
     Returns:

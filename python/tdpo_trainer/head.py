@@ -1,16 +1,15 @@
 """Where a Hugging Face causal LM is cut in two: what its LM head is given, and the `LMHead` that makes its logits.
 
-The cut is made at the head itself: the model's own forward runs, with everything it does before the head (multipliers, a
-BERT-like transform, image tokens, adapters, a mixture's auxiliary loss), the head is passed over, and what it would have
-been given is kept. What a family does to the logits afterwards (a scale, a softcap) is read from its config, and
+The cut is made at the head itself: the model's own forward runs, with everything it does before the head (multipliers,
+a BERT-like transform, image tokens, adapters, a mixture's auxiliary loss), the head is passed over, and what it would
+have been given is kept. What a family does to the logits afterwards (a scale, a softcap) is read from its config, and
 `check_head` compares the outcome with the model's own logits, once.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,8 +87,7 @@ def last_hidden(model: nn.Module, **inputs: Any) -> Tensor:
 def lm_head(model: nn.Module) -> LMHead:
     """The map from `last_hidden` to the model's logits, with the scale and softcap of its config.
 
-    The weight and bias are the model's own parameters (tied embeddings included), so gradients reach them. Adapters that
-    are active on the head widen the hidden states too, see `head_pair`.
+    The weight and bias are the model's own parameters (tied embeddings included), so gradients reach them.
 
     Raises:
         UnsupportedModel: no head, or one that is not a plain ``nn.Linear`` (quantised, adapted, hooked).
@@ -104,8 +102,8 @@ def head_pair(model: nn.Module, hidden: Tensor) -> tuple[Tensor, LMHead]:
     """Hidden states and head as `tdpo_kernels.token_stats` takes them, also with LoRA on the head.
 
     ``(B, L, D)`` and `lm_head`, the very tensors; with LoRA of rank r on the head ``(B, L, D + r)`` and a ``(V, D + r)``
-    weight: ``W h + s B (A h) = [W, B] [h, s A h]``, which is exact in every dtype, dropout included, where a merged weight
-    would round the adapter away. That costs a copy of the weight and its gradient.
+    weight: ``W h + s B (A h) = [W, B] [h, s A h]``, which is exact in every dtype, dropout included, where a merged
+    weight would round the adapter away. That costs a copy of the weight and of its gradient.
 
     Raises:
         UnsupportedModel: as `lm_head`, or an adapter of another kind.
@@ -116,14 +114,14 @@ def head_pair(model: nn.Module, hidden: Tensor) -> tuple[Tensor, LMHead]:
     if not names:
         return hidden, head
     narrow = [layer.scaling[name] * _down(layer, name, hidden) for name in names]
-    wide = [layer.lora_B[name].weight.to(head.weight.dtype) for name in names]
+    wide = [_whole(model, layer.lora_B[name].weight).to(head.weight.dtype) for name in names]
     hidden = torch.cat([hidden, *(x.to(hidden.dtype) for x in narrow)], -1)
     return hidden, replace(head, weight=torch.cat([head.weight, *wide], -1))
 
 
 def head_is_adapted(model: nn.Module) -> bool:
     """Whether PEFT has put something on the head: then the reference has a head of its own."""
-    return innermost(output_layer(model)).__class__.__module__.startswith("peft.")
+    return _is_peft(output_layer(model))
 
 
 @torch.no_grad()
@@ -132,8 +130,8 @@ def check_head(model: nn.Module, inputs: Mapping[str, Any], rows: int = 4, *, wr
 
     Args:
         model: as `run_backbone`.
-        inputs: a batch of the run. The last `rows` positions are compared (``logits_to_keep``), or the first `rows` tokens
-            of its first sequence where the model always makes all its logits.
+        inputs: a batch of the run. The last `rows` positions are compared (``logits_to_keep``), or the first `rows`
+            tokens of its first sequence where the model always makes all its logits.
         wrapped: the model as DDP, FSDP or DeepSpeed wrap it; then every process has to call this.
 
     Raises:
@@ -173,19 +171,20 @@ def output_layer(model: nn.Module) -> nn.Module:
 
 
 def innermost(layer: nn.Module) -> nn.Module:
-    """The layer inside FSDP1 units."""
-    while hasattr(layer, "_fsdp_wrapped_module"):
-        layer = layer._fsdp_wrapped_module
-    return layer
+    """The layer whose forward makes the logits: inside FSDP1 units and peft's ``modules_to_save``."""
+    while True:
+        if hasattr(layer, "_fsdp_wrapped_module"):
+            layer = layer._fsdp_wrapped_module
+        elif _is_peft(layer) and type(layer).__name__ == "ModulesToSaveWrapper":
+            copies = [] if layer.disable_adapters else [x for x in layer.active_adapters if x in layer.modules_to_save]
+            layer = layer.modules_to_save[copies[0]] if copies else layer.original_module
+        else:
+            return layer
 
 
 def active_lora(model: nn.Module, layer: nn.Module) -> list[str]:
     """The names of the LoRA adapters at work on `layer`, none for a plain layer; other adapters are refused."""
-    if "peft" not in sys.modules or not _is_peft(layer):
-        return []
-    from peft.tuners import lora
-
-    if type(layer) is not lora.Linear:
+    if not _is_lora_linear(layer):
         return []
     if layer.disable_adapters or layer.merged:
         if layer.disable_adapters and layer.merged:
@@ -206,28 +205,29 @@ def _down(layer: nn.Module, name: str, hidden: Tensor) -> Tensor:
 
 def _linear_head(model: nn.Module, layer: nn.Module) -> LMHead:
     """Of exactly an ``nn.Linear``: a wrapper shows its base layer's weight as its own, and what it adds is left out."""
-    linear = _plain(layer)
+    linear = layer.base_layer if _is_lora_linear(layer) else layer
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise UnsupportedModel(model, f"its LM head is a {_kind(linear)}", "a torch.nn.Linear: merge or leave it out")
-    if "_hf_hook" in linear.__dict__:
+    if hasattr(linear, "_hf_hook"):
         raise UnsupportedModel(model, "its LM head is hooked (offloaded or dispatched)", "the model on one device")
     config = model.config.get_text_config(decoder=True)
-    return LMHead(linear.weight, linear.bias, _scale(config), _first(config, SOFTCAPS))
+    return LMHead(_whole(model, linear.weight), linear.bias, _scale(config), _first(config, SOFTCAPS))
 
 
-def _plain(layer: nn.Module) -> nn.Module:
-    """What does the work of a peft wrapper: LoRA's base layer, or the trained copy of ``modules_to_save``."""
-    if "peft" not in sys.modules or not _is_peft(layer):
-        return layer
+def _whole(model: nn.Module, weight: Tensor) -> Tensor:
+    """Refused where it is a shard: a gathered copy would get a wrong gradient."""
+    if weight.dim() != 2 or not weight.numel() or hasattr(weight, "full_tensor"):
+        seen = f"a weight of its LM head is sharded, a {type(weight).__name__} of shape {tuple(weight.shape)}"
+        raise UnsupportedModel(model, seen, "one that is gathered: forward.at_head, and no adapter there")
+    return weight
+
+
+def _is_lora_linear(layer: nn.Module) -> bool:
+    if not _is_peft(layer):
+        return False
     from peft.tuners import lora
-    from peft.utils import ModulesToSaveWrapper
 
-    if type(layer) is lora.Linear:
-        return layer.base_layer
-    if type(layer) is ModulesToSaveWrapper:
-        copies = [layer.modules_to_save[name] for name in layer.active_adapters if name in layer.modules_to_save]
-        return copies[0] if len(copies) == 1 and not layer.disable_adapters else layer.original_module
-    return layer
+    return type(layer) is lora.Linear
 
 
 def _is_peft(layer: nn.Module) -> bool:

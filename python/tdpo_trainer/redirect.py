@@ -30,8 +30,8 @@ def redirect(wrapped: nn.Module, inner: nn.Module, function: Callable[..., Any],
 
     DDP, FSDP1, FSDP2 and ZeRO-3 gather weights and arm their gradient hooks around the forward of what they wrap, and
     look for tensors in what it returns: in tuples and dicts, so `function` returns one of those, or a tensor. While
-    `function` runs, `inner.forward` is the original again (with the autocast that accelerate puts there): call that, not
-    `inner`, whose own hooks are already running.
+    `function` runs, `inner.forward` is the original again (with the autocast that accelerate puts there): call that,
+    not `inner`, whose own hooks are already running.
 
     Args:
         wrapped: what the trainer calls: a wrapper around `inner`, or `inner` itself (FSDP2 shards in place).
