@@ -2,8 +2,8 @@
 
 A loss computed on the unwrapped model leaves DDP's gradients unsynchronised, silently, and a sharded head's
 ``full_tensor()`` gives it a wrong gradient under FSDP2. So two calls are redirected (`redirect.redirect`): the
-wrapper's, to a function that runs the backbone and then the head; and the head module's, to the loss. Whatever gathers a
-weight, frees it, gathers it again for backward and reduces its gradient does so by its own hooks, around the model or
+wrapper's, to a function that runs the backbone and then the head; and the head module's, to the loss. Whatever gathers
+a weight, frees it, gathers it again for backward and reduces its gradient does so by its own hooks, around the model or
 around the head.
 
 In a trainer::
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tdpo_kernels import LMHead
 
-from .head import head_is_adapted, head_pair, innermost, output_layer, run_backbone
+from .head import base_head, head_is_adapted, head_pair, innermost, output_layer, run_backbone
 from .redirect import redirect
 
 __all__ = ["Loss", "Reference", "at_head", "pair_outputs", "redirect", "reference_side"]
@@ -36,7 +36,7 @@ Loss = Callable[[Tensor, LMHead, Tensor, LMHead], Mapping[str, Tensor]]
 class Reference:
     """The reference's side of a batch, detached: ``hidden (2P, L, E)``, from a model or a cache, and its head.
 
-    ``head=None``: the policy's own, which is what a policy without its adapters has when none is on the head.
+    ``head=None``: the policy's own, as it is without adapters.
     """
 
     hidden: Tensor
@@ -67,7 +67,7 @@ def pair_outputs(
     exact: dict[str, Tensor] = {}
 
     def at(hidden: Tensor, head: LMHead) -> dict[str, Tensor]:
-        exact.update(loss(hidden, head, reference.hidden, reference.head or _detached(head)))
+        exact.update(loss(hidden, head, reference.hidden, reference.head or _detached(base_head(unwrapped))))
         return {name: x for name, x in exact.items() if x.requires_grad} or {"loss": exact["loss"]}
 
     def inside(**inputs: Any) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ def reference_side(
     Args:
         wrapped, unwrapped, inputs: as `pair_outputs`, of the reference model.
         is_policy: it is the policy itself, called where its adapters are off (``with policy.disable_adapter():``) or
-            replaced; its head then is left to `pair_outputs` unless an adapter has one of its own.
+            replaced; its head then is left to `pair_outputs`, unless an adapter is on it.
     """
     kept: list[Reference] = []
 

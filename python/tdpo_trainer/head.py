@@ -101,9 +101,9 @@ def lm_head(model: nn.Module) -> LMHead:
 def head_pair(model: nn.Module, hidden: Tensor) -> tuple[Tensor, LMHead]:
     """Hidden states and head as `tdpo_kernels.token_stats` takes them, also with LoRA on the head.
 
-    ``(B, L, D)`` and `lm_head`, the very tensors; with LoRA of rank r on the head ``(B, L, D + r)`` and a ``(V, D + r)``
-    weight: ``W h + s B (A h) = [W, B] [h, s A h]``, which is exact in every dtype, dropout included, where a merged
-    weight would round the adapter away. That costs a copy of the weight and of its gradient.
+    ``(B, L, D)`` and `lm_head`, the very tensors; with LoRA of rank r on the head ``(B, L, D + r)`` and a weight
+    ``(V, D + r)``: ``W h + s B (A h) = [W, B] [h, s A h]``, which is exact in every dtype, dropout included, where a
+    merged weight would round the adapter away. That costs a copy of the weight and of its gradient.
 
     Raises:
         UnsupportedModel: as `lm_head`, or an adapter of another kind.
@@ -117,6 +117,14 @@ def head_pair(model: nn.Module, hidden: Tensor) -> tuple[Tensor, LMHead]:
     wide = [_whole(model, layer.lora_B[name].weight).to(head.weight.dtype) for name in names]
     hidden = torch.cat([hidden, *(x.to(hidden.dtype) for x in narrow)], -1)
     return hidden, replace(head, weight=torch.cat([head.weight, *wide], -1))
+
+
+def base_head(model: nn.Module) -> LMHead:
+    """`lm_head` as it is without adapters, whether they are active or not; raises as `lm_head` does."""
+    layer = innermost(output_layer(model), adapters=False)
+    if _is_lora_linear(layer) and layer.merged:
+        raise UnsupportedModel(model, "an adapter is merged into its LM head", "unmerge() first")
+    return _linear_head(model, layer)
 
 
 def head_is_adapted(model: nn.Module) -> bool:
@@ -170,14 +178,15 @@ def output_layer(model: nn.Module) -> nn.Module:
     return layer
 
 
-def innermost(layer: nn.Module) -> nn.Module:
+def innermost(layer: nn.Module, adapters: bool = True) -> nn.Module:
     """The layer whose forward makes the logits: inside FSDP1 units and peft's ``modules_to_save``."""
     while True:
         if hasattr(layer, "_fsdp_wrapped_module"):
             layer = layer._fsdp_wrapped_module
         elif _is_peft(layer) and type(layer).__name__ == "ModulesToSaveWrapper":
-            copies = [] if layer.disable_adapters else [x for x in layer.active_adapters if x in layer.modules_to_save]
-            layer = layer.modules_to_save[copies[0]] if copies else layer.original_module
+            names = layer.active_adapters if adapters and not layer.disable_adapters else []
+            copies = [layer.modules_to_save[name] for name in names if name in layer.modules_to_save]
+            layer = copies[0] if copies else layer.original_module
         else:
             return layer
 
