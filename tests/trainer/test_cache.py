@@ -99,7 +99,8 @@ def test_size_is_said_before_anything_is_written(tmp_path: Path, model_folder: P
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, torch
+torch.set_num_threads(1)
 sys.path[:0] = [{here!r}]
 from runs import trainer
 from tdpo_trainer import cache, fill
