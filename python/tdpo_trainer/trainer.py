@@ -249,7 +249,7 @@ def _check_arguments(args: TDPOConfig, kwargs: dict[str, Any]) -> None:
 
 def _check_cacheable(dataset: object) -> None:
     if isinstance(dataset, IterableDataset):
-        raise ValueError(
+        raise CacheError(
             "reference_cache: got a streaming dataset, wanted one with a length: pairs are found again by their number"
         )
 

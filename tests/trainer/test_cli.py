@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import saved_llama, text_pairs
+from runs import saved_llama, text_pairs, worst
 from tdpo_trainer import cli
 from transformers import AutoModelForCausalLM
 
@@ -63,7 +63,7 @@ def test_a_parquet_file_held_out_pairs_lora_and_a_backend(here: Path, tmp_path: 
 
     Dataset.from_list(text_pairs()).to_parquet(tmp_path / "pairs.parquet")
     flags = ["--dataset_name", str(tmp_path / "pairs.parquet"), "--test_split_size", "0.25", "--eval_strategy", "steps"]
-    flags += ["--eval_steps", "3", "--use_peft", "--lora_target_modules", "q_proj", "--backend", "naive"]
+    flags += ["--eval_steps", "3", "--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--backend", "naive"]
     flags += ["--output_dir", str(tmp_path / "out"), "--config", str(here / "run.yaml")]
     assert cli.main(["train", *flags]) == 0
     said = capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_a_stale_cache_ends_with_its_reason(here: Path, tmp_path: Path, capsys: 
     "flags, said",
     [
         (["--dataset_name", "nowhere.jsonl"], "dataset_name: got nowhere.jsonl, and there is no such file"),
-        (["--variant", "tdpo1"], "alpha: got 0.7 with variant='tdpo1'"),
+        (["--variant", "tdpo1"], "alpha: got float 0.7 with variant='tdpo1'"),
         (["--loss_type", "ipo"], "loss_type: got ['ipo'], wanted ['sigmoid']"),
         (["--reference_cache", "c", "--dataset_streaming"], "reference_cache: got a streaming dataset"),
         (["--pairs_per_step", "3"], "pairs_per_step: got 3, wanted a multiple of 2"),
@@ -143,11 +143,13 @@ def test_env_lists_what_trains():
 
 
 def test_the_same_command_under_two_processes_gives_the_same_losses(here: Path, tmp_path: Path):
-    flags = ["train", "--config", str(here / "run.yaml"), "--output_dir", str(tmp_path)]
-    one = module("tdpo_trainer", *flags)
+    flags = ["train", "--config", str(here / "run.yaml"), "--output_dir"]
+    one = module("tdpo_trainer", *flags, str(tmp_path / "one"))
     launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29418", "-m"]
-    two = module(*launch, "tdpo_trainer", *flags)
+    two = module(*launch, "tdpo_trainer", *flags, str(tmp_path / "two"))
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert two.stdout.count("TDPO: variant") == 1
     assert len(losses_of(one.stdout)) == 3
     assert losses_of(two.stdout) == pytest.approx(losses_of(one.stdout), rel=1e-3)  # printed with 4 digits
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("two", "one"))
+    assert worst(ours, theirs) < 1e-6
