@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm import tqdm
 
@@ -64,41 +65,57 @@ def write_cache(
     Raises:
         CacheError: what is there is corrupt, or was not made from this source; or the disk is too small.
     """
-    if accelerator.is_main_process:
-        _begin(directory, source, accelerator.device, quiet)
+    device, world = accelerator.device, accelerator.num_processes
+    _begin(directory, source, accelerator, quiet)
     accelerator.wait_for_everyone()
     meta = read_meta(directory, source.fingerprint)
-    mine = missing_shards(directory, meta)[accelerator.process_index :: accelerator.num_processes]
+    missing = missing_shards(directory, meta)
     accelerator.wait_for_everyone()  # what is missing is the same for all: nobody has written yet
+    parts = [missing[rank::world] for rank in range(world)]
+    mine = parts[accelerator.process_index]
     total = sum(len(meta.rows(shard)) for shard in mine)
     hidden = quiet or not accelerator.is_main_process
     with tqdm(total=total, desc=f"reference, {directory.name}", unit="pair", disable=hidden) as bar:
         for shard in mine:
             pairs = []
             for batch in _batches(source, meta.rows(shard), batch_size):
-                pairs += _states(source, batch, accelerator.device)
+                pairs += _states(source, batch, device)
                 bar.update(len(batch["input_ids"]) // 2)
             write_shard(directory, meta, shard, pairs)
+    calls = [_calls(meta, part, batch_size) for part in parts]
+    for _ in range(max(calls) - calls[accelerator.process_index]):
+        _reference(source, source.collate([source.dataset[0]]), device)  # a sharded one needs all processes each time
     accelerator.wait_for_everyone()
     return open_cache(directory, source.fingerprint)
 
 
-def _begin(directory: Path, source: Source, device: torch.device, quiet: bool) -> None:
+def _begin(directory: Path, source: Source, accelerator: Accelerator, quiet: bool) -> None:
     """The plan of a new cache, or what is left of one that is there; and its size, before anything is written."""
-    if (directory / "meta.json").exists():
-        meta, head = read_meta(directory, source.fingerprint), None
-        remove_unfinished(directory)
-    else:
-        meta, head = _plan(source, device)
-    left = missing_shards(directory, meta) if directory.exists() else list(range(meta.shards))
+    main = accelerator.is_main_process
+    new = _agreed(main and not (directory / "meta.json").exists())
+    meta, head = _plan(source, accelerator.device) if new else (read_meta(directory, source.fingerprint), None)
+    if not main:
+        return
+    left = missing_shards(directory, meta)
     rows = [row for shard in left for row in meta.rows(shard)]
     size = _tokens(source, rows) * meta.hidden_size * _itemsize(meta) + _bytes(head)
     if rows and not quiet:
         print(f"{directory}: {len(rows)} of {meta.examples} pairs to write, about {size / 1e9:.3g} GB", flush=True)
     if (free := _free(directory)) < size:
         raise CacheError(f"{directory}: needs {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there")
-    if not (directory / "meta.json").exists():
+    remove_unfinished(directory)
+    if new:
         write_meta(directory, meta, head)
+
+
+def _agreed(of_main: bool) -> bool:
+    said = [of_main]
+    broadcast_object_list(said, from_process=0)
+    return said[0]
+
+
+def _calls(meta: CacheMeta, shards: list[int], batch_size: int) -> int:
+    return sum(-(-len(meta.rows(shard)) // batch_size) for shard in shards)
 
 
 def _plan(source: Source, device: torch.device) -> tuple[CacheMeta, LMHead | None]:

@@ -12,6 +12,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .cache import CacheError
+
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -30,6 +32,11 @@ def of_model(model: nn.Module) -> str:
     """Of the weights the reference computes with: of a PEFT model without its adapters, but for one named "ref"."""
     digest = blake2b(digest_size=16)
     for name, x in _weights(model):
+        if x.is_meta or hasattr(x, "ds_id") or hasattr(x, "full_tensor"):
+            raise CacheError(
+                "reference_cache: the model's weights are sharded or absent where they are fingerprinted; wanted them "
+                "whole when the trainer is made (zero3_init_flag: false), or no reference_cache"
+            )
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

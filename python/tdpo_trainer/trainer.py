@@ -72,6 +72,9 @@ class TDPOTrainer(DPOTrainer):
         self._caches: dict[str, ReferenceCache] = {}
         self._ref_head: LMHead | None = None
         self._heads_checked = self._initialised = self._ref_model_left = False
+        self._model_digest: str | None = None
+        if args.reference_cache is not None and ref_model is not None and args.process_index == 0:
+            self._model_digest = fingerprint.of_model(ref_model)  # before it is sharded
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         if args.reference_cache is not None:
             self._leave_reference_model()
@@ -179,7 +182,7 @@ class TDPOTrainer(DPOTrainer):
         side = reference.from_adapter if own and is_peft_model(self.model) else reference.from_model
 
         def side_of(batch: Batch) -> Reference:
-            if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            if own and self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
                 raise CacheError(
                     "reference_cache: is incomplete under FSDP or DeepSpeed; wanted it written beforehand, by "
                     "`tdpo cache` with the same arguments in one process, or under DDP"
@@ -197,12 +200,14 @@ class TDPOTrainer(DPOTrainer):
 
     def _own_fingerprint(self, dataset: Dataset) -> dict[str, str]:
         args = self.args
+        if self._model_digest is None:
+            self._model_digest = fingerprint.of_model(self.model)
         return {
             "dataset": fingerprint.of_dataset(dataset),
             "truncation": f"max_length={args.max_length}, {args.truncation_mode}",
-            "model": fingerprint.of_model(self.model if self.ref_model is None else self.ref_model),
+            "model": self._model_digest,
             "precision": f"mixed precision {self.accelerator.mixed_precision}",
-            "tokenizer": fingerprint.of_tokenizer(self._tokenizer),
+            "tokenizer": fingerprint.of_tokenizer(getattr(self.processing_class, "tokenizer", self.processing_class)),
             "template": fingerprint.of_strings([str(getattr(self.processing_class, "chat_template", None))]),
         }
 

@@ -239,17 +239,22 @@ def test_another_model_s_cache_needs_no_reference_in_memory(tmp_path: Path, mode
 
 
 TWO = """
-import sys
+import sys, torch
 sys.path[:0] = [{here!r}]
 from runs import trainer
 from tdpo_trainer import fill
 fill.SHARD_BYTES = 3000
+own = fill._reference
+def together(*args):  # as a sharded reference: its forward takes every process
+    torch.distributed.all_reduce(torch.zeros(1))
+    return own(*args)
+fill._reference = together
 trainer({out!r}, {model!r}, reference_cache={cache!r})
 """
 
 
 @pytest.mark.long
-def test_two_processes_write_the_same_cache(written: Path, tmp_path: Path, model_folder: Path):
+def test_two_processes_write_the_same_cache_in_step(written: Path, tmp_path: Path, model_folder: Path):
     names = dict(here=str(HERE), out=str(tmp_path), model=str(model_folder), cache=str(tmp_path / "two"))
     (tmp_path / "two.py").write_text(TWO.format(**names))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29417"]

@@ -97,6 +97,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path):
     assert worst(parameters(plain.model), parameters(checkpointed.model)) == 0.0
 
 
+@pytest.mark.skipif("router_aux_loss_coef" not in TDPOConfig.__dataclass_fields__, reason="this TRL has none for DPO")
 def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path: Path):
     def mixtral(seed: int = 0) -> MixtralForCausalLM:
         torch.manual_seed(seed)
@@ -113,6 +114,20 @@ def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path: Path):
     assert logged(ours, "aux_loss") == pytest.approx([aux], rel=1e-6)
     assert losses(ours)[0] - losses(without)[0] == pytest.approx(0.3 * aux, rel=1e-4)
     assert worst(parameters(ours.model), parameters(without.model)) > 1e-4
+
+
+@pytest.mark.parametrize("loading", ["mixed", "pure"])
+def test_bf16_is_near_fp32(loading: str, tmp_path: Path):
+    """Autocast, and weights in bf16; with the cache too, whose states are then bf16 where the live ones are."""
+    dtype = torch.bfloat16 if loading == "pure" else torch.float32
+    exact = trainer(tmp_path, llama(), llama(1))
+    options = dict(bf16=loading == "mixed", per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    live = trainer(tmp_path, llama(dtype=dtype), llama(1, dtype), **options)
+    cached = trainer(tmp_path, llama(dtype=dtype), llama(1, dtype), reference_cache=str(tmp_path / "cache"), **options)
+    exact.train(), live.train(), cached.train()
+    assert losses(live)[0] == pytest.approx(losses(exact)[0], rel=0.02)
+    assert losses(live) != losses(exact)
+    assert losses(cached) == losses(live)
 
 
 def test_synchronised_reference_follows_the_policy(tmp_path: Path):
