@@ -16,6 +16,7 @@ In a trainer::
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from tdpo_kernels import LMHead
 
-from .head import base_head, head_is_adapted, head_pair, innermost, output_layer, run_backbone
+from .head import base_head, family, head_is_adapted, head_pair, innermost, output_layer, run_backbone
 from .redirect import redirect
 
 __all__ = ["Loss", "Reference", "at_head", "pair_outputs", "redirect", "reference_side"]
@@ -36,7 +37,7 @@ Loss = Callable[[Tensor, LMHead, Tensor, LMHead], Mapping[str, Tensor]]
 class Reference:
     """The reference's side of a batch, detached: ``hidden (2P, L, E)``, from a model or a cache, and its head.
 
-    ``head=None``: the policy's own, as it is without adapters.
+    ``head=None``: the policy's own, as it is without adapters, which must be frozen.
     """
 
     hidden: Tensor
@@ -62,12 +63,15 @@ def pair_outputs(
 
     Raises:
         UnsupportedModel: as `head.run_backbone` and `head.head_pair`.
+        ValueError: there is no `reference.head`, and the policy's own is trained.
         TypeError, RuntimeError: as `redirect`.
     """
     exact: dict[str, Tensor] = {}
+    if reference.head is None:
+        _check_frozen_head(unwrapped)
 
     def at(hidden: Tensor, head: LMHead) -> dict[str, Tensor]:
-        exact.update(loss(hidden, head, reference.hidden, reference.head or _detached(base_head(unwrapped))))
+        exact.update(loss(hidden, head, reference.hidden, reference.head or base_head(unwrapped)))
         return {name: x for name, x in exact.items() if x.requires_grad} or {"loss": exact["loss"]}
 
     def inside(**inputs: Any) -> dict[str, Tensor]:
@@ -84,7 +88,11 @@ def pair_outputs(
 
 @torch.no_grad()
 def reference_side(
-    wrapped: nn.Module, inputs: Mapping[str, Any], *, unwrapped: nn.Module, is_policy: bool = False
+    wrapped: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    unwrapped: nn.Module,
+    policy_within: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Reference:
     """The reference's hidden states and head, by its own forward.
 
@@ -93,22 +101,23 @@ def reference_side(
 
     Args:
         wrapped, unwrapped, inputs: as `pair_outputs`, of the reference model.
-        is_policy: it is the policy itself, called where its adapters are off (``with policy.disable_adapter():``) or
-            replaced; its head then is left to `pair_outputs`, unless an adapter is on it.
+        policy_within: the reference is the policy itself, within this context: ``policy.disable_adapter``, or what
+            switches to another adapter. Its head is left to `pair_outputs`, unless an adapter is on it. The context is
+            entered within the forward: outside, FSDP2 would take peft's switching of ``requires_grad`` for good.
     """
     kept: list[Reference] = []
+    outside = _tensors(unwrapped)
 
     def keep(hidden: Tensor, head: LMHead) -> Tensor:
-        if is_policy and not head_is_adapted(unwrapped):
-            kept.append(Reference(hidden, None))
-        else:
-            kept.append(Reference(hidden, _whole(head, outside)))
+        own = policy_within is None or head_is_adapted(unwrapped)
+        kept.append(Reference(hidden, _lasting(head, outside) if own else None))
         return hidden
 
-    outside = _tensors(unwrapped)
-    redirect(
-        wrapped, unwrapped, lambda **inputs: at_head(unwrapped, run_backbone(unwrapped, **inputs).last, keep), **inputs
-    )
+    def inside(**inputs: Any) -> Tensor:
+        with policy_within() if policy_within else nullcontext():
+            return at_head(unwrapped, run_backbone(unwrapped, **inputs).last, keep)
+
+    redirect(wrapped, unwrapped, inside, **inputs)
     return kept[0]
 
 
@@ -123,8 +132,13 @@ def at_head(model: nn.Module, hidden: Tensor, function: Callable[[Tensor, LMHead
     return redirect(layer, innermost(layer), lambda hidden: function(*head_pair(model, hidden)), hidden)
 
 
-def _detached(head: LMHead) -> LMHead:
-    return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+def _check_frozen_head(policy: nn.Module) -> None:
+    """Before the forward: within it, FSDP1's weights are views of what may be trained in part."""
+    layer = innermost(output_layer(policy), adapters=False)
+    if any(x.requires_grad for x in getattr(layer, "base_layer", layer).parameters()):
+        raise ValueError(
+            f"reference.head: got None for {family(policy)}, whose own LM head is trained; wanted the reference's head"
+        )
 
 
 def _of_value(through: Tensor, exact: Tensor) -> Tensor:
@@ -138,7 +152,7 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [x for module in layer.modules() for x in vars(module)["_parameters"].values() if not hasattr(x, "ds_id")]
 
 
-def _whole(head: LMHead, outside: list[Tensor]) -> LMHead:
+def _lasting(head: LMHead, outside: list[Tensor]) -> LMHead:
     def lasting(x: Tensor | None) -> Tensor | None:
         return x if x is None or any(x is y for y in outside) else x.clone()
 

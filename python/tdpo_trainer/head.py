@@ -23,6 +23,7 @@ from .redirect import instead, redirect
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+LEAVE_OUT = ("aya_vision", "cohere2_vision", "gemma3", "mpt", "shieldgemma2")  # have such keys, and do not heed them
 
 
 class UnsupportedModel(ValueError):
@@ -219,8 +220,11 @@ def _linear_head(model: nn.Module, layer: nn.Module) -> LMHead:
         raise UnsupportedModel(model, f"its LM head is a {_kind(linear)}", "a torch.nn.Linear: merge or leave it out")
     if hasattr(linear, "_hf_hook"):
         raise UnsupportedModel(model, "its LM head is hooked (offloaded or dispatched)", "the model on one device")
+    weight = _whole(model, linear.weight)
+    if model.config.model_type in LEAVE_OUT:
+        return LMHead(weight, linear.bias)
     config = model.config.get_text_config(decoder=True)
-    return LMHead(_whole(model, linear.weight), linear.bias, _scale(config), _first(config, SOFTCAPS))
+    return LMHead(weight, linear.bias, _scale(config), _first(config, SOFTCAPS))
 
 
 def _whole(model: nn.Module, weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
@@ -19,8 +20,8 @@ def from_model(wrapped: nn.Module, model: nn.Module, batch: Batch) -> Reference:
 
 def from_adapter(wrapped: nn.Module, policy: nn.Module, batch: Batch) -> Reference:
     """Of a PEFT policy: the model under its adapter. One head serves both, unless the adapter is on the head."""
-    with adapter_of_reference(policy):
-        return reference_side(wrapped, model_inputs(batch), unwrapped=policy, is_policy=True)
+    within = partial(adapter_of_reference, policy)
+    return reference_side(wrapped, model_inputs(batch), unwrapped=policy, policy_within=within)
 
 
 def from_cache(batch: Batch, head: LMHead | None) -> Reference:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
+from tdpo_trainer.forward import Reference, at_head, pair_outputs, redirect, reference_side
+from tdpo_trainer.head import UnsupportedModel, head_pair, last_hidden, lm_head, run_backbone
 from test_head import adapted
 from torch import nn
 
 from tdpo_kernels import fused_tdpo_loss
-from tdpo_trainer.forward import Reference, at_head, pair_outputs, redirect, reference_side
-from tdpo_trainer.head import UnsupportedModel, head_pair, last_hidden, run_backbone
 
 CLOSE = dict(rtol=1e-5, atol=1e-9)  # float64, but for the norms of transformers, which are in fp32
 
@@ -71,7 +73,7 @@ def test_an_adapted_policy_is_its_own_reference(name: str, options: dict, cached
     inputs = tiny.inputs_of(batch)
     with policy.disable_adapter(), torch.no_grad():
         theirs = policy(**inputs).logits
-        side = reference_side(policy, inputs, unwrapped=policy, is_policy=True)
+    side = reference_side(policy, inputs, unwrapped=policy, policy_within=policy.disable_adapter)
     assert (side.head is None) == (options == dict(targets=["q_proj", "v_proj"]))
     if cached:
         side = Reference(side.hidden, None)
@@ -89,7 +91,7 @@ def test_a_reference_adapter_on_the_head_is_the_reference_s():
     inputs = tiny.inputs_of(batch)
     policy.set_adapter("ref")
     theirs = policy(**inputs).logits.detach()
-    side = reference_side(policy, inputs, unwrapped=policy, is_policy=True)
+    side = reference_side(policy, inputs, unwrapped=policy, policy_within=nullcontext)
     policy.set_adapter("default")
     assert side.hidden.shape[-1] == 16 + 2
     want = tiny.published_gradients(policy, policy(**inputs).logits, theirs, batch["labels"])
@@ -137,12 +139,22 @@ def test_autocast_of_the_forward_is_kept():
     assert seen.dtype == torch.bfloat16 and "forward" in vars(policy)
 
 
+def test_a_trained_head_is_not_its_own_reference():
+    policy, batch = tiny.build("llama"), tiny.batch()
+    inputs = tiny.inputs_of(batch)
+    side = reference_side(policy, inputs, unwrapped=policy, policy_within=nullcontext)
+    with pytest.raises(
+        ValueError, match=r"^reference.head: got None for llama \(LlamaForCausalLM\), whose own LM head"
+    ):
+        pair_outputs(policy, side, inputs, loss_on(batch["labels"]), unwrapped=policy)
+
+
 def test_hooks_of_the_head_run_once_around_the_loss():
     policy, batch = tiny.build("llama"), tiny.batch()
     inputs, seen = tiny.inputs_of(batch), []
     policy.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     policy.lm_head.register_forward_hook(lambda module, args, out: seen.append(sorted(out)))
-    side = Reference(last_hidden(policy, **inputs).detach(), None)
+    side = Reference(last_hidden(policy, **inputs).detach(), lm_head(policy))
     pair_outputs(policy, side, inputs, loss_on(batch["labels"]), unwrapped=policy)
     assert seen == [(2 * tiny.P, tiny.L, 16), ["loss"]]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from torch import nn
-
 from tdpo_trainer import head as h
+from torch import nn
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)

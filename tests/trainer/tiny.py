@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 V, P, L = 37, 4, 7
 SIZES = dict(
-    vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=4, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=4, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 WITHOUT_HEAD_DIM = {name: size for name, size in SIZES.items() if name != "head_dim"}
 CONFIGS = {
