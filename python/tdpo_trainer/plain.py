@@ -77,7 +77,7 @@ class PlainTDPOTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         policy = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            self._check_heads(model, policy, inputs)
+            self._check_heads(model, inputs)
             theirs = self._reference_side(model, policy, inputs)
             loss = pair_loss(inputs, self.options)
             out = pair_outputs(model, theirs, model_inputs(inputs), loss, unwrapped=policy)
@@ -102,14 +102,10 @@ class PlainTDPOTrainer(Trainer):
             return reference.from_adapter(model, policy, inputs)
         return reference.from_model(self.ref_model, self.accelerator.unwrap_model(self.ref_model), inputs)
 
-    def _check_heads(self, model: nn.Module, policy: nn.Module, inputs: Batch) -> None:
+    def _check_heads(self, model: nn.Module, inputs: Batch) -> None:
         """Once, on the first batch: that the models' logits are what the loss takes them for."""
-        if self._heads_checked:
-            return
-        check_head(policy, model_inputs(inputs), wrapped=model)
-        if self.ref_model is not None:
-            inner = self.accelerator.unwrap_model(self.ref_model)
-            check_head(inner, model_inputs(inputs), wrapped=self.ref_model)
+        for wrapped in () if self._heads_checked else filter(None, (model, self.ref_model)):
+            check_head(self.accelerator.unwrap_model(wrapped), model_inputs(inputs), wrapped=wrapped)
         self._heads_checked = True
 
     def _record(self, mode: str, sums: Tensor) -> None:

@@ -32,9 +32,10 @@ class DataArguments(ScriptArguments):
 
 
 def train(argv: Sequence[str]) -> int:
-    """Trains, and saves the model in ``output_dir``."""
+    """Trains, and saves the model in ``output_dir``. ``--resume_from_checkpoint last``: from the last one there."""
     trainer = make_trainer(argv, "train")
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    checkpoint = trainer.args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint)
     trainer.save_model(trainer.args.output_dir)
     trainer.accelerator.print(f"saved in {trainer.args.output_dir}")
     return 0
@@ -71,6 +72,7 @@ def _check(data: DataArguments, args: TDPOConfig, model: ModelConfig, command: s
     for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", data.dataset_name)):
         if value is None:
             raise ValueError(f"{name}: got none, wanted a path or a name on the hub")
+    args.loss_options().describe(args.device)
     if command == "cache" and args.reference_cache is None:
         raise ValueError("reference_cache: got none, wanted the directory to write")
 

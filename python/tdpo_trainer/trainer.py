@@ -69,6 +69,8 @@ class TDPOTrainer(DPOTrainer):
         args = TDPOConfig(output_dir=_output_dir(model)) if args is None else args
         _check_arguments(args, kwargs)
         self.options = args.loss_options()
+        if args.process_index == 0:
+            print(self.options.describe(args.device), flush=True)
         self._caches: dict[str, ReferenceCache] = {}
         self._ref_head: LMHead | None = None
         self._heads_checked = self._initialised = self._ref_model_left = False
@@ -79,7 +81,6 @@ class TDPOTrainer(DPOTrainer):
         if args.reference_cache is not None:
             self._leave_reference_model()
         self._initialised = True
-        self.accelerator.print(self.options.describe(self.accelerator.device), flush=True)
 
     # The loss.
 
@@ -96,7 +97,7 @@ class TDPOTrainer(DPOTrainer):
         policy = self.accelerator.unwrap_model(model)
         router = {"output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else {}
         with self.accelerator.autocast():
-            self._check_heads(model, policy, inputs)
+            self._check_heads(model, inputs)
             theirs = self._reference_side(model, policy, inputs)
             loss = pair_loss(inputs, self.options)
             out = pair_outputs(model, theirs, model_inputs(inputs) | router, loss, unwrapped=policy)
@@ -120,14 +121,10 @@ class TDPOTrainer(DPOTrainer):
             raise CacheError("the batch has no ref_hidden: wanted the trainer's own data_collator, or one within it")
         return reference.from_adapter(model, policy, inputs)
 
-    def _check_heads(self, model: nn.Module, policy: nn.Module, inputs: Batch) -> None:
+    def _check_heads(self, model: nn.Module, inputs: Batch) -> None:
         """Once, on the first batch: that the models' logits are what the loss takes them for."""
-        if self._heads_checked:
-            return
-        check_head(policy, model_inputs(inputs), wrapped=model)
-        if self.ref_model is not None:
-            inner = self.accelerator.unwrap_model(self.ref_model)
-            check_head(inner, model_inputs(inputs), wrapped=self.ref_model)
+        for wrapped in () if self._heads_checked else filter(None, (model, self.ref_model)):
+            check_head(self.accelerator.unwrap_model(wrapped), model_inputs(inputs), wrapped=wrapped)
         self._heads_checked = True
 
     def _record(self, mode: str, sums: Tensor) -> None:

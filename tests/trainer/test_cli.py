@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from runs import saved_llama, text_pairs, worst
+from safetensors.torch import load_file
 from tdpo_trainer import cli
 from transformers import AutoModelForCausalLM
 
@@ -104,6 +105,7 @@ def test_a_stale_cache_ends_with_its_reason(here: Path, tmp_path: Path, capsys: 
     [
         (["--dataset_name", "nowhere.jsonl"], "dataset_name: got nowhere.jsonl, and there is no such file"),
         (["--variant", "tdpo1"], "alpha: got float 0.7 with variant='tdpo1'"),
+        (["--backend", "fused"], "backend: got 'fused', which does not run here"),
         (["--loss_type", "ipo"], "loss_type: got ['ipo'], wanted ['sigmoid']"),
         (["--reference_cache", "c", "--dataset_streaming"], "reference_cache: got a streaming dataset"),
         (["--pairs_per_step", "3"], "pairs_per_step: got 3, wanted a multiple of 2"),
@@ -120,6 +122,25 @@ def test_other_columns_are_refused(here: Path, tmp_path: Path, capsys: pytest.Ca
     flags = ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path)]
     assert cli.main(["train", *flags, "--dataset_name", str(tmp_path / "other.jsonl")]) == 2
     assert "got columns question, answer, wanted prompt, chosen and rejected" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_from_its_last_checkpoint(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def run(name: str, *more: str) -> list[float]:
+        flags = ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path / name)]
+        assert cli.main(["train", *flags, "--save_strategy", "steps", "--save_steps", "1", *more]) == 0
+        return losses_of(capsys.readouterr().out)
+
+    whole = run("whole")
+    run("cut", "--max_steps", "2")
+    assert run("cut", "--resume_from_checkpoint", "last") == whole[2:]
+    assert worst(*(load_file(tmp_path / name / "model.safetensors") for name in ("cut", "whole"))) == 0.0
+
+
+def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("--variant", "--alpha", "--backend", "--reference_cache", "--lora_r"))
 
 
 def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]):
@@ -142,8 +163,21 @@ def test_env_lists_what_trains():
     assert "auto     tiled" in done.stdout and "trl" in done.stdout.partition("training:")[2]
 
 
-def test_the_same_command_under_two_processes_gives_the_same_losses(here: Path, tmp_path: Path):
-    flags = ["train", "--config", str(here / "run.yaml"), "--output_dir"]
+LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="all"),
+        pytest.param(LORA, id="lora", marks=pytest.mark.long),
+        pytest.param(["--reference_cache", "{}/cache"], id="cache", marks=pytest.mark.long),
+        pytest.param(["--gradient_checkpointing", "true"], id="checkpointing", marks=pytest.mark.long),
+    ],
+)
+def test_the_same_command_under_two_processes_gives_the_same_losses(more: list[str], here: Path, tmp_path: Path):
+    more = [flag.format(tmp_path) for flag in more]
+    flags = ["train", "--config", str(here / "run.yaml"), *more, "--output_dir"]
     one = module("tdpo_trainer", *flags, str(tmp_path / "one"))
     launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29418", "-m"]
     two = module(*launch, "tdpo_trainer", *flags, str(tmp_path / "two"))
@@ -151,5 +185,5 @@ def test_the_same_command_under_two_processes_gives_the_same_losses(here: Path, 
     assert two.stdout.count("TDPO: variant") == 1
     assert len(losses_of(one.stdout)) == 3
     assert losses_of(two.stdout) == pytest.approx(losses_of(one.stdout), rel=1e-3)  # printed with 4 digits
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("two", "one"))
-    assert worst(ours, theirs) < 1e-6
+    name = "adapter_model.safetensors" if more == LORA else "model.safetensors"
+    assert worst(*(load_file(tmp_path / run / name) for run in ("two", "one"))) < 1e-6

@@ -356,6 +356,5 @@ def _failure(case: Callable[[int], None], rank: int) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_gradients_are_those_of_one_process_with_the_whole_batch(kind: str):
-    run(CASES[kind])
+def test_gradients_are_those_of_one_process_with_the_whole_batch():
+    run({f"{kind}, {name}": case for kind, cases in CASES.items() for name, case in cases.items()})
