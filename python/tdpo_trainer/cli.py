@@ -1,0 +1,81 @@
+"""The command `tdpo`.
+
+usage: tdpo train | cache | verify | bench | env [options]
+
+  train   TDPO on preference pairs: a model directory or hub name, a JSONL or Parquet file or hub name
+  cache   only writes the reference cache that `train` with the same options and --reference_cache will use
+  verify  every kernel backend against float64; a table, non-zero exit on a failure
+  bench   time and memory against other implementations (in a checkout)
+  env     versions, devices, and what runs here and why
+
+Options of train and cache: flags, or `--config FILE.yaml` with the same names; `tdpo train --help` lists them.
+Under several processes: `accelerate launch -m tdpo_trainer train ...`, or
+`torchrun --nproc-per-node 2 -m tdpo_trainer train ...`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+
+TRAINING_PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "deepspeed")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status, 2 where the command line is wrong."""
+    command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if command in ("train", "cache"):
+        return _training(command, rest)
+    if command in ("verify", "env"):
+        return _env(rest) if command == "env" else _python_m("tdpo_kernels", "verify", *rest)
+    if command == "bench":
+        return _bench(rest)
+    if command in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0
+    return _wrong(f"got {command!r}, wanted train, cache, verify, bench or env")
+
+
+def _training(command: str, argv: list[str]) -> int:
+    from . import run
+    from .cache import CacheError
+    from .head import UnsupportedModel
+
+    try:
+        return getattr(run, command)(argv)
+    except (run.UsageError, CacheError, UnsupportedModel) as error:
+        return _wrong(str(error))
+
+
+def _env(argv: list[str]) -> int:
+    status = _python_m("tdpo_kernels", "env", *argv)
+    print("\ntraining:")
+    for package in TRAINING_PACKAGES:
+        print(f"  {package:13}{_version(package)}")
+    return status
+
+
+def _bench(argv: list[str]) -> int:
+    if importlib.util.find_spec("bench") is None or importlib.util.find_spec("bench.providers") is None:
+        return _wrong("bench is run in a checkout of tdpo-kernels: it is not installed with the package")
+    return _python_m("bench", *argv)
+
+
+def _python_m(*arguments: str) -> int:
+    sys.stdout.flush()
+    return subprocess.call([sys.executable, "-m", *arguments])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _wrong(message: str) -> int:
+    print(f"tdpo: {message}", file=sys.stderr)
+    return 2

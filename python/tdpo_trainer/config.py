@@ -1,0 +1,102 @@
+"""`TDPOConfig`: what can be set about a run with TRL."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from trl import DPOConfig
+
+from .step import LossOptions
+
+FIXED = {  # options of DPOConfig that would be silently without effect, at the only value they may have
+    "loss_type": ["sigmoid"],
+    "loss_weights": None,
+    "ld_alpha": None,
+    "f_divergence_type": "reverse_kl",
+    "label_smoothing": 0.0,
+    "use_weighting": False,
+    "use_liger_kernel": False,
+    "padding_free": False,
+}
+
+
+@dataclass
+class TDPOConfig(DPOConfig):
+    """`trl.DPOConfig` with what TDPO adds. Options of DPO that have no meaning here are refused by name.
+
+    Args:
+        variant: ``"tdpo2"`` or ``"tdpo1"``. TDPO1 is not TDPO2 with ``alpha=1``: same value, other gradient.
+        alpha: >= 0, the weight of the KL difference in TDPO2; None means 0.5, and ``alpha=0`` is DPO. TDPO1 has none:
+            giving it raises.
+        beta: > 0, default 0.1, inherited.
+        backend: of `tdpo_kernels`: ``"auto"``, ``"fused"``, ``"tiled"`` or ``"naive"``.
+        memory_budget: bytes kept from forward to backward, to save recomputation.
+        reference_cache: a directory. The reference's hidden states are written there before training, or found there,
+            and no reference model is kept. ``precompute_ref_log_probs=True`` is the same with
+            ``<output_dir>/reference_cache``.
+        pairs_per_step: pairs per optimizer step over all processes: sets ``gradient_accumulation_steps``, so that one
+            command trains alike on any number of processes.
+
+    ``bf16`` left unset is on where there is an accelerator, and off on a CPU.
+
+    Raises:
+        TypeError, ValueError: naming the option, what was seen and what is wanted.
+    """
+
+    variant: str = field(default="tdpo2", metadata={"help": "tdpo2 or tdpo1", "choices": ["tdpo1", "tdpo2"]})
+    alpha: float | None = field(
+        default=None, metadata={"help": "weight of TDPO2's KL difference, 0.5 if unset; 0 is DPO; TDPO1 has none"}
+    )
+    backend: str = field(default="auto", metadata={"help": "backend of tdpo_kernels: auto, fused, tiled or naive"})
+    memory_budget: int = field(default=512 * 2**20, metadata={"help": "bytes kept from forward to backward"})
+    reference_cache: str | None = field(
+        default=None, metadata={"help": "directory of the reference's hidden states, written where it is incomplete"}
+    )
+    pairs_per_step: int | None = field(
+        default=None, metadata={"help": "pairs per optimizer step over all processes; sets gradient accumulation"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and _has_accelerator()
+        if self.pairs_per_step is not None:
+            self.gradient_accumulation_steps = self._accumulation(int(os.environ.get("WORLD_SIZE", "1")))
+        super().__post_init__()
+        self._refuse_what_has_no_effect()
+        self.loss_options()
+        if self.reference_cache is not None:
+            self.precompute_ref_log_probs = True
+        elif self.precompute_ref_log_probs:
+            self.reference_cache = os.path.join(self.output_dir, "reference_cache")
+        if self.reference_cache is not None and self.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model: got True with reference_cache, wanted one of them: a reference that changes during "
+                "training cannot be computed beforehand"
+            )
+
+    def loss_options(self) -> LossOptions:
+        return LossOptions(self.beta, self.alpha, self.variant, self.backend, self.memory_budget)
+
+    def _accumulation(self, processes: int) -> int:
+        at_once = self.per_device_train_batch_size * processes
+        if self.gradient_accumulation_steps not in (1, self.pairs_per_step // at_once):
+            seen = self.gradient_accumulation_steps
+            raise ValueError(f"gradient_accumulation_steps: got {seen} with pairs_per_step, wanted one of them")
+        if self.pairs_per_step < at_once or self.pairs_per_step % at_once:
+            raise ValueError(
+                f"pairs_per_step: got {self.pairs_per_step}, wanted a multiple of {at_once} = "
+                f"per_device_train_batch_size {self.per_device_train_batch_size} x {processes} processes"
+            )
+        return self.pairs_per_step // at_once
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for name, only in FIXED.items():
+            seen = getattr(self, name, only)
+            if getattr(seen, "value", seen) != only:
+                raise ValueError(f"{name}: got {seen!r}, wanted {only!r}: it is an option of DPO's loss, not of TDPO's")
+
+
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "mps"

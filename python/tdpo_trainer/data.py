@@ -1,0 +1,61 @@
+"""Preference pairs by the name a person gives: a file of their own, a folder, or a dataset of the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+Pairs = Dataset | IterableDataset
+
+
+def load_pairs(name: str, split: str = "train", config: str | None = None, streaming: bool = False) -> Pairs:
+    """Rows with ``chosen`` and ``rejected``, and ``prompt`` unless the other two hold it (as TRL takes them).
+
+    Args:
+        name: a ``.jsonl``, ``.json`` or ``.parquet`` file; a folder written by ``save_to_disk`` or holding data files;
+            or the name of a dataset on the hub.
+        split: of a folder or a hub dataset.
+
+    Raises:
+        ValueError: no such file or split, or columns that are not preference pairs.
+    """
+    path = Path(name)
+    reader = READERS.get(path.suffix.lower())
+    if path.is_file():
+        if reader is None:
+            raise ValueError(f"dataset_name: got {name}, wanted a file ending in {', '.join(READERS)}")
+        pairs = load_dataset(reader, data_files=str(path), split="train", streaming=streaming)
+    elif reader is not None:
+        raise ValueError(f"dataset_name: got {name}, and there is no such file")
+    elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        pairs = _split(load_from_disk(name), split, name)
+    else:
+        pairs = _split(load_dataset(name, config, streaming=streaming), split, name)
+    _check_columns(pairs, name)
+    return pairs
+
+
+def hold_out(pairs: Pairs, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Training and evaluation pairs; `share` a part below 1, or a number of pairs."""
+    if not isinstance(pairs, Dataset):
+        raise ValueError("test_split_size: got it with dataset_streaming, wanted eval_dataset_name")
+    if not 0 < share < len(pairs):
+        raise ValueError(f"test_split_size: got {share:g}, wanted a part below 1 or fewer than {len(pairs)} pairs")
+    parts = pairs.train_test_split(test_size=share if share < 1 else int(share), seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _split(data: Pairs | DatasetDict | IterableDatasetDict, split: str, name: str) -> Pairs:
+    if not isinstance(data, dict):
+        return data
+    if split not in data:
+        raise ValueError(f"{name}: got splits {', '.join(data)}, wanted {split!r}")
+    return data[split]
+
+
+def _check_columns(pairs: Pairs, name: str) -> None:
+    columns = pairs.column_names or list(next(iter(pairs), {}))
+    if not {"chosen", "rejected"} <= set(columns):
+        raise ValueError(f"{name}: got columns {', '.join(columns)}, wanted prompt, chosen and rejected")

@@ -1,0 +1,68 @@
+"""What a reference cache depends on, as digests by name, so that a stale one is refused with the part that changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .cache import CacheError
+
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def of_dataset(dataset: Dataset) -> str:
+    """Of the token ids of its pairs, in order: however the dataset was made."""
+    digest = blake2b(digest_size=16)
+    for table in dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(1024):
+        for name in COLUMNS:
+            column = table.column(name).combine_chunks()
+            digest.update(np.asarray(column.value_lengths(), dtype=np.int64).tobytes())
+            digest.update(np.asarray(column.flatten(), dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def of_model(model: nn.Module) -> str:
+    """Of the weights the reference computes with: of a PEFT model without its adapters, but for one named "ref"."""
+    digest = blake2b(digest_size=16)
+    for name, x in _weights(model):
+        if x.is_meta or hasattr(x, "ds_id") or hasattr(x, "full_tensor"):
+            raise CacheError(
+                "reference_cache: the model's weights are sharded or absent where they are fingerprinted; wanted them "
+                "whole when the trainer is made (zero3_init_flag: false), or no reference_cache"
+            )
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    adapters = set(getattr(model, "peft_config", {})) - {"ref"}
+    every = [*model.named_parameters(), *model.named_buffers()]
+    return ((name, x) for name, x in sorted(every, key=lambda item: item[0]) if not adapters & set(name.split(".")))
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of its vocabulary, its special tokens, and, if it is a fast one, all it does to a text."""
+    parts = [
+        type(tokenizer).__name__,
+        sorted(tokenizer.get_vocab().items()),
+        sorted(map(str, tokenizer.all_special_tokens)),
+    ]
+    if getattr(tokenizer, "is_fast", False):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        parts.append({name: part for name, part in state.items() if name not in ("padding", "truncation")})
+    return of_strings([json.dumps(parts, sort_keys=True, default=str)])
+
+
+def of_strings(texts: Iterable[str | None]) -> str:
+    digest = blake2b(digest_size=16)
+    for text in texts:
+        digest.update(repr(text).encode())
+    return digest.hexdigest()

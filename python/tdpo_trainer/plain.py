@@ -1,0 +1,148 @@
+"""TDPO on the bare `transformers.Trainer`, for those without TRL."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from . import reference
+from .forward import Reference, pair_outputs
+from .head import check_head
+from .metrics import TOKENS_SEEN, over_processes
+from .step import Batch, LossOptions, model_inputs, pair_loss
+
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class PlainTDPOTrainer(Trainer):
+    """`transformers.Trainer` with the TDPO loss, the mean over the pairs of a micro-batch.
+
+    Args:
+        model: a causal LM, or a PEFT model of one.
+        ref_model: another instance of it, not trained. None: the model under its PEFT adapter.
+        args: `transformers.TrainingArguments`. ``remove_unused_columns`` is set to False.
+        options: beta, alpha, variant, backend, memory_budget.
+        train_dataset, eval_dataset: rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, as `tokenize` makes them.
+        max_length: of prompt and completion together; what is longer loses its end.
+        kwargs: the other arguments of `transformers.Trainer`; ``processing_class`` is needed.
+
+    Logged are the names of `metrics`: rewards are the paper's and include the KL.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was seen and what is wanted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None = None,
+        args: Any = None,
+        *,
+        options: LossOptions | None = None,
+        max_length: int | None = 1024,
+        **kwargs: Any,
+    ) -> None:
+        if ref_model is model:
+            raise ValueError(
+                "ref_model: got the model itself, wanted another instance (copy.deepcopy), or None with PEFT"
+            )
+        if ref_model is None and not hasattr(model, "peft_config"):
+            raise ValueError("ref_model: got None, wanted a model: only a PEFT model is its own reference")
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics: got a function of logits, wanted None: TDPO never makes them")
+        tokenizer = kwargs.get("processing_class")
+        if getattr(tokenizer, "pad_token_id", None) is None:
+            raise ValueError(f"processing_class: got {type(tokenizer).__name__}, wanted a tokenizer with a pad token")
+        if args is not None:
+            args.remove_unused_columns = False
+        kwargs.setdefault("data_collator", partial(collate, pad=tokenizer.pad_token_id, max_length=max_length))
+        super().__init__(model=model, args=args, **kwargs)
+        self.options = options or LossOptions()
+        self.model_accepts_loss_kwargs = False  # so that the loss is divided by gradient_accumulation_steps
+        self.ref_model = ref_model
+        if ref_model is not None:
+            ref_model.requires_grad_(False).eval()
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self._kept: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._heads_checked = False
+        self._tokens_seen = 0
+        self.accelerator.print(self.options.describe(self.accelerator.device), flush=True)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        policy = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            self._check_heads(model, inputs)
+            theirs = self._reference_side(model, policy, inputs)
+            loss = pair_loss(inputs, self.options)
+            out = pair_outputs(model, theirs, model_inputs(inputs), loss, unwrapped=policy)
+        self._record("train" if self.model.training else "eval", out["sums"])
+        return (out["loss"], out) if return_outputs else out["loss"]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss only: there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        prefix = "eval_" if mode == "eval" else ""
+        means = {f"{prefix}{name}": sum(values) / len(values) for name, values in self._kept[mode].items()}
+        self._kept[mode].clear()
+        super().log(logs | means | {f"{prefix}{TOKENS_SEEN}": self._tokens_seen}, start_time)
+
+    def _reference_side(self, model: nn.Module, policy: nn.Module, inputs: Batch) -> Reference:
+        if self.ref_model is None:
+            return reference.from_adapter(model, policy, inputs)
+        return reference.from_model(self.ref_model, self.accelerator.unwrap_model(self.ref_model), inputs)
+
+    def _check_heads(self, model: nn.Module, inputs: Batch) -> None:
+        """Once, on the first batch: that the models' logits are what the loss takes them for."""
+        for wrapped in () if self._heads_checked else filter(None, (model, self.ref_model)):
+            check_head(self.accelerator.unwrap_model(wrapped), model_inputs(inputs), wrapped=wrapped)
+        self._heads_checked = True
+
+    def _record(self, mode: str, sums: Tensor) -> None:
+        means = over_processes(sums, self.accelerator.gather)
+        tokens = int(means.pop(TOKENS_SEEN))
+        self._tokens_seen += tokens if mode == "train" else 0
+        for name, value in means.items():
+            self._kept[mode][name].append(value)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[Mapping[str, str]]) -> list[dict[str, list[int]]]:
+    """Rows of token ids from rows of text under ``prompt``, ``chosen``, ``rejected``; completions end with the EOS.
+
+    The prompt is tokenised apart, so that both completions follow the very same prompt.
+    """
+    end = tokenizer.eos_token_id
+    rows = []
+    for pair in pairs:
+        prompt = tokenizer(pair["prompt"]).input_ids
+        prompt = prompt[:-1] if prompt[-1:] == [end] else prompt
+        chosen, rejected = (
+            tokenizer(pair[name], add_special_tokens=False).input_ids for name in ("chosen", "rejected")
+        )
+        rows.append(dict(zip(COLUMNS, (prompt, [*chosen, end], [*rejected, end]), strict=True)))
+    return rows
+
+
+def collate(rows: Sequence[Mapping[str, list[int]]], *, pad: int, max_length: int | None) -> dict[str, Tensor]:
+    """``input_ids``, ``attention_mask``, ``completion_mask``: ``(2P, L)`` int64, padded on the right, chosen first."""
+    pairs = [(row["prompt_ids"], row[name]) for name in ("chosen_ids", "rejected_ids") for row in rows]
+    length = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    ids = torch.full((len(pairs), length), pad)
+    attention, completion_mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    for i, (prompt, completion) in enumerate(pairs):
+        end = len(prompt) + len(completion)
+        ids[i, :end] = torch.tensor([*prompt, *completion])
+        attention[i, :end] = 1
+        completion_mask[i, len(prompt) : end] = 1
+    cut = slice(None, max_length)
+    return {"input_ids": ids[:, cut], "attention_mask": attention[:, cut], "completion_mask": completion_mask[:, cut]}

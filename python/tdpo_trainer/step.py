@@ -1,0 +1,70 @@
+"""One micro-batch of pairs, with no trainer in it: what the model is given of it, and its TDPO loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .forward import Loss
+from .kernels import LMHead, TDPOLoss, explain_backend, loss_of, token_stats
+from .metrics import EXTRAS, batch_sums
+
+IGNORED = -100
+NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_hidden", "ref_chosen_logps", "ref_rejected_logps"})
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What `tdpo_kernels.fused_tdpo_loss` documents under these names; checked when made."""
+
+    beta: float = 0.1
+    alpha: float | None = None
+    variant: str = "tdpo2"
+    backend: str = "auto"
+    memory_budget: int = 512 * 2**20
+
+    def __post_init__(self) -> None:
+        TDPOLoss(**vars(self))
+
+    def describe(self, device: torch.device) -> str:
+        """The first line of a run. Raises ValueError where the backend does not run on `device`."""
+        alpha = "none" if self.variant == "tdpo1" else f"{0.5 if self.alpha is None else self.alpha:g}"
+        backend = explain_backend(self.backend, device)
+        return f"TDPO: variant {self.variant}, alpha {alpha}, beta {self.beta:g}, backend {backend}"
+
+
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """What the model is called with: all that is not there for the loss alone."""
+    return {name: x for name, x in batch.items() if name not in NOT_MODEL_INPUTS}
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """``(2P, L)`` int64: the inputs, -100 outside of completions; not shifted."""
+    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
+
+
+def pair_loss(batch: Batch, options: LossOptions) -> Loss:
+    """The loss `forward.pair_outputs` wants for this batch.
+
+    Args:
+        batch: ``input_ids``, ``attention_mask``, ``completion_mask``, all ``(2P, L)``, the P chosen rows first.
+
+    Returns:
+        A function of ``(hidden, head, ref_hidden, ref_head)`` to ``loss``, a scalar, the mean over the P pairs, and
+        ``sums``, those of `metrics.batch_sums`, detached.
+    """
+    labels = labels_of(batch)
+
+    def loss(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead) -> dict[str, Tensor]:
+        stats = token_stats(
+            hidden, head, ref_hidden, ref_head, labels, ignore_index=IGNORED, extras=EXTRAS,
+            backend=options.backend, memory_budget=options.memory_budget,
+        )  # fmt: skip
+        out = loss_of(stats, options.beta, options.alpha, options.variant)
+        return {"loss": out.loss, "sums": batch_sums(out, stats, labels != IGNORED, batch["attention_mask"])}
+
+    return loss

@@ -1,0 +1,260 @@
+"""`TDPOTrainer`: TDPO on top of TRL's `DPOTrainer`, which keeps all but the loss and where the reference comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from accelerate import DistributedType
+from accelerate.utils import broadcast_object_list, is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import DPOTrainer
+
+from . import fingerprint, reference
+from .attach import COLUMNS, CachedCollator, attach, is_attached
+from .cache import CacheError, ReferenceCache
+from .config import TDPOConfig
+from .fill import Source, write_cache
+from .forward import Reference, pair_outputs
+from .head import check_head
+from .kernels import LMHead, on_device
+from .metrics import TOKENS_SEEN, over_processes
+from .step import Batch, model_inputs, pair_loss
+
+
+class TDPOTrainer(DPOTrainer):
+    """TRL's `DPOTrainer` with the TDPO loss, its KL over the whole vocabulary, and no ``[tokens, vocabulary]``.
+
+    The arguments are `DPOTrainer`'s, ``args`` a `TDPOConfig`; so are the data format, PEFT (the reference is the model
+    without its adapter, or its ``"ref"`` adapter), evaluation, checkpoints. The loss is computed within the forward of
+    whatever wraps the model, so that DDP, FSDP and ZeRO-3 see its gradients; it is the mean over the pairs of a
+    micro-batch.
+
+    Logged are TRL's names, and ``kl/chosen``, ``kl/rejected``, ``kl/margin`` (chosen - rejected), in nats summed over a
+    completion. ``rewards/*`` are the paper's: ``beta * (log-ratio + KL)``, so they include the KL, unlike DPO's.
+
+    Raises:
+        TypeError, ValueError: for an option that would be without effect, naming it; for a model that has no linear
+            head (`UnsupportedModel`); for a reference cache that is not this run's (`CacheError`).
+        RuntimeError: where this version of TRL computes its loss in another way than this class replaces.
+    """
+
+    _tag_names = ["trl", "tdpo"]
+    _name = "TDPO"
+    _paper = {
+        "title": "Token-level Direct Preference Optimization",
+        "id": "2404.11999",
+        "citation": "@inproceedings{zeng2024tdpo,\n"
+        "    title     = {{Token-level Direct Preference Optimization}},\n"
+        "    author    = {Yongcheng Zeng and Guoqing Liu and Weiyu Ma and Ning Yang and Haifeng Zhang and Jun Wang},\n"
+        "    booktitle = {International Conference on Machine Learning},\n"
+        "    year      = 2024,\n"
+        "    eprint    = {arXiv:2404.11999},\n"
+        "}",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        ref_model: PreTrainedModel | None = None,
+        args: TDPOConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = TDPOConfig(output_dir=_output_dir(model)) if args is None else args
+        _check_arguments(args, kwargs)
+        self.options = args.loss_options()
+        if args.process_index == 0:
+            print(self.options.describe(args.device), flush=True)
+        self._caches: dict[str, ReferenceCache] = {}
+        self._ref_head: LMHead | None = None
+        self._heads_checked = self._initialised = self._ref_model_left = False
+        self._model_digest: str | None = None
+        if args.reference_cache is not None and ref_model is not None and args.process_index == 0:
+            self._model_digest = fingerprint.of_model(ref_model)  # before it is sharded
+        super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        if args.reference_cache is not None:
+            self._leave_reference_model()
+        self._initialised = True
+
+    # The loss.
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._computed = False
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._computed:
+            raise _other_trl("DPOTrainer.compute_loss did not call _compute_loss, where the TDPO loss is")
+        return result
+
+    def _compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False):
+        self._computed = True
+        mode = "train" if self.model.training else "eval"
+        policy = self.accelerator.unwrap_model(model)
+        router = {"output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else {}
+        with self.accelerator.autocast():
+            self._check_heads(model, inputs)
+            theirs = self._reference_side(model, policy, inputs)
+            loss = pair_loss(inputs, self.options)
+            out = pair_outputs(model, theirs, model_inputs(inputs) | router, loss, unwrapped=policy)
+        self._record(mode, out["sums"])
+        total = out["loss"] + self._aux_loss(mode, out) if router else out["loss"]
+        return (total, out) if return_outputs else total
+
+    def _aux_loss(self, mode: str, out: dict[str, Tensor]) -> Tensor:
+        """What keeps a mixture's experts evenly used, times its coefficient."""
+        if "aux_loss" not in out:
+            raise ValueError("router_aux_loss_coef: the model gave no auxiliary loss, wanted 0.0 for such a model")
+        self._metrics[mode]["aux_loss"].append(self.accelerator.gather(out["aux_loss"].detach()).mean().item())
+        return self.router_aux_loss_coef * out["aux_loss"]
+
+    def _reference_side(self, model: nn.Module, policy: nn.Module, inputs: Batch) -> Reference:
+        if "ref_hidden" in inputs:
+            return reference.from_cache(inputs, self._ref_head)
+        if self.ref_model is not None:
+            return reference.from_model(self.ref_model, self.accelerator.unwrap_model(self.ref_model), inputs)
+        if self.args.reference_cache is not None:
+            raise CacheError("the batch has no ref_hidden: wanted the trainer's own data_collator, or one within it")
+        return reference.from_adapter(model, policy, inputs)
+
+    def _check_heads(self, model: nn.Module, inputs: Batch) -> None:
+        """Once, on the first batch: that the models' logits are what the loss takes them for."""
+        for wrapped in () if self._heads_checked else filter(None, (model, self.ref_model)):
+            check_head(self.accelerator.unwrap_model(wrapped), model_inputs(inputs), wrapped=wrapped)
+        self._heads_checked = True
+
+    def _record(self, mode: str, sums: Tensor) -> None:
+        means = over_processes(sums, self.accelerator.gather)
+        tokens = int(means.pop(TOKENS_SEEN))
+        if mode == "train":
+            self._total_train_tokens += tokens // getattr(self, "_tp_size", 1)
+        for name, value in means.items():
+            self._metrics[mode][name].append(value)
+        self._metrics[mode][TOKENS_SEEN] = [self._total_train_tokens]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss only: there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    # The reference cache.
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """`DPOTrainer`'s hook for what it computes of the reference beforehand: here hidden states, not sums."""
+        if is_attached(dataset):
+            return dataset
+        cache = self._cache_of(dataset, name, batch_size)
+        if not isinstance(self.data_collator, CachedCollator):
+            self.data_collator = CachedCollator(self.data_collator, self._caches)
+        self._caches[str(cache.directory)] = cache
+        if self._ref_head is None and cache.meta.head is not None:
+            self._ref_head = on_device(cache.head(), self.accelerator.device)
+        return attach(dataset, cache)
+
+    def _cache_of(self, dataset: Dataset, name: str, batch_size: int) -> ReferenceCache:
+        _check_cacheable(dataset)
+        if self._ref_model_left:
+            raise CacheError(
+                "eval_dataset: got one without a cache once ref_model is gone, wanted it at initialisation"
+            )
+        parts = self._fingerprint(dataset)
+        if self._initialised:  # a dataset given to evaluate(): its name says nothing
+            name = f"{name}-{fingerprint.of_strings(map(str, sorted(parts.items())))[:12]}"
+        collator = self.data_collator
+        collate = collator.collate if isinstance(collator, CachedCollator) else collator
+        source = Source(dataset, collate, self._reference_beforehand(), parts)
+        directory = Path(self.args.reference_cache) / name
+        quiet = self.args.disable_tqdm
+        return write_cache(directory, source, self.accelerator, batch_size=batch_size, quiet=quiet)
+
+    def _reference_beforehand(self) -> Callable[[Batch], Reference]:
+        """The reference's side of a batch before training has begun, when the policy is still what it was."""
+        own = self.ref_model is None
+        model = self.model if own else self.accelerator.unwrap_model(self.ref_model)
+        side = reference.from_adapter if own and is_peft_model(self.model) else reference.from_model
+
+        def side_of(batch: Batch) -> Reference:
+            if own and self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+                raise CacheError(
+                    "reference_cache: is incomplete under FSDP or DeepSpeed; wanted it written beforehand, by "
+                    "`tdpo cache` with the same arguments in one process, or under DDP"
+                )
+            with self.accelerator.autocast(), _evaluating(model):
+                return side(model if own else self.ref_model, model, batch)
+
+        return side_of
+
+    def _fingerprint(self, dataset: Dataset) -> dict[str, str]:
+        """The main process's, for all: under FSDP the others may have no weights yet."""
+        shared = [self._own_fingerprint(dataset) if self.accelerator.is_main_process else None]
+        broadcast_object_list(shared, from_process=0)
+        return shared[0]
+
+    def _own_fingerprint(self, dataset: Dataset) -> dict[str, str]:
+        args = self.args
+        if self._model_digest is None:
+            self._model_digest = fingerprint.of_model(self.model)
+        return {
+            "dataset": fingerprint.of_dataset(dataset),
+            "truncation": f"max_length={args.max_length}, {args.truncation_mode}",
+            "model": self._model_digest,
+            "precision": f"mixed precision {self.accelerator.mixed_precision}",
+            "tokenizer": fingerprint.of_tokenizer(getattr(self.processing_class, "tokenizer", self.processing_class)),
+            "template": fingerprint.of_strings([str(getattr(self.processing_class, "chat_template", None))]),
+        }
+
+    def _leave_reference_model(self) -> None:
+        """What a cache is for: its states are on disk, its head is here."""
+        if not self._caches:
+            raise _other_trl("DPOTrainer did not call _precompute_ref_logps, where the reference cache is written")
+        self._ref_model_left = self.ref_model is not None
+        self.ref_model = None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _output_dir(model: str | PreTrainedModel) -> str:
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    return f"{name.rstrip('/').split('/')[-1] or 'model'}-TDPO"
+
+
+def _check_arguments(args: TDPOConfig, kwargs: dict[str, Any]) -> None:
+    if not isinstance(args, TDPOConfig):
+        raise TypeError(f"args: got a {type(args).__name__}, wanted a TDPOConfig")
+    if kwargs.get("compute_metrics") is not None:
+        raise ValueError("compute_metrics: got a function of logits, wanted None: TDPO never makes them")
+    if args.reference_cache is not None:
+        evaluated = kwargs.get("eval_dataset")
+        for dataset in (
+            kwargs.get("train_dataset"),
+            *(evaluated.values() if isinstance(evaluated, dict) else [evaluated]),
+        ):
+            _check_cacheable(dataset)
+
+
+def _check_cacheable(dataset: object) -> None:
+    if isinstance(dataset, IterableDataset):
+        raise CacheError(
+            "reference_cache: got a streaming dataset, wanted one with a length: pairs are found again by their number"
+        )
+
+
+def _other_trl(what: str) -> RuntimeError:
+    return RuntimeError(f"trl {trl.__version__}: {what}; wanted a version that does, see python/tdpo_trainer/README.md")

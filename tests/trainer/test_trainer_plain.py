@@ -1,0 +1,90 @@
+"""`PlainTDPOTrainer`, without TRL: the same losses and parameters as TDPO written plainly."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from runs import eager_run, llama, logged, losses, parameters, text_pairs, tokenizer, worst
+from tdpo_trainer.plain import PlainTDPOTrainer, collate, tokenize
+from tdpo_trainer.step import LossOptions
+from torch import nn
+from transformers import TrainingArguments
+
+
+def run(folder: Path, model: nn.Module, ref_model: nn.Module | None, **changes) -> PlainTDPOTrainer:
+    options = dict(
+        output_dir=str(folder), per_device_train_batch_size=2, max_steps=4, learning_rate=0.05, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, logging_steps=1, save_strategy="no",
+        report_to="none", use_cpu=True, disable_tqdm=True, seed=7,
+    )  # fmt: skip
+    reader, loss = tokenizer(), LossOptions(beta=0.5)
+    rows = tokenize(reader, text_pairs())
+    return PlainTDPOTrainer(
+        model, ref_model, TrainingArguments(**(options | changes)), options=loss, train_dataset=rows,
+        eval_dataset=rows[:3], processing_class=reader,
+    )  # fmt: skip
+
+
+def recorded(trainer: PlainTDPOTrainer, accumulation: int) -> list[list[dict]]:
+    steps, inner = [], trainer.compute_loss
+
+    def recording(model, inputs, *args, **kwargs):
+        if not steps or len(steps[-1]) == accumulation:
+            steps.append([])
+        steps[-1].append(dict(inputs))
+        return inner(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = recording
+    return steps
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_losses_and_every_parameter_are_the_eager_implementation_s(accumulation: int, tmp_path: Path):
+    model, reference = llama(dtype=torch.float64), llama(1, torch.float64)
+    ours = run(tmp_path, copy.deepcopy(model), copy.deepcopy(reference), gradient_accumulation_steps=accumulation)
+    steps = recorded(ours, accumulation)
+    ours.train()
+    theirs = eager_run(model, steps, lr=0.05, reference=reference, beta=0.5, alpha=None, variant="tdpo2")
+    assert losses(ours) == pytest.approx(theirs, rel=1e-6)
+    assert worst(parameters(ours.model), parameters(model)) < 1e-6
+    assert logged(ours, "kl/margin") and logged(ours, "num_tokens")[-1] > 0
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_lora_is_trained_on_the_head_too(targets: list[str], tmp_path: Path):
+    torch.manual_seed(3)
+    lora = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    model, reference = get_peft_model(llama(dtype=torch.float64), lora), llama(dtype=torch.float64)
+    ours = run(tmp_path, copy.deepcopy(model), None)
+    steps = recorded(ours, 1)
+    ours.train()
+    theirs = eager_run(model, steps, lr=0.05, reference=reference, beta=0.5, alpha=None, variant="tdpo2")
+    assert losses(ours) == pytest.approx(theirs, rel=1e-6)
+    assert worst(parameters(ours.model), parameters(model)) < 1e-6
+
+
+def test_evaluation(tmp_path: Path):
+    metrics = run(tmp_path, llama(), llama(1)).evaluate()
+    assert metrics["eval_loss"] > 0
+
+
+def test_what_is_wrong_is_said(tmp_path: Path):
+    model = llama()
+    with pytest.raises(ValueError, match="ref_model: got the model itself"):
+        run(tmp_path, model, model)
+    with pytest.raises(ValueError, match="ref_model: got None"):
+        run(tmp_path, model, None)
+    with pytest.raises(ValueError, match="beta"):
+        LossOptions(beta=-1.0)
+
+
+def test_rows_are_padded_and_cut_on_the_right():
+    rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 9, 9, 1]}]
+    batch = collate(rows, pad=0, max_length=5)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1, 0], [5, 6, 8, 9, 9]]
+    assert batch["completion_mask"].tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
