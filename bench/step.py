@@ -48,7 +48,8 @@ SIZES = {
     "llama-3.2-1b": Size(128256, 2048, 8192, 16, 32, 8, 2048, 40 * 10**9, "cuda", "bfloat16", tied=True),
 }
 QUICK = ("smallest",)
-STEP_OF, COARSE, FINEST, TRIES = 64, 0.95, 16, 4  # of the search for the longest context
+UNIT, TRIES = 16, 6  # of the search for the longest context: tokens, and measurements
+AIM, ENOUGH, LEAP = 0.97, 0.92, 8.0  # at so much of the limit, content with so much, at most so many times longer
 
 
 def absent(size: str, names: Iterable[str], device: torch.device) -> dict[str, str]:
@@ -112,22 +113,19 @@ def _longest(name: str, provider: str, peak: int | None, device: torch.device, s
     return row(replace(shape_of(name, length), name=context_name(name)), provider, **facts, **same)
 
 
-def search(peak_of: Callable[[int], int], length: int, peak: int, limit: int) -> tuple[int, int] | None:
-    """A length, near the longest, whose measured peak is within the limit, and that peak. Memory grows by about the
-    same for each token, so two points tell where to look."""
-    half = max(length // 2, FINEST)
-    slope = max((peak - peak_of(half)) / max(length - half, 1), 1.0)
-    guess = length + (limit - peak) / slope
-    unit = STEP_OF if guess >= 4 * STEP_OF else FINEST
-    for _ in range(TRIES):
-        candidate = int(guess) // unit * unit
-        if candidate <= 0:
-            return None
-        held = peak_of(candidate)
+def search(peak_of: Callable[[int], int], length: int, limit: int) -> tuple[int, int] | None:
+    """The longest length tried whose measured peak is within the limit, and that peak. Memory grows by about the same
+    for each token: from one measurement to where the next one should be, until there is little room left."""
+    best, tried = None, set()
+    while length >= UNIT and length not in tried and len(tried) < TRIES:
+        tried.add(length)
+        held = peak_of(length)
         if held <= limit:
-            return candidate, held
-        guess = min(candidate * COARSE, candidate - unit)
-    return None
+            best = max(best or (0, 0), (length, held))
+        if ENOUGH * limit <= held <= limit:
+            break
+        length = int(length * min(AIM * limit / max(held, 1), LEAP)) // UNIT * UNIT
+    return best
 
 
 def peak_of(size: str, provider: str, length: int, device: torch.device) -> int | None:
@@ -139,7 +137,7 @@ def peak_of(size: str, provider: str, length: int, device: torch.device) -> int 
 
 def _measure(name: str, provider: str, length: int, device: torch.device) -> int:
     loop = Loop(SIZES[name], device)
-    first, step = loop.step(provider, FINEST), loop.step(provider, length)
+    first, step = loop.step(provider, UNIT), loop.step(provider, length)
     first.backward(first.forward())  # brings in libraries, and makes the optimiser's state
 
     def run() -> None:

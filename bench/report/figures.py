@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.transforms import Bbox
 
 from ..conditions import Conditions
 from ..rows import Row
 from ..shapes import SHAPES
-from .tables import label, size, where
+from .tables import context, label, size
 
 THEMES = {
     "light": {"paper": "#ffffff", "ink": "#1f2328", "faint": "#818b98", "rule": "#d1d9e0"},
@@ -23,6 +25,7 @@ COLOURS = {  # mid-tones, legible on either paper; ours are one hue
     "floor": "#8c959f", "eager": "#d9534f", "compiled": "#d98a1f", "trl": "#9a6fd0", "liger": "#3f9d6b",
     "cce": "#c4608f", "linear_ce": "#7a9a2e", "ours": "#2f81f7", "fused": "#2f81f7", "tiled": "#1f9fb4",
 }  # fmt: skip
+PLACES = ((9, 0), (-9, 0), (0, 12), (0, -12), (9, 10), (-9, 10), (9, -10), (-9, -10), (0, 22), (0, -22), (12, 22))
 MARKERS = {"@all": "o", "@0": "s"}
 
 
@@ -56,8 +59,6 @@ def _draw(make: Drawing, rows: list[Row], folder: Path, device: str) -> Figure |
             canvas = Canvas(figsize=make.inches, layout="constrained")
             make.draw(canvas, mine)
             canvas.suptitle(make.title, x=0.01, ha="left", fontweight="bold")
-            for legend in canvas.legends:
-                legend.set_loc("outside lower center")
             canvas.supxlabel(_where(mine), x=0.01, ha="left", fontsize=7, color=colours["faint"])
             paths.append(folder / f"{device}-{make.name}-{theme}.png")
             canvas.savefig(paths[-1], dpi=160, metadata={"Software": None})
@@ -78,7 +79,10 @@ def _style(colours: dict[str, str]) -> dict:
 
 def _where(rows: list[Row]) -> str:
     seen: dict[Conditions, None] = dict.fromkeys(row.conditions for row in rows)
-    return "\n".join(f"{where(c)}, {c.date[:10]}" for c in seen)
+    return "\n".join(dict.fromkeys(
+        f"{c.device}, {c.threads} threads, torch {c.torch}, commit {c.commit}{' + changes' if c.dirty else ''}, "
+        f"{c.date[:10]}" for c in seen
+    ))  # fmt: skip
 
 
 def _family(name: str) -> Callable[[Row], bool]:
@@ -106,20 +110,39 @@ def _overview(canvas: Canvas, rows: list[Row]) -> None:
         _scatter(axes, [r for r in rows if r.dtype == dtype and r.ratio and r.peak_extra_bytes], dtype)
 
 
-def _scatter(axes: Axes, rows: list[Row], title: str) -> None:
+def _scatter(axes: Axes, rows: list[Row], title: str, places: Sequence[tuple[int, int]] = PLACES) -> None:
     """Down and to the left is better."""
-    axes.set(title=title, xlabel="peak extra memory", ylabel="time / the four bare products", xscale="log")
+    axes.set(title=title, xlabel="peak extra memory", ylabel="time / bare products", xscale="log", yscale="log")
     for row in rows:
-        x, y = row.peak_extra_bytes, row.ratio[0]
         paint = _paint(row)
         face = {"markerfacecolor": "none"} if row.partial else {}
-        axes.plot([x], [y], ls="", **(paint | face), ms=8)
-        axes.vlines(x, row.ratio[1], row.ratio[2], color=paint["color"], lw=1)
-        axes.annotate(label(row), (x, y), xytext=(8, 5), textcoords="offset points", fontsize=8, color=paint["color"])
+        axes.plot([row.peak_extra_bytes], [row.ratio[0]], ls="", **(paint | face), ms=8)
+        axes.vlines(row.peak_extra_bytes, row.ratio[1], row.ratio[2], color=paint["color"], lw=1)
     axes.axhline(1.0, color=COLOURS["floor"], ls="--", lw=1)
-    axes.margins(x=0.25, y=0.15)
-    axes.set_ylim(bottom=0)
+    axes.margins(x=0.3, y=0.15)
     _bytes(axes.xaxis)
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(lambda y, _: f"{y:.3g}")
+    axes.grid(True, axis="y", which="minor")
+    _name(axes, rows, places)
+
+
+def _name(axes: Axes, rows: list[Row], places: Sequence[tuple[int, int]]) -> None:
+    """Each point's name beside it, at the first place where it covers neither a point nor another name."""
+    axes.get_figure().draw_without_rendering()
+    points = [axes.transData.transform((r.peak_extra_bytes, r.ratio[0])) for r in rows]
+    boxes = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in points]
+    for row in rows:
+        for place in places:
+            right, _ = place
+            text = axes.annotate(label(row), (row.peak_extra_bytes, row.ratio[0]), xytext=place, fontsize=8,
+                                 textcoords="offset points", color=_paint(row)["color"], va="center",
+                                 ha="center" if not right else "left" if right > 0 else "right")  # fmt: skip
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in boxes) or place == places[-1]:
+                boxes.append(box)
+                break
+            text.remove()
 
 
 def _budget(canvas: Canvas, rows: list[Row]) -> None:
@@ -127,7 +150,7 @@ def _budget(canvas: Canvas, rows: list[Row]) -> None:
     timed = [r for r in rows if r.ratio and r.peak_extra_bytes]
     ours = sorted((r for r in timed if r.budget_bytes is not None), key=lambda r: r.budget_bytes)
     axes.plot([r.peak_extra_bytes for r in ours], [r.ratio[0] for r in ours], color=COLOURS["ours"], lw=1.2)
-    _scatter(axes, timed, f"{rows[0].dtype}, T={rows[0].T:,}, V={rows[0].V:,}, D={rows[0].D:,}")
+    _scatter(axes, timed, f"{rows[0].dtype}, T={rows[0].T:,}, V={rows[0].V:,}, D={rows[0].D:,}", PLACES[2:])
 
 
 # --- as rows grow -----------------------------------------------------------------------------------------------------
@@ -153,7 +176,7 @@ def _growth(canvas: Canvas, rows: list[Row]) -> None:
         memory.axhline(limit, color=COLOURS["eager"], ls="--", lw=1)
         memory.annotate(f"all of the machine's memory, {size(limit)}", (min(r.T for r in rows), limit), xytext=(0, 4),
                         textcoords="offset points", fontsize=8, color=COLOURS["eager"])  # fmt: skip
-    canvas.legend(ncols=7)
+    canvas.legend(loc="outside right upper")
 
 
 def _wall(axes: Axes, rows: list[Row]) -> None:
@@ -161,8 +184,8 @@ def _wall(axes: Axes, rows: list[Row]) -> None:
     stopped = sorted(r.T for r in rows if r.provider == "eager" and (r.note or "").startswith("out of memory"))
     if stopped:
         axes.axvline(stopped[0], color=COLOURS["eager"], lw=1, ls=":")
-        axes.text(stopped[0], 0.02, "eager: out of memory ", color=COLOURS["eager"], rotation=90, fontsize=8,
-                  ha="right", va="bottom", transform=axes.get_xaxis_transform())  # fmt: skip
+        axes.text(stopped[0], 0.45, "eager: out of memory ", color=COLOURS["eager"], rotation=90, fontsize=8,
+                  ha="right", va="center", transform=axes.get_xaxis_transform())  # fmt: skip
 
 
 # --- a line per shape -------------------------------------------------------------------------------------------------
@@ -179,7 +202,7 @@ def _percentages(canvas: Canvas, rows: list[Row]) -> None:
     axes.set(xlabel="percent of the floor's speed (right is better)", xlim=(0, None))
     axes.set_yticks(range(len(shapes)), shapes)
     axes.invert_yaxis()
-    canvas.legend(ncols=7)
+    canvas.legend(loc="outside right upper")
 
 
 def _place(row: Row) -> str:
@@ -188,14 +211,21 @@ def _place(row: Row) -> str:
 
 def _errors(canvas: Canvas, rows: list[Row]) -> None:
     dtypes = sorted({r.dtype for r in rows}, reverse=True)
-    everyone = list(_by_label(rows))
+    groups = {name: [r for r in rows if _who(r) == name] for name in dict.fromkeys(map(_who, rows))}
     for axes, dtype in zip(canvas.subplots(1, len(dtypes), squeeze=False, sharey=True)[0], dtypes, strict=True):
-        for name, mine in _by_label(r for r in rows if r.dtype == dtype).items():
-            errors = [r.error for r in mine]
-            axes.plot(errors, [everyone.index(name)] * len(errors), ls="", alpha=0.7, **_paint(mine[0]))
-        axes.set(xscale="log", title=dtype, xlabel="relative error against float64, worst of loss and gradients")
-        axes.set_yticks(range(len(everyone)), everyone)
+        for place, mine in enumerate(groups.values()):
+            errors = [r.error for r in mine if r.dtype == dtype]
+            axes.plot(errors, [place] * len(errors), ls="", alpha=0.6, color=_paint(mine[0])["color"], marker="o")
+        worst = [r.error for r in rows if r.dtype == dtype]
+        low, high = 10 ** math.floor(math.log10(min(worst))), 10 ** math.ceil(math.log10(max(worst)))
+        axes.set(xscale="log", xlim=(low, high), title=dtype, xlabel="relative error, worst of loss and gradients")
+        axes.xaxis.set_minor_formatter(lambda x, _: "")
+        axes.set_yticks(range(len(groups)), groups)
     axes.invert_yaxis()
+
+
+def _who(row: Row) -> str:
+    return row.provider + (" *" if row.partial else "")
 
 
 # --- accuracy against drift -------------------------------------------------------------------------------------------
@@ -214,7 +244,7 @@ def _drift(canvas: Canvas, rows: list[Row]) -> None:
             axes.axhline(1.0, color=COLOURS["floor"], ls="--", lw=1)
             axes.set(xscale="log", yscale="log", title=f"{what}, {dtype}", ylabel="relative error")
         column[-1].set_xlabel("KL per token between policy and reference (nats)")
-    canvas.legend(ncols=6)
+    canvas.legend(loc="outside right upper")
 
 
 # --- whole steps ------------------------------------------------------------------------------------------------------
@@ -226,8 +256,8 @@ def _steps(canvas: Canvas, rows: list[Row]) -> None:
     panels: Sequence[tuple[str, list[Row], Callable[[Row], float], Callable[[float], str]]] = (
         ("seconds per step", timed, lambda r: r.seconds[0], lambda x: f"{x:.2f} s"),
         ("peak memory of the step", timed, lambda r: r.peak_extra_bytes or 0, lambda x: size(int(x))),
-        (f"tokens of a step that fits in {size(contexts[0].limit_bytes) if contexts else '-'}", contexts,
-         lambda r: r.T, lambda x: f"{x:,.0f}"),
+        (f"longest context in {contexts[0].limit_bytes / 1e9:g} GB" if contexts else "", contexts, context,
+         lambda x: f"{x:,.0f} tokens"),
     )  # fmt: skip
     for axes, (title, mine, value, text) in zip(canvas.subplots(1, 3), panels, strict=True):
         names, values = [label(r) for r in mine], [value(r) for r in mine]
@@ -276,7 +306,7 @@ FIGURES = (
             _family("budget"), _budget),
     Drawing("errors", "Error against float64",
             "Of each provider at each shape, the worst of the loss's and the gradients' relative errors.",
-            (9.5, 4.0), lambda r: r.error is not None and r.drift is None, _errors),
+            (9.5, 4.0), lambda r: bool(r.error) and r.drift is None, _errors),
     Drawing("drift", "Accuracy as the policy drifts from the reference",
             "Runs start at the left. Above the dashed line the error is larger than the thing itself; errors below "
             "1e-9 are drawn there.", (9.5, 6.4), lambda r: r.drift is not None, _drift),

@@ -13,6 +13,7 @@ from ..rows import Row, Spread
 from ..shapes import SHAPES, Shape
 
 BUSY = 0.1  # cores; above it times say more about the neighbours
+PRODUCT = "gemm"  # what the campaign on a GPU compares with: one product, not the floor's four
 LESS = "computes less: log-probabilities, no KL"
 
 
@@ -56,11 +57,12 @@ def _speed(rows: list[Row]) -> Table:
     first = rows[0]
     asks = f": {SHAPES[first.shape].asks}" if first.shape in SHAPES else ""
     title = f"{first.shape} (T={first.T:,}, V={first.V:,}, D={first.D:,}){asks}"
+    unit = "one product" if any(row.provider == PRODUCT for row in rows) else "floor"
     columns: dict[str, Callable[[Row], str]] = {
         "dtype": lambda row: row.dtype,
         "provider": label,
-        "time / floor (p20-p80)": lambda row: _spread(row.ratio, 1.0, 2) if row.ratio else _why(row),
-        "of floor": lambda row: f"{100 / row.ratio[0]:.0f} %" if row.ratio else "-",
+        f"time / {unit} (p20-p80)": lambda row: _spread(row.ratio, 1.0, 2) if row.ratio else _why(row),
+        "of floor": lambda row: f"{100 / row.ratio[0]:.0f} %" if row.ratio and unit == "floor" else "-",
         "G": lambda row: f"{units:.1f}" if (units := in_gemms(row)) else "-",
         "time (p20-p80)": lambda row: _time(row.seconds),
         "forward": lambda row: _time(row.forward, spread=False),
@@ -88,11 +90,10 @@ def _drift(rows: list[Row]) -> Table:
 def _steps(rows: list[Row]) -> Table:
     """A context's length is what was found, so the two kinds of rows share columns but not what T means."""
 
-    def context(row: Row) -> str:
+    def longest(row: Row) -> str:
         if row.limit_bytes is None:
             return "-"
-        sequences = 2 * step.SIZES[row.shape.split(" ", 1)[1]].pairs
-        return f"{row.T // sequences:,} tokens in {size(row.limit_bytes)}" if row.T else _why(row)
+        return f"{context(row):,} tokens in {size(row.limit_bytes)}" if row.T else _why(row)
 
     columns: dict[str, Callable[[Row], str]] = {
         "what": lambda row: row.shape,
@@ -100,10 +101,15 @@ def _steps(rows: list[Row]) -> Table:
         "tokens": lambda row: f"{row.T:,}",
         "step (p20-p80)": lambda row: _time(row.seconds) if row.seconds else _why(row),
         "extra memory": lambda row: size(row.peak_extra_bytes),
-        "longest context": context,
+        "longest context": longest,
     }
     title = "a whole training step: two models, the loss, backward, AdamW"
     return _table(title, columns, rows, [*_conditions(rows), *_warning(rows)])
+
+
+def context(row: Row) -> int:
+    """Tokens of each sequence of a step's batch."""
+    return row.T // (2 * step.SIZES[row.shape.split(" ", 1)[1]].pairs)
 
 
 def _table(title: str, columns: dict[str, Callable[[Row], str]], rows: list[Row], notes: list[str]) -> Table:
@@ -161,12 +167,12 @@ def size(count: int | None) -> str:
 def _conditions(rows: list[Row]) -> list[str]:
     """One line for each set of conditions among the rows."""
     return [
-        f"{where(c)}, {c.date[:10]}, {rounds} rounds. Extra memory: above inputs and gradients."
+        f"{_place(c)}, {c.date[:10]}, {rounds} rounds. Extra memory: above inputs and gradients."
         for c, rounds in dict.fromkeys((row.conditions, row.rounds) for row in rows)
     ]
 
 
-def where(c: Conditions) -> str:
+def _place(c: Conditions) -> str:
     packages = f", {c.packages}" if c.packages else ""
     commit = f"commit {c.commit}{' + changes' if c.dirty else ''}"
     return f"{c.device}, {c.threads} threads, torch {c.torch}, Python {c.python}{packages}, {commit}"
