@@ -75,10 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from . import report
+    from .report.build import write  # needs matplotlib, which measuring does not
 
     files = [options.out] if options.out else sorted(rows.FOLDER.glob("*.jsonl"))
-    for path in report.write({path.stem: rows.together(rows.load(path)) for path in files}, options.to):
+    for path in write({path.stem: rows.together(rows.load(path)) for path in files}, options.to):
         print(path)
     return 0
 

@@ -104,9 +104,12 @@ def context_name(name: str) -> str:
 def _longest(name: str, provider: str, peak: int | None, device: torch.device, same: dict) -> Row:
     """The longest of sequences whose step was measured to stay within the limit. T is what it says."""
     size = SIZES[name]
-    found = (
-        None if peak is None else search(lambda n: peak_of(name, provider, n, device), size.length, peak, size.limit)
-    )
+    measured = {size.length: peak}  # already
+
+    def peak_at(length: int) -> int:
+        return measured.get(length) or peak_of(name, provider, length, device)
+
+    found = None if peak is None else search(peak_at, size.length, size.limit)
     length, held = found or (0, None)
     note = None if found else "no context was found to fit"
     facts = dict(limit_bytes=size.limit, peak_extra_bytes=held, note=note)

@@ -217,7 +217,7 @@ def _errors(canvas: Canvas, rows: list[Row]) -> None:
             errors = [r.error for r in mine if r.dtype == dtype]
             axes.plot(errors, [place] * len(errors), ls="", alpha=0.6, color=_paint(mine[0])["color"], marker="o")
         worst = [r.error for r in rows if r.dtype == dtype]
-        low, high = 10 ** math.floor(math.log10(min(worst))), 10 ** math.ceil(math.log10(max(worst)))
+        low, high = 10 ** math.floor(math.log10(min(worst))), 10 ** (math.floor(math.log10(max(worst))) + 1)
         axes.set(xscale="log", xlim=(low, high), title=dtype, xlabel="relative error, worst of loss and gradients")
         axes.xaxis.set_minor_formatter(lambda x, _: "")
         axes.set_yticks(range(len(groups)), groups)

@@ -95,7 +95,7 @@ def test_settings_do_what_they_say():
     )
     assert (prompts.labels == IGNORE).float().mean() == 0.75 and replace(base, valid=0.25).rows == 16
     assert (prompts.packed(prompts.labels) != IGNORE).all() and len(prompts.packed(prompts.hidden)) == 16
-    assert float((peaked.hidden @ peaked.weight.T).std()) == pytest.approx(8, rel=0.2)
+    assert float((peaked.hidden @ peaked.weight.T).detach().std()) == pytest.approx(8, rel=0.2)
     frozen, one = (
         make_problem(replace(base, trainable=False), "float32"),
         make_problem(replace(base, one_head=True), "float32"),
@@ -119,7 +119,8 @@ def test_every_model_has_a_cut_for_a_cpu():
 def test_who_cannot_run_says_why_and_is_not_timed(name):
     floor, absent = run_tiny(["floor", name])
     assert floor.seconds and not absent.seconds and not absent.red
-    assert absent.note.startswith("skipped: ") and ("CUDA" in absent.note or "installed" in absent.note)
+    assert absent.note.startswith("skipped: ")
+    assert any(reason in absent.note for reason in ("CUDA", "not installed", "no compiler for cpu"))
 
 
 def test_what_needs_more_memory_than_there_is_is_not_tried(monkeypatch):
@@ -129,12 +130,12 @@ def test_what_needs_more_memory_than_there_is_is_not_tried(monkeypatch):
 
 
 def test_a_step_that_dies_in_its_own_process_is_not_tried_in_ours(monkeypatch):
-    monkeypatch.setattr(memory.sys, "executable", "false")
+    python = sys.executable
+    monkeypatch.setattr(sys, "executable", "false")
     _, row = run_tiny(["floor", "eager"])
     assert row.red and "exit 1" in row.note and row.seconds is None
     script = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    monkeypatch.setattr(memory.subprocess, "run", _instead([sys.executable, "-c", script], memory.subprocess.run))
-    monkeypatch.setattr(memory.sys, "executable", sys.executable)
+    monkeypatch.setattr(memory.subprocess, "run", _instead([python, "-c", script], memory.subprocess.run))
     _, row = run_tiny(["floor", "eager"])
     assert not row.red and row.note.startswith("out of memory: exit -9")
 
@@ -245,14 +246,21 @@ def test_the_table_says_who_does_less_and_who_was_disturbed():
     assert conditions().torch in shown and conditions().commit in shown
 
 
+@pytest.fixture
+def swift(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No processes for memory, no large products for ceilings: both have tests of their own."""
+    monkeypatch.setattr(memory, "peak_extra", lambda *_: 10**6)
+    monkeypatch.setattr(step, "peak_of", lambda *_: 10**6)
+    monkeypatch.setattr(roof, "measure", lambda *_: CEILING)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 QUICK = ["--quick", "--parts", "speed", "--dtypes", "float32", "--rounds", "2"]
 
 
-def test_quick_measures_saves_and_resumes(tmp_path, capsys, monkeypatch):
+def test_quick_measures_saves_and_resumes(swift, tmp_path, capsys, monkeypatch):
     out, places = tmp_path / "rows.jsonl", iter([False, False, True])
-    monkeypatch.setattr(memory, "peak_extra", lambda *_: 10**6)
     real, where = running.run, replace(conditions(), dirty=False)
     done = []
     monkeypatch.setattr(command, "run", lambda *a: done.append(a[0].name) or real(*a))
@@ -275,17 +283,14 @@ def test_a_changed_checkout_is_measured_again(tmp_path):
         assert command._left([job], tmp_path / "rows.jsonl", elsewhere) == [job]
 
 
-def test_no_save_saves_nothing(tmp_path, monkeypatch):
+def test_no_save_saves_nothing(swift, tmp_path):
     out = tmp_path / "rows.jsonl"
-    monkeypatch.setattr(memory, "peak_extra", lambda *_: 10**6)
     assert command.main([*QUICK, "--no-save", "--providers", "eager", "--out", str(out)]) == 0
     assert not out.exists()
 
 
-def test_keys_of_a_plan_are_those_of_its_rows(monkeypatch):
+def test_keys_of_a_plan_are_those_of_its_rows(swift):
     """Or `--resume` would never find anything done."""
-    monkeypatch.setattr(memory, "peak_extra", lambda *_: 10**6)
-    monkeypatch.setattr(step, "peak_of", lambda *_: 10**6)
     options = command.parser().parse_args(
         ["--quick", "--rounds", "1", "--dtypes", "float32", "--providers", "eager,liger"]
     )
@@ -405,11 +410,10 @@ def test_the_report_stands_alone_and_says_what_was_not_measured(measured, tmp_pa
 
 
 def test_where_a_gpu_has_measured_the_report_does_not_say_otherwise(tmp_path):
-    from bench import report
+    pytest.importorskip("matplotlib")
+    from bench.report.build import write
 
-    report.write(
-        {"cpu": [], "nvidia-h200": [made_up(provider="gemm", budget_bytes=None, ratio=(1.0, 1.0, 1.0))]}, tmp_path
-    )
+    write({"cpu": [], "nvidia-h200": [made_up(provider="gemm", budget_bytes=None, ratio=(1.0, 1.0, 1.0))]}, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "Not yet measured" not in text and "time / one product" in text and "of floor" not in text
 
