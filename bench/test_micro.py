@@ -31,4 +31,4 @@ def test_forward(benchmark, step: Step):
 
 
 def test_backward(benchmark, step: Step):
-    benchmark.pedantic(step.backward, lambda: ((step.forward(),), {}), rounds=SHAPE.rounds, warmup_rounds=2)
+    benchmark.pedantic(step.backward, setup=lambda: ((step.forward(),), {}), rounds=SHAPE.rounds, warmup_rounds=2)
