@@ -1,5 +1,17 @@
-"""Speed, memory and correctness of a TDPO step, measured beside the four matrix products it cannot do without.
+"""Speed, memory and accuracy of TDPO, against everyone, beside the matrix products that it cannot do without.
 
-``python -m bench`` measures, ``python -m bench report`` prints what was measured last as Markdown. Read `shapes.py` for
-what is measured, `providers/` for against what, and `gate.py`, `memory.py` and `measure.py` for how.
+``python -m bench`` measures, ``python -m bench report`` makes tables, figures and a page of what was measured last, and
+``pytest bench/ --benchmark-only`` times one step for comparison across commits. To read:
+
+====================  ==================================================================================
+`shapes`, `problem`   what is measured: sizes of real models, and the inputs everybody is given
+`providers/`          against whom, a file each; who cannot run says why
+`gate`                nothing wrong is timed
+`run`                 one shape: gate, memory, time; with `measure`, `memory`, `energy`, `roofline`
+`drift`               accuracy as the policy drifts away from the reference
+`step`                whole training steps, and the longest context that fits
+`rows`, `conditions`  what is kept in `results/`, and under what conditions it was measured
+`report/`             rows as tables, figures and a page
+`gpu/`                the campaign on a GPU
+====================  ==================================================================================
 """

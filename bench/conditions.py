@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE_KIND = "cpu"  # names the results file
+PACKAGES = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
+CHANGING = {"commit": "", "dirty": False, "date": "", "fingerprint": ""}  # what is not the environment
 
 
 @dataclass(frozen=True)
@@ -25,19 +28,49 @@ class Conditions:
     commit: str
     dirty: bool
     date: str  # UTC
+    system: str = ""
+    cores: int | None = None
+    memory_bytes: int | None = None  # of the device
+    driver: str = ""
+    packages: str = ""
+    fingerprint: str = ""  # of everything above but commit and date: equal means the same environment
 
 
-def conditions() -> Conditions:
+def conditions(device: torch.device | str = "cpu") -> Conditions:
     """Call it once per run: everything measured together shares them."""
-    return Conditions(
-        device=cpu_model(),
+    device = torch.device(device)
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    found = Conditions(
+        device=properties.name if properties else cpu_model(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         python=platform.python_version(),
         commit=_git("rev-parse", "--short=12", "HEAD") or "unknown",
         dirty=bool(_git("status", "--porcelain", "--", "tdpo_kernels", "bench/*.py")),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        system=f"{platform.system()} {platform.machine()}",
+        cores=os.cpu_count(),
+        memory_bytes=properties.total_memory if properties else _main_memory(),
+        driver=f"CUDA {torch.version.cuda}" if properties else "",
+        packages=", ".join(f"{name} {at}" for name in PACKAGES if (at := _version(name))),
     )
+    return replace(found, fingerprint=_fingerprint(found))
+
+
+def _fingerprint(found: Conditions) -> str:
+    return hashlib.sha256(repr(sorted((asdict(found) | CHANGING).items())).encode()).hexdigest()[:12]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _main_memory() -> int | None:
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    return os.sysconf(names[0]) * os.sysconf(names[1]) if set(names) <= set(os.sysconf_names) else None
 
 
 def cpu_model() -> str:

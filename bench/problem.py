@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,40 +10,65 @@ from torch import Tensor
 from .shapes import Shape
 
 BETA, ALPHA = 0.1, 0.5
+IGNORE = -100
+PEAKED = 8.0
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """TDPO2, trainable head, frozen reference with a head of its own, every label valid and already shifted."""
+    """TDPO2 with a frozen reference; labels already shifted."""
 
     hidden: Tensor  # (2P, L, D), a leaf that wants a gradient
-    weight: Tensor  # (V, D), likewise
+    weight: Tensor  # (V, D), likewise unless the head is frozen
     ref_hidden: Tensor
     ref_weight: Tensor
-    labels: Tensor  # (2P, L)
+    labels: Tensor  # (2P, L), IGNORE on prompts
+    softcap: float | None = None
+    prompt: int = 0  # so many tokens at the beginning of every sequence do not count
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
-    def gradients(self) -> dict[str, Tensor]:
-        return {"hidden": self.hidden.grad, "weight": self.weight.grad}
+    def gradients(self) -> dict[str, Tensor | None]:
+        wanted = {"hidden": self.hidden, "weight": self.weight}
+        return {name: x.grad for name, x in wanted.items() if x.requires_grad}
 
     def double(self) -> Problem:
         """The same numbers in float64, for the gate."""
-        hidden, weight = (x.detach().double().requires_grad_() for x in (self.hidden, self.weight))
-        return Problem(hidden, weight, self.ref_hidden.double(), self.ref_weight.double(), self.labels)
+        hidden, weight = (x.detach().double().requires_grad_(x.requires_grad) for x in (self.hidden, self.weight))
+        ref_weight = weight.detach() if self.one_head else self.ref_weight.double()
+        return replace(self, hidden=hidden, weight=weight, ref_hidden=self.ref_hidden.double(), ref_weight=ref_weight)
+
+    @property
+    def one_head(self) -> bool:
+        return self.ref_weight.data_ptr() == self.weight.data_ptr()
+
+    def packed(self, x: Tensor) -> Tensor:
+        """``(2P, L, ...)`` as the rows that count, ``(T, ...)``: as many of each sequence."""
+        return x[:, self.prompt :].flatten(0, 1)
 
 
-def make_problem(shape: Shape, dtype: str, seed: int = 0) -> Problem:
-    """Logits of unit variance, and a reference as near as in training: a KL of about 0.01 nats per token."""
-    generator = torch.Generator().manual_seed(seed)
+def make_problem(
+    shape: Shape, dtype: str, device: torch.device | str = "cpu", trainable: bool | None = None, seed: int = 0
+) -> Problem:
+    """Logits of unit variance, and a reference as near as in training: a KL of about 0.01 nats per token.
+
+    Args:
+        trainable: whether the head is; None: as the shape says.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, scale: float) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=getattr(torch, dtype)).mul_(scale)
+        return torch.randn(*size, generator=generator, dtype=getattr(torch, dtype), device=device).mul_(scale)
 
-    tokens = (2 * shape.pairs, shape.T // (2 * shape.pairs))
-    hidden, weight = normal(*tokens, shape.D, scale=1.0), normal(shape.V, shape.D, scale=shape.D**-0.5)
+    length, spread = shape.T // (2 * shape.pairs), (PEAKED if shape.peaked else 1.0) * shape.D**-0.5
+    tokens = (2 * shape.pairs, length)
+    hidden, weight = normal(*tokens, shape.D, scale=1.0), normal(shape.V, shape.D, scale=spread)
     ref_hidden = normal(*tokens, shape.D, scale=0.1).add_(hidden)
-    ref_weight = normal(shape.V, shape.D, scale=0.1 * shape.D**-0.5).add_(weight)
-    labels = torch.randint(shape.V, tokens, generator=generator)
-    return Problem(hidden.requires_grad_(), weight.requires_grad_(), ref_hidden, ref_weight, labels)
+    ref_weight = weight if shape.one_head else normal(shape.V, shape.D, scale=0.1 * spread).add_(weight)
+    labels = torch.randint(shape.V, tokens, generator=generator, device=device)
+    prompt = length - round(shape.valid * length)
+    labels[:, :prompt] = IGNORE
+    trainable = shape.trainable if trainable is None else trainable
+    weight_leaf = weight.detach().requires_grad_(trainable)  # of the same memory: a frozen reference may share it
+    return Problem(hidden.requires_grad_(), weight_leaf, ref_hidden, ref_weight, labels, shape.softcap, prompt)

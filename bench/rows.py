@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .conditions import DEVICE_KIND, Conditions
+from .conditions import Conditions
 
-RESULTS = Path(__file__).resolve().parent / "results" / f"{DEVICE_KIND}.jsonl"
+FOLDER = Path(__file__).resolve().parent / "results"
+CPU = FOLDER / "cpu.jsonl"
 Spread = tuple[float, float, float]  # median, p20, p80
+SPREADS = ("seconds", "ratio", "forward", "backward", "joules")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one shape and dtype. Without `seconds` it was not timed, and `note` says why."""
+    """One contender at one shape and dtype. Without `seconds` it was not timed, and `note` says why.
+
+    Rows of the accuracy study have `drift`, of a whole training step `limit_bytes` where T is the longest context.
+    """
 
     shape: str
     T: int
@@ -26,17 +32,34 @@ class Row:
     budget_bytes: int | None
     rounds: int
     conditions: Conditions
-    seconds: Spread | None = None
+    seconds: Spread | None = None  # forward and backward
     ratio: Spread | None = None  # to the floor, round by round
     peak_extra_bytes: int | None = None  # above inputs and gradients
     error: float | None = None  # against float64, relative
     busy_cores: float | None = None  # taken by other processes while it was timed
     red: bool = False
     note: str | None = None
+    forward: Spread | None = None
+    backward: Spread | None = None
+    joules: Spread | None = None
+    ceiling: tuple[float, float] | None = None  # flops and bytes a second, measured in the same run
+    cache: str = "hot"  # or "cold": emptied before every call
+    partial: bool = False  # computes less than TDPO
+    rows: int | None = None  # tokens that count; None: all T
+    trainable: bool = True
+    drift: float | None = None  # KL per token between the models, in nats
+    kl_error: float | None = None  # of the KL, relative; `error` is then its gradient's
+    limit_bytes: int | None = None
 
     @property
-    def key(self) -> tuple[str, str, str, int | None]:
-        return self.shape, self.dtype, self.provider, self.budget_bytes
+    def key(self) -> tuple:
+        T = self.T if self.limit_bytes is None else None  # which is then what was found out
+        return self.shape, T, self.dtype, self.provider, self.budget_bytes, self.cache
+
+
+def file_of(device: str) -> Path:
+    """Where rows of a device, by its name, are kept: every CPU's in one file."""
+    return CPU if device == "cpu" else FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -51,11 +74,19 @@ def load(path: Path) -> list[Row]:
 
 
 def _row(data: dict) -> Row:
-    for name in ("seconds", "ratio"):
-        data[name] = None if data[name] is None else tuple(data[name])
+    for name in (*SPREADS, "ceiling"):
+        data[name] = None if data.get(name) is None else tuple(data[name])
     return Row(**data | {"conditions": Conditions(**data["conditions"])})
 
 
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each key, in the order the keys first appeared."""
-    return list({row.key: row for row in rows}.values())
+def together(rows: Iterable[Row]) -> list[Row]:
+    """Of each shape and dtype the newest run, in the order shapes first appeared. Only what was measured together,
+    round by round, is shown together."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.shape, row.dtype), []).append(row)
+    kept = []
+    for group in groups.values():
+        newest = max(row.conditions.date for row in group)
+        kept += {row.key: row for row in group if row.conditions.date == newest}.values()
+    return kept

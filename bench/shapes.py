@@ -1,16 +1,46 @@
-"""What is measured: sizes by name, and for each the dtypes, contenders and rounds that answer its question."""
+"""What is measured: sizes by name, and for each the dtypes, contenders and rounds that answer its question.
+
+Sizes are those of real models (`MODELS`). A CPU is given a cut of them, ``<model>/<n>``: V and D divided by n, so that
+V / D, which decides how much the vocabulary costs, stays the model's.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-EVERYONE = ("floor", "floor-out", "eager", "compiled", "ours@all", "ours@300MB", "ours@0")
-NO_COMPILER = ("floor", "eager", "ours@all", "ours@0")
+
+class Model(NamedTuple):
+    V: int
+    D: int
+    cut: int  # what a CPU gets is this much smaller
+    softcap: float | None = None
+
+
+MODELS = {
+    "gpt2": Model(50257, 768, 4),
+    "pythia-2.8b": Model(50304, 2560, 4),  # the paper's
+    "llama-3.2-1b": Model(128256, 2048, 8),
+    "llama-3.1-8b": Model(128256, 4096, 8),
+    "qwen2.5-0.5b": Model(151936, 896, 4),
+    "qwen3-8b": Model(151936, 4096, 8),
+    "gemma-2-2b": Model(256000, 2304, 8, softcap=30.0),
+    "gemma-3-1b": Model(262144, 1152, 8),
+    "mistral-7b": Model(32768, 4096, 8),
+}
+
+OURS = ("ours@all", "ours@0")
+EVERYONE = ("floor", "eager", "compiled", "trl", "liger", "cce", "linear_ce", *OURS)
+FULL = ("floor", "eager", "trl", "linear_ce", *OURS)  # what runs on a CPU, but for the compiler's minutes
+WHOLE = ("floor", "eager", "trl", *OURS)  # of those, who computes all of it
+LEAN = ("floor", *OURS)
+BUDGETS = ("floor", "eager", "ours@0", "ours@32MB", "ours@64MB", "ours@128MB", "ours@all")
+KERNELS = ("fused@0", "fused@all", "tiled@0", "tiled@all")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """T valid tokens in 2 * pairs sequences of one length, V words, D features, the same for policy and reference."""
+    """T tokens in 2 * pairs sequences of one length, V words, D features, the same for policy and reference."""
 
     name: str
     T: int
@@ -22,19 +52,77 @@ class Shape:
     dtypes: tuple[str, ...] = ("float32",)
     pairs: int = 2
     calls: int = 1  # timed calls per round, where one is too short for the clock
+    valid: float = 1.0  # of each sequence's tokens; the others are a prompt, and masked
+    trainable: bool = True  # the policy's head; False: frozen
+    one_head: bool = False  # the reference has the policy's head
+    peaked: bool = False  # logits of standard deviation 8, not 1
+    softcap: float | None = None
+    family: str = ""  # chosen by `--shapes` like a name, and one figure of the report
+    device: str = "cpu"  # where it is measured unless asked for by name
+
+    @property
+    def rows(self) -> int:
+        """Tokens that count."""
+        return 2 * self.pairs * round(self.valid * (self.T // (2 * self.pairs)))
 
 
+def _models() -> list[Shape]:
+    cuts, whole = [], []
+    for name, (V, D, cut, softcap) in MODELS.items():
+        common = dict(softcap=softcap, family="models")
+        asks = f"{name}'s head, V and D divided by {cut}"
+        cuts.append(Shape(f"{name}/{cut}", 512, V // cut, D // cut, asks, WHOLE, 3, **common))
+        everyone, bf16 = EVERYONE + KERNELS, ("bfloat16",)
+        whole.append(Shape(name, 8192, V, D, f"{name}'s head", everyone, 10, bf16, device="cuda", **common))
+    return cuts + whole
+
+
+def _rows() -> list[Shape]:
+    V, D, cut, _ = MODELS["llama-3.1-8b"]
+    cpu = ((256, FULL, 7), (1024, FULL, 5), (4096, FULL, 3), (16384, ("floor", "eager", *OURS), 2),
+           (131072, ("floor", "eager", "ours@0"), 1))  # fmt: skip
+    shapes = [
+        Shape(f"rows-{T}", T, V // 16, D // 16, "llama-3.1-8b/16 as rows grow", who, rounds, family="rows")
+        for T, who, rounds in cpu
+    ]
+    for T in (256, 1024, 4096, 16384, 65536, 131072):
+        who = ("floor", "eager", "trl", "liger", "cce", "linear_ce", *OURS)
+        name, asks = f"gpu-rows-{T}", "llama-3.1-8b as rows grow"
+        shapes.append(Shape(name, T, V, D, asks, who, 5, ("bfloat16",), family="rows", device="cuda"))
+    return shapes
+
+
+def _settings() -> list[Shape]:
+    """One size, one condition changed at a time."""
+    changed = {
+        "plain": ("everything as elsewhere", {}),
+        "prompts": ("three tokens of four are a prompt", {"valid": 0.25}),
+        "frozen": ("a frozen head", {"trainable": False}),
+        "one-head": ("the reference has the policy's head", {"one_head": True}),
+        "peaked": ("logits of standard deviation 8", {"peaked": True}),
+    }
+    V, D, _, _ = MODELS["llama-3.1-8b"]
+    who = ("floor", "eager", "linear_ce", *OURS)
+    return [
+        Shape(name, 2048, V // 16, D // 16, f"llama-3.1-8b/16, {asks}", who, 3, family="settings", **how)
+        for name, (asks, how) in changed.items()
+    ]
+
+
+_V, _D = MODELS["llama-3.1-8b"].V // 16, MODELS["llama-3.1-8b"].D // 16
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("cpu-32k", 2048, 32000, 1024, "time and memory against eager and compiled, at three budgets", EVERYONE, 7,
-              ("float32", "bfloat16")),
-        Shape("cpu-152k", 1024, 151936, 896, "a large vocabulary, staged and not", ("floor", "ours@all", "ours@0"), 5),
-        Shape("long-1k", 1024, 32000, 256, "long-16k's memory, a sixteenth of its time", ("floor", "ours@0"), 7),
-        Shape("long-16k", 16384, 32000, 256, "long-1k's memory, 16 times its time", ("floor", "ours@0"), 3),
-        Shape("small", 64, 1000, 64, "overhead per call against eager", NO_COMPILER, 50, calls=10),
-        Shape("tiny", 32, 500, 32, "does the benchmark itself work", NO_COMPILER, 5, calls=5),
+        Shape("cpu-32k", 2048, 32000, 1024, "time and memory against everyone", EVERYONE + ("ours@300MB", "fused@0"), 3,
+              ("float32", "bfloat16"), family="anchor"),
+        Shape("cpu-152k", 256, 151936, 896, "Qwen2.5-0.5B's whole head, few rows", LEAN, 3, family="anchor"),
+        *_models(),
+        *_rows(),
+        *_settings(),
+        Shape("budget", 4096, _V, _D, "llama-3.1-8b/16, time against memory", BUDGETS, 4, family="budget"),
+        Shape("small", 64, 1000, 64, "overhead per call", ("floor", "eager", *OURS), 50, calls=10, family="small"),
+        Shape("tiny", 32, 500, 32, "does the benchmark itself work", ("floor", "eager", "trl", "linear_ce", *OURS), 5,
+              ("float32", "bfloat16"), calls=5, family="quick", device=""),
     )
 }  # fmt: skip
 QUICK = ("tiny",)
-FULL = tuple(name for name in SHAPES if name not in QUICK)

@@ -21,7 +21,6 @@ from tdpo_kernels.verify import DTYPES
 
 from ..conditions import cpu_model
 from ..problem import Problem
-from ..shapes import Shape
 from .plan import Facts
 
 Step = Callable[[], object]
@@ -163,21 +162,6 @@ def every_backend() -> list[str]:
 def lacks(device: Device, backend: str, dtype: str) -> bool:
     """Whether the backend takes no such inputs here; `dtype` is torch's name or `verify`'s."""
     return bool(backends.lacks(backend, device.torch, DTYPES.get(dtype) or getattr(torch, dtype)))
-
-
-def make_problem(shape: Shape, dtype: str, device: torch.device, trainable: bool = True, seed: int = 0) -> Problem:
-    """`bench.problem.make_problem`, made on the device: logits of unit variance, a KL of about 0.01 nats a token."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*size: int, scale: float) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=getattr(torch, dtype), device=device).mul_(scale)
-
-    tokens = (2 * shape.pairs, shape.T // (2 * shape.pairs))
-    hidden, weight = normal(*tokens, shape.D, scale=1.0), normal(shape.V, shape.D, scale=shape.D**-0.5)
-    ref_hidden = normal(*tokens, shape.D, scale=0.1).add_(hidden)
-    ref_weight = normal(shape.V, shape.D, scale=0.1 * shape.D**-0.5).add_(weight)
-    labels = torch.randint(shape.V, tokens, generator=generator, device=device)
-    return Problem(hidden.requires_grad_(), weight.requires_grad_(trainable), ref_hidden, ref_weight, labels)
 
 
 def gemm(problem: Problem, rows: int = 8192) -> Step:

@@ -1,36 +1,23 @@
-"""Who is measured. A provider is three things: a name, whether it can run here, and one step of a problem."""
+"""Who is measured, by name. Each has a file of its own; `provider.py` says what one is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from . import cce, compiled, eager, floor, liger, linear_ce, ours, trl
+from .provider import Provider, Step
 
-from torch import Tensor
+__all__ = ["FLOOR", "PROVIDERS", "Provider", "Step"]
 
-from ..problem import Problem
-from . import compiled, eager, floor, ours
-
-Step = Callable[[], Tensor]  # one forward and backward: leaves gradients on the problem, returns the loss
-
-
-class Provider(Protocol):
-    name: str
-
-    def available(self) -> str | None:
-        """None, or why not."""
-        ...
-
-    def make(self, problem: Problem) -> Step: ...
-
-
-PROVIDERS: dict[str, Provider] = {
-    "floor": floor.Floor(),
-    "floor-out": floor.FloorOut(),
-    "eager": eager.Eager(),
-    "compiled": compiled.Compiled(),
-    "ours@all": ours.Ours("all", 2**40),  # more than any shape has to stage
-    "ours@300MB": ours.Ours("300MB", 300 * 10**6),
-    "ours@0": ours.Ours("0", 0),
-}
 FLOOR = "floor"
-FLOORS = ("floor", "floor-out")  # compute nothing that could be right or wrong, or that needs memory
+BUDGETS = {"0": 0, "all": ours.EVERYTHING} | {f"{n}MB": n * ours.MB for n in (32, 64, 128, 192, 256, 300, 512)}
+BACKENDS = {"ours": "auto", "fused": "fused", "tiled": "tiled", "naive": "naive"}
+PROVIDERS: dict[str, Provider] = {
+    FLOOR: floor.PROVIDER,
+    "eager": eager.PROVIDER,
+    "compiled": compiled.PROVIDER,
+    "trl": trl.PROVIDER,
+    "liger": liger.PROVIDER,
+    "cce": cce.PROVIDER,
+    "linear_ce": linear_ce.PROVIDER,
+    **{f"{name}@{label}": ours.provider(backend, budget)
+       for name, backend in BACKENDS.items() for label, budget in BUDGETS.items()},
+}  # fmt: skip

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .eager import tdpo2
+from ..shapes import Shape
+from . import eager
+from .provider import Provider, Step
 
 
-class Compiled:
-    name = "compiled"
+def unavailable(shape: Shape, device: torch.device) -> str:
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "c++")
+    missing = device.type == "cpu" and not any(map(shutil.which, compilers))
+    return f"no C++ compiler (looked for {', '.join(compilers)})" if missing else ""
 
-    def available(self) -> str | None:
-        compilers = (os.environ.get("CXX", "g++"), "clang++", "c++")
-        return None if any(map(shutil.which, compilers)) else f"no C++ compiler (looked for {', '.join(compilers)})"
 
-    def make(self, problem: Problem) -> Callable[[], Tensor]:
-        """Compiles here, for this shape alone: neither compilation nor dynamic shapes are measured."""
-        torch.compiler.reset()
-        function = torch.compile(tdpo2, dynamic=False)
+def make(problem: Problem) -> Step:
+    """Compiles here, for this shape alone: neither compilation nor dynamic shapes are measured."""
+    torch.compiler.reset()
+    function = torch.compile(eager.tdpo2, dynamic=False)
+    function(*eager.tensors(problem)).backward()
+    problem.clear()
+    return Step(lambda: function(*eager.tensors(problem)))
 
-        def step() -> Tensor:
-            loss = function(problem.hidden, problem.weight, problem.ref_hidden, problem.ref_weight, problem.labels)
-            loss.backward()
-            return loss.detach()
 
-        step()
-        problem.clear()
-        return step
+def kl(problem: Problem) -> Tensor:
+    return torch.compile(eager.statistics, dynamic=False)(*eager.tensors(problem))[1]
+
+
+PROVIDER = Provider("tdpo2", unavailable, make, kl, lambda shape: eager.needs(shape) // 2)

@@ -1,60 +1,44 @@
-"""The four matrix products that any exact TDPO step makes. Not a full provider: no softmax, no loss, no gradient."""
+"""The matrix products that any exact TDPO step makes, four of them, three with a frozen head. Not a full provider: no
+softmax, no loss, no gradient. Each returns a new tensor, as `torch.mm` does."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..problem import Problem
+from ..shapes import Shape
+from .provider import Provider, Step, anywhere
+
+ROWS = 16384  # at once: more logits than that nobody needs to hold
 
 
-class Floor:
-    """Whole products in the problem's dtype, each returning a new tensor, as `torch.mm` does."""
+def make(problem: Problem) -> Step:
+    """Over the tokens that count, and no others."""
+    hidden, ref_hidden = (problem.packed(x.detach()) for x in (problem.hidden, problem.ref_hidden))
+    weight, ref_weight = problem.weight.detach(), problem.ref_weight
+    trainable = problem.weight.requires_grad
+    blocks = list(zip(hidden.split(ROWS), ref_hidden.split(ROWS), strict=True))
+    z = [torch.zeros(len(h), len(weight), dtype=h.dtype, device=h.device) for h, _ in blocks[:1]]
 
-    name = "floor"
+    def forward() -> list[Tensor]:
+        for h, h_ref in blocks:
+            torch.mm(h_ref, ref_weight.T)
+            torch.mm(h, weight.T)
+        return z
 
-    def available(self) -> str | None:
-        return None
+    def backward(logits: list[Tensor]) -> None:
+        for h, _ in blocks:
+            dz = logits[0][: len(h)]
+            torch.mm(dz, weight)
+            if trainable:
+                torch.mm(dz.T, h)
 
-    def make(self, problem: Problem) -> Callable[[], Tensor]:
-        h, w, h_ref, w_ref = operands(problem)
-        no_loss = torch.tensor(torch.nan)
-
-        def step() -> Tensor:
-            torch.mm(h_ref, w_ref.T)
-            z = torch.mm(h, w.T)
-            torch.mm(z, w)
-            torch.mm(z.T, h)
-            return no_loss
-
-        return step
-
-
-class FloorOut:
-    """The same into buffers touched beforehand: no page faults either, which no training step is spared."""
-
-    name = "floor-out"
-
-    def available(self) -> str | None:
-        return None
-
-    def make(self, problem: Problem) -> Callable[[], Tensor]:
-        h, w, h_ref, w_ref = operands(problem)
-        z, dh, dw = (x.new_zeros(size) for x, size in ((h, (h.shape[0], w.shape[0])), (h, h.shape), (w, w.shape)))
-        no_loss = torch.tensor(torch.nan)
-
-        def step() -> Tensor:
-            torch.mm(h_ref, w_ref.T, out=z)
-            torch.mm(h, w.T, out=z)
-            torch.mm(z, w, out=dh)
-            torch.mm(z.T, h, out=dw)
-            return no_loss
-
-        return step
+    return Step(forward, backward)
 
 
-def operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, ref_hidden = problem.hidden.detach().flatten(0, 1), problem.ref_hidden.flatten(0, 1)
-    return hidden, problem.weight.detach(), ref_hidden, problem.ref_weight
+def needs(shape: Shape) -> int:
+    return 2 * 4 * min(shape.rows, ROWS) * shape.V
+
+
+PROVIDER = Provider("products", anywhere, make, needs=needs)

@@ -1,37 +1,39 @@
-"""This library, at one memory budget."""
+"""This library, at one memory budget; on the backend that it chooses, or on a named one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
+import torch
 from torch import Tensor
 
-from tdpo_kernels import fused_tdpo_loss
+from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
+from tdpo_kernels.backends import availability
 
-from ..problem import ALPHA, BETA, Problem
+from ..problem import ALPHA, BETA, IGNORE, Problem
+from ..shapes import Shape
+from .provider import Provider, Step
+
+EVERYTHING = 2**40  # more than any shape has to stage
+MB = 10**6
 
 
-@dataclass(frozen=True)
-class Ours:
-    label: str
-    budget: int  # bytes kept from forward to backward
-    backend: str = "tiled"
+def provider(backend: str, budget: int) -> Provider:
+    """`backend`: as `fused_tdpo_loss` takes it."""
+    options = dict(ignore_index=IGNORE, shift=False, backend=backend, memory_budget=budget)
 
-    @property
-    def name(self) -> str:
-        return f"ours@{self.label}"
+    def unavailable(shape: Shape, device: torch.device) -> str:
+        told = availability(device).get(backend, "available")
+        return "" if told.startswith("available") else told.removeprefix("unavailable: ")
 
-    def available(self) -> str | None:
-        return None
+    def make(problem: Problem) -> Step:
+        inputs = _inputs(problem)
+        return Step(lambda: fused_tdpo_loss(*inputs, beta=BETA, alpha=ALPHA, **options).loss)
 
-    def make(self, problem: Problem) -> Callable[[], Tensor]:
-        options = dict(beta=BETA, alpha=ALPHA, shift=False, backend=self.backend, memory_budget=self.budget)
+    def kl(problem: Problem) -> Tensor:
+        return token_stats(*_inputs(problem), **options).kl.sum(-1)
 
-        def step() -> Tensor:
-            p = problem
-            loss = fused_tdpo_loss(p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.labels, **options).loss
-            loss.backward()
-            return loss.detach()
+    return Provider("tdpo2", unavailable, make, kl, budget=budget)
 
-        return step
+
+def _inputs(p: Problem) -> tuple[Tensor, LMHead, Tensor, LMHead, Tensor]:
+    head, ref_head = LMHead(p.weight, softcap=p.softcap), LMHead(p.ref_weight, softcap=p.softcap)
+    return p.hidden, head, p.ref_hidden, ref_head, p.labels

@@ -14,12 +14,13 @@ from ... import tune
 from ...conditions import Conditions, conditions
 from ...gate import LIMITS
 from ...measure import spread
+from ...problem import make_problem
 from ...providers.eager import tdpo2
 from ...rows import Row
 from ...shapes import Shape
 from .. import tables
 from ..contenders import BUDGETS, GEMM, SHAPES, Mode, loss_of, step_of
-from ..device import Device, Step, ask_driver, bytes_of, gemm, lacks, make_problem, runnable, triton_version
+from ..device import Device, Step, ask_driver, bytes_of, gemm, lacks, runnable, triton_version
 from ..plan import Facts, Failed, Item, Settings
 from .tune import described
 

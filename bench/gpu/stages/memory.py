@@ -5,8 +5,9 @@ from __future__ import annotations
 from tdpo_kernels import fused_tdpo_loss
 from tdpo_kernels.backends import slab
 
+from ...problem import make_problem
 from ...shapes import Shape
-from ..device import Device, bytes_of, lacks, make_problem, runnable
+from ..device import Device, bytes_of, lacks, runnable
 from ..plan import Facts, Failed, Item, Settings, Skipped
 
 BUDGETS = {"0": 0, "512 MiB": 512 * 2**20}

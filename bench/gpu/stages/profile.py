@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ...problem import make_problem
 from ..contenders import SHAPES, Mode, loss_of, step_of
-from ..device import Device, lacks, make_problem, runnable
+from ..device import Device, lacks, runnable
 from ..plan import Facts, Item, Settings, Skipped
 
 ROWS = 25

@@ -28,11 +28,12 @@ from tdpo_kernels.tuning.table import Measured
 from tdpo_kernels.types import Forward, Inputs, LMHead, Model, Needs, Rows
 
 from ... import tune
+from ...problem import make_problem
 from ...shapes import Shape
 from .. import tables
 from ..candidates import candidates
 from ..contenders import EVERYTHING, GEMM
-from ..device import Device, Step, gemm, make_problem, runnable, triton_version
+from ..device import Device, Step, gemm, runnable, triton_version
 from ..plan import Facts, Failed, Item, Settings, Skipped
 
 AGREE = 1e-2  # relative, by norm: rounding of 16-bit operands is far below, a wrong tile far above

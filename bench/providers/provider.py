@@ -1,0 +1,69 @@
+"""What a provider is, and the half of TDPO that all of them share: eqs. (3) to (5), on one number per sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..problem import ALPHA, BETA, Problem
+from ..shapes import Shape
+
+
+class Step(NamedTuple):
+    """Forward returns what backward takes. Together they leave gradients on the problem."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any] = Tensor.backward
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`computes`: "tdpo2", all of it; "dpo", log-probabilities only, which is less; "products", no loss at all.
+
+    unavailable: why it cannot run this shape there; empty if it can.
+    make: one step of a problem. What happens here is not timed.
+    kl: the KL of each sequence, ``(S,)``, differentiable.
+    needs: about how many bytes a step takes above its inputs, where that is so many that asking first is wise.
+    """
+
+    computes: str
+    unavailable: Callable[[Shape, torch.device], str]
+    make: Callable[[Problem], Step]
+    kl: Callable[[Problem], Tensor] | None = None
+    needs: Callable[[Shape], int] = lambda shape: 0
+    budget: int | None = None
+
+    @property
+    def partial(self) -> bool:
+        return self.computes != "tdpo2"
+
+
+def anywhere(shape: Shape, device: torch.device) -> str:
+    return ""
+
+
+def preference(margin_S: Tensor, kl_S: Tensor | None) -> Tensor:
+    """TDPO2's loss; without a KL, DPO's."""
+    m_w, m_l = margin_S.chunk(2)
+    if kl_S is None:
+        return -F.logsigmoid(BETA * (m_w - m_l)).mean()
+    k_w, k_l = kl_S.chunk(2)
+    return -F.logsigmoid(BETA * (m_w - m_l - ALPHA * (k_l - k_w.detach()))).mean()
+
+
+def per_sequence(x_T: Tensor, problem: Problem) -> Tensor:
+    """Sums of packed rows, ``(S,)``."""
+    return x_T.view(len(problem.labels), -1).sum(-1)
+
+
+def dpo_from(logp_T: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> Tensor:
+    """DPO's loss, from a function of hidden states and a head to the log-probabilities of the packed labels."""
+    with torch.no_grad():
+        ref_logp_T = logp_T(problem.ref_hidden, problem.ref_weight)
+    margin_T = logp_T(problem.hidden, problem.weight).float() - ref_logp_T.float()
+    return preference(per_sequence(margin_T, problem), None)

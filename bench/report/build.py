@@ -1,0 +1,34 @@
+"""The report. Every number shown comes from a row; what was not measured is said not to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..rows import Row
+from . import figures, page
+from .tables import Table, markdown, tables
+
+NO_GPU = "Not yet measured on a GPU."
+
+
+def write(rows: Mapping[str, list[Row]], folder: Path) -> list[Path]:
+    """``report.md``, ``report.html`` and the figures, of the rows of each device's file. Returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections, paths = [], []
+    for device, measured in rows.items():
+        drawn = figures.draw(measured, folder, device)
+        sections.append((device, drawn, tables(measured)))
+        paths += [path for figure in drawn for path in (figure.light, figure.dark)]
+    missing = [] if any(device != "cpu" for device in rows) else [NO_GPU]
+    text, html = folder / "report.md", folder / "report.html"
+    text.write_text(_markdown(sections, missing))
+    html.write_text(page.html(sections, missing))
+    return [text, html, *paths]
+
+
+def _markdown(sections: list[tuple[str, list[figures.Figure], list[Table]]], missing: list[str]) -> str:
+    parts = ["# What was measured"]
+    for device, drawn, found in sections:
+        parts += [f"## {device}", *(figure.markdown() for figure in drawn), markdown(found)]
+    return "\n\n".join([*parts, *missing]) + "\n"

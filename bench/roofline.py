@@ -1,0 +1,73 @@
+"""What a shape asks for, counted, and what the machine gives, measured in the same run: a big product and a big copy.
+
+G is one product of 2 T V D flops at the measured rate, T the tokens that count. No step can be faster than `seconds`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from .shapes import Shape
+
+GEMM = {"cpu": (2048, 4096, 1024), "cuda": (8192, 16384, 4096)}  # rows, columns, depth
+COPY = {"cpu": 256 * 2**20, "cuda": 2**30}  # bytes
+TRIES = 5
+
+
+class Ceiling(NamedTuple):
+    flops: float  # a second, of the largest product
+    bytes: float  # a second, read and written
+
+
+def flops(shape: Shape) -> float:
+    """Of the floor: both models' logits, dh, and dW unless the head is frozen."""
+    return gemm_flops(shape) * (4 if shape.trainable else 3)
+
+
+def gemm_flops(shape: Shape) -> float:
+    return 2.0 * shape.rows * shape.V * shape.D
+
+
+def bytes_moved(shape: Shape, dtype: str) -> int:
+    """At least: hidden states and heads read once forward, the policy's once more backward, gradients written."""
+    hidden, head = shape.rows * shape.D, shape.V * shape.D
+    heads = 1 if shape.one_head else 2
+    read = 2 * hidden + heads * head + hidden + head
+    written = hidden + (head if shape.trainable else 0)
+    return (read + written) * getattr(torch, dtype).itemsize
+
+
+def seconds(shape: Shape, dtype: str, ceiling: Ceiling) -> float:
+    """The roofline: whichever of the two takes longer."""
+    return max(flops(shape) / ceiling.flops, bytes_moved(shape, dtype) / ceiling.bytes)
+
+
+def measure(dtype: str, device: torch.device) -> Ceiling:
+    """The best of a few tries each: a ceiling, not an average."""
+    rows, columns, depth = GEMM[device.type]
+    kind = getattr(torch, dtype)
+    a, b = (torch.ones(n, depth, dtype=kind, device=device) for n in (rows, columns))
+    out = torch.empty(rows, columns, dtype=kind, device=device)
+    gemm = _best(lambda: torch.mm(a, b.T, out=out), device)
+    source = torch.ones(COPY[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = _best(lambda: target.copy_(source), device)
+    return Ceiling(2.0 * rows * columns * depth / gemm, 2 * source.numel() / copy)
+
+
+def _best(step, device: torch.device) -> float:
+    step()
+    return min(_seconds(step, device) for _ in range(TRIES))
+
+
+def _seconds(step, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
