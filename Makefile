@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo test interpreted lint verify kernels kernels-versions bench gpu clean help
+.PHONY: demo test interpreted trainer families lint verify kernels kernels-versions bench report gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -30,6 +30,13 @@ test: $(READY) lint verify  ## everything that CI checks
 interpreted: $(READY)  ## every test that kernels can be interpreted in, on a CPU (half an hour)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(ARGS) tests/device tests/test_*.py
 
+trainer: $(READY)  ## the trainers' long tests: more models, settings and processes (minutes)
+	$(PY) -m pytest -n 2 -m long $(ARGS) tests/trainer
+
+families: $(READY)  ## python/tdpo_trainer/FAMILIES.md anew: every family of transformers, built tiny (5 minutes)
+	$(PY) -m tdpo_trainer.families > build-families.md
+	@mv build-families.md python/tdpo_trainer/FAMILIES.md
+
 lint: $(READY)  ## ruff
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -49,8 +56,11 @@ kernels-versions:  ## the same under the oldest and the newest Triton
 		$$there/bin/python tests/without_torch.py $(ARGS); \
 	done
 
-bench: $(READY)  ## the table of the README, measured here; rows go to bench/results/
+bench: $(READY)  ## everything that a CPU can be measured by (20 minutes); rows go to bench/results/
 	$(PY) -m bench $(ARGS)
+
+report: $(READY)  ## tables, figures and a page of what was measured, in bench/results/report
+	$(PY) -m bench report
 
 # Wants no environment of its own and no network: .venv where it is there already, else the system's python.
 OUT ?= build/gpu
