@@ -192,7 +192,7 @@ def test_product_precision_is_the_user_s_before_during_and_after(
     def seeing(make):
         return lambda *args: (during.append(precision.fp32_precision), make(*args))[1]
 
-    for module, name in ((slab, "logits"), (products, "accumulate_")):
+    for module, name in ((slab, "logits_"), (products, "accumulate_")):
         monkeypatch.setattr(module, name, seeing(getattr(module, name)))
     fused_tdpo_loss(**batch(dtype), memory_budget=0).loss.backward()
     assert len(during) > 2 and set(during) == {shown} == {precision.fp32_precision}

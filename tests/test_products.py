@@ -40,7 +40,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return products.logits(hidden, weight, lambda: hidden.new_full((hidden.shape[0], weight.shape[0]), torch.nan))
+    return products.logits_(hidden.new_full((hidden.shape[0], weight.shape[0]), torch.nan), hidden, weight)
 
 
 # --- one product -----------------------------------------------------------------------------------------------------

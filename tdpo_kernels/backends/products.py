@@ -27,15 +27,15 @@ def backward_operand_dtype(compute: torch.dtype, stats: torch.dtype, device: tor
     return forward_operand_dtype(compute, stats, device)
 
 
-def logits(hidden_RD: Tensor, weight_CD: Tensor, place: Callable[[], Tensor]) -> Tensor:
-    """``hidden @ weight^T`` as an fp32 (float64) tile, accumulated in that dtype: in `place()`, or where oneDNN makes
-    it in a tensor of its own."""
+def logits_(out_RC: Tensor, hidden_RD: Tensor, weight_CD: Tensor) -> Tensor:
+    """``hidden @ weight^T`` into an fp32 (float64) tile, accumulated in its dtype. What oneDNN returns is copied and
+    let go at once: kept as the tile, it scatters over the heap, and the resident set grows to several times the tiles.
+    """
+    if hidden_RD.dtype != out_RC.dtype:
+        return torch.mm(hidden_RD, weight_CD.T, out_dtype=out_RC.dtype, out=out_RC)
     if (linear := _onednn(hidden_RD, weight_CD.shape[0])) is not None:
-        return linear(hidden_RD, weight_CD)
-    out_RC = place()
-    if hidden_RD.dtype == out_RC.dtype:
-        return torch.mm(hidden_RD, weight_CD.T, out=out_RC)
-    return torch.mm(hidden_RD, weight_CD.T, out_dtype=out_RC.dtype, out=out_RC)
+        return out_RC.copy_(linear(hidden_RD, weight_CD))
+    return torch.mm(hidden_RD, weight_CD.T, out=out_RC)
 
 
 def accumulate_(acc: Tensor, a: Tensor, b: Tensor, alpha: float, keep: int = 1) -> None:

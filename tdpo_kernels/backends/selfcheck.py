@@ -36,7 +36,7 @@ from torch import Tensor
 from ..types import Forward, Inputs, Model
 from ..version import __version__
 from .launch import Launch, tf32_is_allowed
-from .products import SIXTEEN_BIT, forward_operand_dtype, logits
+from .products import SIXTEEN_BIT, forward_operand_dtype, logits_
 from .slab import Grid
 from .tile_math import is_lowest
 
@@ -255,8 +255,8 @@ class _Side:
         """`unit` is the largest of all that is measured."""
         weight = self.model.head.weight.detach()[cols].to(self.model.dtype)
         dtype = forward_operand_dtype(self.model.dtype, torch.float32, weight.device)
-        size = dict(size=(len(self.hidden), len(weight)), dtype=torch.float32, device=weight.device)
-        plain = logits(self.hidden.to(dtype), weight.to(dtype), lambda: torch.empty(**size))
+        plain = torch.empty(len(self.hidden), len(weight), dtype=torch.float32, device=weight.device)
+        logits_(plain, self.hidden.to(dtype), weight.to(dtype))
         h, w = self.hidden.double(), weight.double()
         off = (plain.double() - h @ w.T).abs_() / _norms(h, w).clamp_(min=1e-300)
         self.unit = torch.maximum(self.unit, off.nan_to_num(0.0, 0.0).amax())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..types import Inputs, Model
-from .products import SIXTEEN_BIT, backward_operand_dtype, forward_operand_dtype, logits
+from .products import SIXTEEN_BIT, backward_operand_dtype, forward_operand_dtype, logits_
 
 WORKSPACE = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # bytes of tiles and gathered operands held at once
 TILE = {"cpu": (1024, 1024), "cuda": (2048, 4096)}  # rows x columns where the workspace allows
@@ -167,9 +167,9 @@ class Side:
 
     def products(self, rows: slice, cols: slice) -> Tensor:
         """``h W^T`` of one tile, in the statistics' dtype: the caller's until the next one of this side."""
-        size = rows.stop - rows.start, cols.stop - cols.start
-        operands = self.hidden.block(rows, self.forward_dtype), self.weight.block(cols, self.forward_dtype)
-        return logits(*operands, lambda: self.work.get(self.name, *size, self.stats))
+        out = self.work.get(self.name, rows.stop - rows.start, cols.stop - cols.start, self.stats)
+        dtype = self.forward_dtype
+        return logits_(out, self.hidden.block(rows, dtype), self.weight.block(cols, dtype))
 
     def gradient_operand(self, dz_RC: Tensor) -> Tensor:
         """dz rounded to the compute dtype, on every device alike, in the dtype its products are taken in."""
