@@ -32,7 +32,7 @@ def budget_of(problem: Problem, name: str) -> int:
     return {"nothing": 0, "partial": half * 2 // 3, "everything": EVERYTHING}[name]
 
 
-CORE = ("scaled", "dense", "peaked_30", "near_equal_offset", "offset_50", "ruled_out", "softcap", "more_rows_than_V")
+CORE = ("scaled", "peaked_30", "near_equal_offset", "ruled_out", "softcap")
 
 
 def length_of(run: tuple[str, str]) -> list[pytest.MarkDecorator]:
