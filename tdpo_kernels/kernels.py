@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,13 +217,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def report(jobs: list[Job], *, workers: int = 2, roofline: bool = False) -> int:
-    """Prints a line per job as it is done; 1 if any has a fault, else 0."""
+    """Prints a line per job as it is done; 1 if any has a fault, else 0.
+
+    Processes, not threads: before Python 3.13 two threads in `ast.parse`, where Triton begins, can fail each other.
+    """
     import triton
 
     print(f"triton {triton.__version__}, {len(jobs)} builds; loop and around count local-memory instructions\n")
     print(f"{'':8}{'case':56}{'configuration':22}{offline.HEADER[32:]}", flush=True)
     failed, reports = 0, []
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
+    with ProcessPoolExecutor(max(workers, 1), get_context("spawn")) as pool:
         for i, (job, made) in enumerate(zip(jobs, pool.map(_attempt, jobs), strict=True), 1):
             lines, sound = _lines(job, made)
             print(f"{i:3}/{len(jobs):<4}{lines}", flush=True)
@@ -235,12 +239,14 @@ def report(jobs: list[Job], *, workers: int = 2, roofline: bool = False) -> int:
 
 
 def _attempt(job: Job) -> Report | str:
+    """What came out, less the kernel itself, which no pickle holds; or why nothing did."""
     if not keeps_bits(job.case, job.config, job.target.name):
         return f"{job.origin}: staging would change bits of the statistics; no launch uses this row"
     try:
-        return compile_for(build_of(job), job.target)
+        made = compile_for(build_of(job), job.target)
     except (RuntimeError, TypeError, ValueError) as error:
         return " ".join(str(error).split())
+    return replace(made, build=replace(made.build, kernel=None))
 
 
 def _lines(job: Job, made: Report | str) -> tuple[str, bool]:

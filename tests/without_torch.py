@@ -1,6 +1,7 @@
 """``python tests/without_torch.py ARGUMENTS``: the command `kernels` where torch is not installed, only triton.
 
-The package's own ``__init__`` imports torch; what is compiled does not need it.
+The package's own ``__init__`` imports torch; what is compiled does not need it. Processes that compile begin with this
+file too.
 """
 
 import sys
@@ -10,16 +11,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def main() -> int:
-    sys.path.insert(0, str(ROOT))
-    sys.modules["torch"] = None
-    package = types.ModuleType("tdpo_kernels")
-    package.__path__ = [str(ROOT / "tdpo_kernels")]
-    sys.modules["tdpo_kernels"] = package
-    from tdpo_kernels import kernels
-
-    return kernels.main(sys.argv[1:])
-
+sys.path.insert(0, str(ROOT))
+sys.modules["torch"] = None
+package = types.ModuleType("tdpo_kernels")
+package.__path__ = [str(ROOT / "tdpo_kernels")]
+sys.modules["tdpo_kernels"] = package
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tdpo_kernels import kernels
+
+    sys.exit(kernels.main(sys.argv[1:]))
