@@ -5,28 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tdpo_kernels import tuning
 from tdpo_kernels.tuning import Case, Device, TileConfig
-from tdpo_kernels.tuning.heuristic import heuristic
+from tdpo_kernels.tuning.heuristic import heuristic, keeps_bits
 
 TILES = ((128, 128), (64, 128), (128, 64), (64, 256), (128, 256))  # R x C of the kernels that multiply
 
 
 def candidates(case: Case, device: Device, few: bool = False) -> list[TileConfig]:
-    """The heuristic's first, each once."""
-    listed = getattr(tuning, "candidates", None)
+    """The heuristic's first, each once, and only what a launch would use: the same bits, staged or not."""
     base = heuristic(case, device.arch)
-    found = dict.fromkeys([base, *(listed(case, device) if listed else _neighbours(case, base))])
-    return list(found)[: 2 if few else None]
+    found = dict.fromkeys([base, *_neighbours(case, base)])
+    return [config for config in found if keeps_bits(case, config, device.arch)][: 2 if few else None]
 
 
 def _neighbours(case: Case, base: TileConfig) -> Iterator[TileConfig]:
     """One or two steps away. What does not fit the device fails when it is compiled, and is left out."""
     if case.kernel in ("fused_stats", "fused_dz"):
         for R, C in TILES:
-            if case.kernel == "fused_dz" or C == base.C:  # parts have one width, whatever is staged
-                for warps in (4, 8):
-                    yield replace(base, R=R, C=C, warps=warps)
+            for warps in (4, 8, 16):
+                yield replace(base, R=R, C=C, warps=warps)
         for change in (dict(stages=3), dict(stages=4), dict(K=32), dict(K=64), dict(K=128, stages=2)):
             yield replace(base, **change)
         if case.aligned:

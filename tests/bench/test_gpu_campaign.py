@@ -19,14 +19,16 @@ pytest.importorskip("tdpo_kernels.tuning")
 from bench import tune  # noqa: E402
 from bench.gpu import __main__ as command  # noqa: E402
 from bench.gpu import collect, summary, tables, worker  # noqa: E402
+from bench.gpu.candidates import candidates  # noqa: E402
 from bench.gpu.device import open_device  # noqa: E402
 from bench.gpu.driver import Driver, guarded  # noqa: E402
 from bench.gpu.plan import STAGES, Failed, Item, Settings, digest  # noqa: E402
 from bench.gpu.store import Store  # noqa: E402
 from tdpo_kernels.tuning.config import Case, Device, TileConfig  # noqa: E402
+from tdpo_kernels.tuning.heuristic import heuristic, keeps_bits  # noqa: E402
 from tdpo_kernels.tuning.table import Measured, Winner, table_of  # noqa: E402
 
-COMMITTED = ("bench/results/*", "tdpo_kernels/tuning/tables/*")
+COMMITTED = ("bench/results/**/*.*", "tdpo_kernels/tuning/tables/*.*")
 SETTINGS = Settings("", STAGES, True, 0.0, "c0ffee", False, "50urce")
 VERSIONS = {"torch": "2.11.0", "triton": "3.6.0"}
 H200 = Device("NVIDIA H200", "sm_90")
@@ -278,6 +280,14 @@ def test_candidates_that_fail_or_are_wrong_are_left_out(stage):
     assert sound == [every[0], every[3]]
     assert dropped == {str(every[1]): "results are off by 1.0e+00", str(every[2]): "RuntimeError: out of resources"}
     assert chooser.asked["fused_stats"] == Case("fused_stats", "16bit")
+
+
+@pytest.mark.parametrize("kernel", ["fused_stats", "fused_dz", "tile_stats", "staged_dz"])
+def test_candidates_are_what_a_launch_would_use(kernel: str):
+    case = Case(kernel, "16bit", columns=0 if kernel.startswith("fused") else 1024)
+    found = candidates(case, H200)
+    assert found[0] == heuristic(case, H200.arch) and len(found) == len(set(found)) > 2
+    assert all(keeps_bits(case, config, H200.arch) for config in found)
 
 
 def test_a_candidate_that_was_not_used_was_not_measured(stage):
