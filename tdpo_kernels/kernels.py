@@ -104,7 +104,6 @@ FLOATS = ("scale", "softcap", "ref_scale", "ref_softcap", "F")
 POINTERS = {"labels": "*i64"} | dict.fromkeys(
     ("states", "row_values", "coefficients", "weights", "out", "z_tile", "r_tile"), "*fp32"
 )
-LENGTHS = ("T", "V", "last_col", "parts", "part")  # whatever they are; other integers are multiples of 16
 MATRICES = ("h", "w", "g", "u")
 OF_MATRICES = (*MATRICES, "D", "E", *(f"stride_{name}" for name in MATRICES))
 
@@ -124,7 +123,7 @@ def build_of(job: Job) -> Build:
         signature=signature,
         constexprs=constexprs,
         options=options,
-        divisible=tuple(name for name, type_ in signature.items() if _divisible(name, type_, case)),
+        divisible=tuple(name for name, type_ in signature.items() if _divisible(name, type_, job)),
         stack_allowance=config.stack,
         wants_wgmma=products and case.product != "ieee",
     )
@@ -154,18 +153,16 @@ def _type(name: str, job: Job) -> str:
     operand = "bf16" if case.product == "16bit" else "fp32"
     if name in MATRICES and config.tma:
         return f"tensordesc<{operand}[{config.R if name in ('h', 'g') else config.C}, {config.K}]>"
-    if name == "staged" and case.kernel == "merge_states":
-        return "i32"
     if name in (*MATRICES, "bias", "ref_bias", "dz", "staged"):
         return f"*{operand}"
     return POINTERS.get(name) or ("fp32" if name in FLOATS else "i64" if name == "plane" else "i32")
 
 
-def _divisible(name: str, type_: str, case: Case) -> bool:
-    whole = type_.startswith(("*", "i")) and name not in LENGTHS
-    if case.kernel == "merge_states":
-        return whole and name != "staged"
-    return whole and (case.aligned or name not in OF_MATRICES)
+def _divisible(name: str, type_: str, job: Job) -> bool:
+    """Integers that a launch would not look at are whatever they are; all others are taken as multiples of 16."""
+    varying = (parameter.name for parameter in _kernel(job.case.kernel).params if parameter.do_not_specialize)
+    whole = type_.startswith(("*", "i")) and name not in varying
+    return whole and (job.case.aligned or name not in OF_MATRICES)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

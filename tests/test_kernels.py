@@ -129,6 +129,21 @@ def test_every_build_fits_its_kernel():
             _check(build_of(job))
 
 
+def test_no_binary_is_for_one_number_of_rows():
+    """Else a batch of another size would compile in the middle of a run, and launch what never checked itself."""
+    from tdpo_kernels.device.tile import VARYING
+
+    made = {job.case.kernel: build_of(job) for job in shipped(TARGETS["sm_90"])}
+    varying = {
+        name: {parameter.name for parameter in build.kernel.params if parameter.do_not_specialize}
+        for name, build in made.items()
+    }
+    assert len(made) == 6 and set().union(*varying.values()) == set(VARYING)
+    for name, build in made.items():
+        assert "T" in varying[name] and not varying[name] & set(build.divisible)
+        assert varying[name] == set(VARYING) & set(build.kernel.arg_names)
+
+
 def test_builds_are_named_apart():
     for target in TARGETS.values():
         names = [(job.name, job.config) for job in shipped(target)]

@@ -285,7 +285,7 @@ def merge_states(states: Tensor, out: Tensor, weights: Tensor | None, extras: bo
     T, config, flags = states.shape[2], TileConfig(MERGE_ROWS, warps=1), dict(EXTRAS=extras)
     kernel[(_blocks(T, MERGE_ROWS),)](
         states=states, out=out, weights=states if weights is None else weights, T=T, parts=states.shape[0],
-        staged=0 if weights is None else weights.shape[0], stride_out=out.stride(0),
+        staged_parts=0 if weights is None else weights.shape[0], stride_out=out.stride(0),
         stride_weights=0 if weights is None else weights.stride(1), R=MERGE_ROWS, **flags, num_warps=config.warps,
         enable_fp_fusion=False,  # or equal models' sums are contracted each in its own way
     )  # fmt: skip

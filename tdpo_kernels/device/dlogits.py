@@ -9,10 +9,10 @@ import triton.language as tl
 
 from .math import dz_from_both, dz_from_stage, head, softcap_slope, softmax
 from .merge import load_rows
-from .tile import load_bias, logits
+from .tile import VARYING, load_bias, logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def fused_dz(
     h, w, bias, g, u, ref_bias, labels, row_values, coefficients, dz,
     T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_rows, stride_dz,
@@ -53,7 +53,7 @@ def fused_dz(
     store_dz(dz, out, rows, T, col - first_col, last_col - first_col, stride_dz, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def staged_dz(
     staged, weights, labels, coefficients, dz,
     T, first_col, last_col, stride_p, plane, stride_rows, stride_dz, part,

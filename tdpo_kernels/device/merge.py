@@ -9,19 +9,20 @@ import triton.language as tl
 
 from .math import empty_state, finish, kl_of, lse_diff_of, merge, merged_extras, part_weights
 from .stats import STATE, load_state
+from .tile import VARYING
 
 ROWS = tl.constexpr(12)
 GROUP = tl.constexpr(32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def merge_states(
-    states, out, weights, T, parts, staged, stride_out, stride_weights, R: tl.constexpr, EXTRAS: tl.constexpr
+    states, out, weights, T, parts, staged_parts, stride_out, stride_weights, R: tl.constexpr, EXTRAS: tl.constexpr
 ):
     """`states` ``(parts, STATE, T)`` to `out` ``(ROWS, stride_out)``: groups of GROUP parts in order, then the groups:
     the same bits every time, and rounding that grows with the square root of what one long chain would have.
 
-    Of the first `staged` parts `math.part_weights` go to `weights` ``(staged, 3, stride_weights)``.
+    Of the first `staged_parts` `math.part_weights` go to `weights` ``(staged_parts, 3, stride_weights)``.
     """
     rows = tl.program_id(0) * R + tl.arange(0, R)
     inside = rows < T
@@ -68,7 +69,7 @@ def merge_states(
         tl.store(out + 10 * stride_out + rows, total, mask=inside)
         tl.store(out + 11 * stride_out + rows, (z_y >= m_z).to(tl.float32), mask=inside)
     part = states
-    for _ in range(staged):
+    for _ in range(staged_parts):
         n_z, t_z, n_r, t_r, other_mean, N, _, _ = load_state(part, rows, T)
         tile_z, tile_r, tile_phi = finish(t_z, t_r, N)
         tile_diff = lse_diff_of(tile_z, tile_r, other_mean, tile_phi) + ((n_z - m_z) - (n_r - m_r)) - lse_diff

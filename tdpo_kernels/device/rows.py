@@ -10,7 +10,7 @@ from .dlogits import load_coefficients, store_dz, with_label
 from .math import dz_from_both, head, softcap_slope, softmax
 from .merge import load_rows
 from .stats import tile_forward
-from .tile import load_bias
+from .tile import VARYING, load_bias
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def load_tile(x, bias, rows, T, col, cols, V, stride, scale, softcap, C: tl.cons
     return head(out, load_bias(bias, col, V, C, HAS_BIAS), scale, softcap, HAS_BIAS, HAS_SOFTCAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def tile_stats(
     z_tile, bias, r_tile, ref_bias, labels, states, staged,
     T, V, first_col, last_col, stride, stride_p, plane, scale, softcap, ref_scale, ref_softcap, F,
@@ -40,7 +40,7 @@ def tile_stats(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def tile_dz(
     z_tile, bias, r_tile, ref_bias, labels, row_values, coefficients, dz,
     T, V, first_col, last_col, stride, stride_rows, stride_dz, scale, softcap, ref_scale, ref_softcap,

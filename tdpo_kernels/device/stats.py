@@ -20,12 +20,12 @@ from .math import (
     tile_state,
     weigh,
 )
-from .tile import load_bias, logits, two_logits
+from .tile import VARYING, load_bias, logits, two_logits
 
 STATE = tl.constexpr(12)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def fused_stats(
     h, w, bias, g, u, ref_bias, labels, states, staged,
     T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_p, plane,
