@@ -48,6 +48,11 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model's own forward takes."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
 
 def read_pairs(path: Path, at_most: int | None = None) -> list[TextPair]:
     """The pairs of a JSONL file. Whatever is wrong with it is reported with the line it is on."""

@@ -20,7 +20,6 @@ import models
 import report
 import reviews
 import torch
-from heads import check_head
 from pairs import (
     Batch,
     Ids,
@@ -36,6 +35,7 @@ from pairs import (
     split_by_prompt,
 )
 from tdpo_loop import evaluate, metrics, train
+from tdpo_trainer.head import UnsupportedModel, check_head
 from torch import nn
 from tqdm import tqdm
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     try:
         run(options)
-    except UsageError as error:
+    except (UsageError, UnsupportedModel) as error:
         print(f"sentiment.py: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -149,7 +149,7 @@ def reviews_study(options: argparse.Namespace, rng: Random, device: torch.device
     print(f"{len(texts)} reviews, {len(set(texts))} distinct, on {len(seen)} prompts; {len(unseen)} prompts held out")
     model, tokenizer = get_model(options, (prompt + text for prompt, text in texts), device)
     rows = [(prompt_ids(tokenizer, prompt), completion_ids(tokenizer, text)) for prompt, text in texts]
-    check_head(model, collate_rows(rows[:1], models.pad_id(tokenizer), device))
+    check_head(model, collate_rows(rows[:1], models.pad_id(tokenizer), device).inputs)
     fine_tune(model, tokenizer, rows, options, 300, rng)
 
     seen, unseen = ([prompt_ids(tokenizer, prompt) for prompt in some] for some in (seen, unseen))
@@ -175,7 +175,7 @@ def pairs_study(options: argparse.Namespace, rng: Random, device: torch.device) 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = min(options.max_length, limit or options.max_length)
     study = Study(model, tokenizer, encode(tokenizer, training, room), encode(tokenizer, held_out, room), [], room)
-    check_head(model, collate(study.training[:1], models.pad_id(tokenizer), device))
+    check_head(model, collate(study.training[:1], models.pad_id(tokenizer), device).inputs)
     rows = [(pair.prompt, pair.chosen) for pair in study.training]
     fine_tune(model, tokenizer, rows, options, 0 if options.model else 300, rng)
     return study

@@ -1,4 +1,4 @@
-"""TDPO in a plain PyTorch loop: copy this file. What it asks of a model is in `heads.py`, of a batch in `pairs.py`."""
+"""TDPO in a plain PyTorch loop: copy this file. What it asks of a batch is in `pairs.py`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from heads import last_hidden, lm_head
 from pairs import Batch
+from tdpo_trainer.head import last_hidden, lm_head
 from torch import nn
 
 from tdpo_kernels import TDPOOutput, fused_tdpo_loss
@@ -15,9 +15,9 @@ from tdpo_kernels import TDPOOutput, fused_tdpo_loss
 
 def tdpo_loss(policy: nn.Module, reference: nn.Module, batch: Batch, **options) -> TDPOOutput:
     """Both models run up to their last hidden state; the loss takes it from there, so no logits are ever made."""
-    hidden = last_hidden(policy, batch)
+    hidden = last_hidden(policy, **batch.inputs)
     with torch.no_grad():
-        ref_hidden = last_hidden(reference, batch)
+        ref_hidden = last_hidden(reference, **batch.inputs)
     return fused_tdpo_loss(hidden, lm_head(policy), ref_hidden, lm_head(reference), batch.labels, **options)
 
 
