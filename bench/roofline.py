@@ -1,6 +1,7 @@
 """What a shape asks for, counted, and what the machine gives, measured in the same run: a big product and a big copy.
 
-G is one product of 2 T V D flops at the measured rate, T the tokens that count. No step can be faster than `seconds`.
+G is one product of 2 T V D flops at the measured rate, T the tokens that count. At these rates no step is faster than
+`seconds`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .shapes import Shape
 
 GEMM = {"cpu": (2048, 4096, 1024), "cuda": (8192, 16384, 4096)}  # rows, columns, depth
 COPY = {"cpu": 256 * 2**20, "cuda": 2**30}  # bytes
-TRIES = 5
+TRIES = 10
 
 
 class Ceiling(NamedTuple):
