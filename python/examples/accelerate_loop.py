@@ -1,9 +1,10 @@
 """TDPO in a plain Accelerate loop: copy this file.
 
     python python/examples/accelerate_loop.py --model DIR --data pairs.jsonl
-    accelerate launch --num_processes 2 python/examples/accelerate_loop.py --model DIR --data pairs.jsonl
+    torchrun --nproc-per-node 2 python/examples/accelerate_loop.py --model DIR --data pairs.jsonl
 
-Run with accelerate 1.15 on CPUs, in one process and in two (DDP).
+Or ``accelerate launch``, which starts one process on a machine without GPUs whatever it is told. Run with accelerate
+1.15 on CPUs, in one process and in two (DDP).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from tdpo_trainer.data import load_pairs
 from tdpo_trainer.forward import pair_outputs, reference_side
 from tdpo_trainer.head import check_head
@@ -59,15 +61,17 @@ def train(
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
-    accelerator = Accelerator(gradient_accumulation_steps=options.accumulate, cpu=options.cpu)
+    order = DataLoaderConfiguration(
+        use_seedable_sampler=True, data_seed=options.seed
+    )  # one order, however many processes
+    accelerator = Accelerator(gradient_accumulation_steps=options.accumulate, cpu=options.cpu, dataloader_config=order)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     policy, reference = (AutoModelForCausalLM.from_pretrained(options.model) for _ in range(2))
     with accelerator.main_process_first():
         rows = tokenize(tokenizer, load_pairs(str(options.data)))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     to_batch = partial(collate, pad=pad, max_length=options.max_length)
-    order = torch.Generator().manual_seed(options.seed)
-    batches = DataLoader(rows, options.batch, shuffle=True, collate_fn=to_batch, generator=order)
+    batches = DataLoader(rows, options.batch, shuffle=True, collate_fn=to_batch)
     loss = LossOptions(beta=options.beta, alpha=options.alpha, variant=options.variant)
     first: Batch = to_batch(rows[:1])
     for model in (policy, reference):
@@ -76,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=options.lr, weight_decay=0.0)
     steps = train(accelerator, policy, reference, optimizer, batches, loss)
-    bar = tqdm(steps, "TDPO", disable=not accelerator.is_main_process)
+    each = -(-len(batches) // accelerator.num_processes)
+    bar = tqdm(steps, "TDPO", each, disable=not accelerator.is_main_process)
     for now in bar:
         bar.set_postfix(loss=f"{now['loss']:.4f}", accuracy=f"{now['rewards/accuracies']:.0%}")
     accelerator.wait_for_everyone()

@@ -85,13 +85,13 @@ def test_the_accelerate_loop_in_two_processes_trains_what_one_does(tmp_path: Pat
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for count, batch in ((1, 4), (2, 2)):
-        launch = f"-m accelerate.commands.launch --cpu --num_processes {count} --main_process_port {port}".split()
+        launch = f"-m torch.distributed.run --nproc-per-node {count} --master-port {port}".split()
         loop = f"{EXAMPLES}/accelerate_loop.py --model {model} --data {data} --out {tmp_path / str(count)}".split()
         done = subprocess.run(
             [sys.executable, *launch, *loop, "--batch", str(batch), "--lr", "1e-3", "--cpu"],
             capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and "2/2" in done.stderr, done.stderr
         weights.append(parameters(type(llama()).from_pretrained(tmp_path / str(count))))
     assert worst(*weights) < 1e-5 < worst(weights[0], parameters(llama()))
 
