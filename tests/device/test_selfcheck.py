@@ -21,6 +21,7 @@ from cases import CASES, Problem, base, bias_of, cotangents, softcap
 from harness import F16, F32
 
 from tdpo_kernels.backends import launch, selfcheck, slab
+from tdpo_kernels.backends.selfcheck import peers, sample
 from tdpo_kernels.tuning import TileConfig
 
 EVERYTHING = 2**40
@@ -284,7 +285,7 @@ def test_nothing_is_checked_nor_marked_under_capture(monkeypatch, comparisons):
 def test_what_passed_is_not_read_from_the_device(monkeypatch):
     """Steady state: every look at a tensor's value would go through these."""
     step(problem(), 0)
-    for name in ("_judge", "_may_check", "_sample"):
+    for name in ("_judge", "_may_check", "indices"):
         monkeypatch.setattr(selfcheck, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     step(problem(), 0)
 
@@ -364,7 +365,7 @@ def test_threads_that_come_at_once_all_check_and_all_pass(monkeypatch):
     "length,block,tile", [(1, 1, 16), (64, 64, 16), (65, 32, 16), (4099, 1024, 128), (128256, 2048, 64)]
 )
 def test_samples_hold_the_ends_and_tile_edges(length, block, tile):
-    found, again = (selfcheck._sample(length, block, tile, 64, wanted=[length // 2]) for _ in range(2))
+    found, again = (sample.indices(length, block, tile, 64, wanted=[length // 2]) for _ in range(2))
     assert found == again == sorted(set(found)) and len(found) == min(length, 64)
     last = (length - 1) // block * block
     last_tile = last + (length - 1 - last) // tile * tile
@@ -379,12 +380,13 @@ RANK = """
 import os, sys, time, torch
 import torch.distributed as dist
 sys.path[:0] = {paths!r}
-from tdpo_kernels.backends import launch, selfcheck
+from tdpo_kernels.backends import launch
+from tdpo_kernels.backends.selfcheck import peers
 import test_selfcheck as tests
 launch.choose = tests.small_tile
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-selfcheck._Peers.GRACE = {grace}
+peers.Peers.GRACE = {grace}
 def attempt():
     try:
         tests.step(tests.problem(), 0)
@@ -401,7 +403,7 @@ def two_ranks(work: str, grace: float) -> list[str]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     here = Path(__file__).parent
-    paths = [str(here), str(here.parent), str(Path(selfcheck.__file__).parents[2])]
+    paths = [str(here), str(here.parent), str(Path(launch.__file__).parents[2])]
     script = RANK.format(paths=paths, port=port, grace=grace, work=work)
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     ranks = [
@@ -451,5 +453,5 @@ said = (first, second, time.monotonic() - began < 60)
 
 def test_the_wait_ends():
     began = time.monotonic()
-    assert not selfcheck._wait(lambda: False, 0.05) and selfcheck._wait(lambda: True, 0.0)
+    assert not peers.wait(lambda: False, 0.05) and peers.wait(lambda: True, 0.0)
     assert time.monotonic() - began < 2
