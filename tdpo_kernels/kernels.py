@@ -114,15 +114,12 @@ def build_of(job: Job) -> Build:
     constexprs = {name: value for name, value in _constexprs(job).items() if name in kernel.arg_names}
     signature = {name: _type(name, job) for name in kernel.arg_names if name not in constexprs}
     products = case.kernel in ("fused_stats", "fused_dz")
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    if case.kernel == "merge_states":
-        options["enable_fp_fusion"] = False
     return Build(
         name=job.name,
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,
-        options=options,
+        options=config.options,
         divisible=tuple(name for name, type_ in signature.items() if _divisible(name, type_, job)),
         stack_allowance=config.stack,
         wants_wgmma=products and case.product != "ieee",

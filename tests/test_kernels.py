@@ -44,6 +44,15 @@ def test_the_report_is_written_to_a_file_under_the_command_that_made_it(tmp_path
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize("fusion, contracted", [(None, False), (True, True)])
+def test_products_and_sums_are_rounded_one_by_one(fusion: bool | None, contracted: bool):
+    """Or scaled logits that are equal have a difference on a GPU, and the same model a KL that is not 0."""
+    build = build_of(CHEAP)
+    options = build.options if fusion is None else {**build.options, "enable_fp_fusion": fusion}
+    compiled, _ = offline._compile(replace(build, options=options), CHEAP.target)
+    assert ("fma.rn.f32" in compiled.asm["ptx"]) == contracted
+
+
 def test_a_configuration_that_spills_makes_the_command_fail(monkeypatch, capfd):
     monkeypatch.setattr(kernels, "core", lambda target: [SPILLING, CHEAP])
     assert main(["--core", "--target", "sm_90"]) == 1

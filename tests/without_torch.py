@@ -10,7 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 sys.path.insert(0, str(ROOT))
 sys.modules["torch"] = None
 package = types.ModuleType("tdpo_kernels")

@@ -61,9 +61,8 @@ def train(
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
-    order = DataLoaderConfiguration(
-        use_seedable_sampler=True, data_seed=options.seed
-    )  # one order, however many processes
+    # one order of the pairs, however many processes
+    order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed)
     accelerator = Accelerator(gradient_accumulation_steps=options.accumulate, cpu=options.cpu, dataloader_config=order)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     policy, reference = (AutoModelForCausalLM.from_pretrained(options.model) for _ in range(2))

@@ -226,7 +226,7 @@ def fused_stats(
         **_matrices(policy, reference, config), **shapes, labels=labels_R, states=states, staged=staged,
         stride_p=0 if staged is None else staged.stride(1), plane=0 if staged is None else staged.stride(0),
         F=largest_exponent(torch.float32), R=config.R, C=config.C, K=config.K, **flags,
-        num_warps=config.warps, num_stages=config.stages,
+        **config.options,
     )  # fmt: skip
     return _launched("fused_stats", config, flags, policy.hidden, reference.hidden, staged)
 
@@ -252,7 +252,7 @@ def fused_dz(
     kernel[_blocks(shapes["T"], config.R), _blocks(shapes["V"], config.C)](
         **_matrices(policy, reference, config), **shapes, labels=labels_R, row_values=row_values,
         coefficients=coefficients, dz=dz, stride_rows=row_values.stride(0), stride_dz=dz.stride(0),
-        R=config.R, C=config.C, K=config.K, **flags, num_warps=config.warps, num_stages=config.stages,
+        R=config.R, C=config.C, K=config.K, **flags, **config.options,
     )  # fmt: skip
     return _launched("fused_dz", config, flags, policy.hidden, reference.hidden, dz)
 
@@ -272,7 +272,7 @@ def staged_dz(
         staged=staged, weights=weights, labels=labels_R, coefficients=coefficients, dz=dz,
         T=dz.shape[0], first_col=0, last_col=dz.shape[1], stride_p=staged.stride(1), plane=staged.stride(0),
         stride_rows=coefficients.stride(0), stride_dz=dz.stride(0), part=part, R=config.R, C=config.C, **flags,
-        num_warps=config.warps,
+        **config.options,
     )  # fmt: skip
     staged_by = dict(part=part, one_head=traits.one_head, bias=traits.bias, aligned=traits.aligned)
     return _launched("staged_dz", config, flags | staged_by, staged, dz)
@@ -286,8 +286,7 @@ def merge_states(states: Tensor, out: Tensor, weights: Tensor | None, extras: bo
     kernel[(_blocks(T, MERGE_ROWS),)](
         states=states, out=out, weights=states if weights is None else weights, T=T, parts=states.shape[0],
         staged_parts=0 if weights is None else weights.shape[0], stride_out=out.stride(0),
-        stride_weights=0 if weights is None else weights.stride(1), R=MERGE_ROWS, **flags, num_warps=config.warps,
-        enable_fp_fusion=False,  # or equal models' sums are contracted each in its own way
+        stride_weights=0 if weights is None else weights.stride(1), R=MERGE_ROWS, **flags, **config.options,
     )  # fmt: skip
     return _launched("merge_states", config, flags, states, weights)
 
@@ -311,7 +310,7 @@ def tile_stats(
         z_tile=z, r_tile=r, bias=biases[0], ref_bias=biases[1], labels=labels_R, states=states, staged=staged,
         T=T, V=V, first_col=0, last_col=V, stride=z.stride(0), stride_p=0 if staged is None else staged.stride(1),
         plane=0 if staged is None else staged.stride(0), **_scalars(*heads), F=largest_exponent(torch.float32),
-        R=config.R, C=config.C, **flags, num_warps=config.warps,
+        R=config.R, C=config.C, **flags, **config.options,
     )  # fmt: skip
     return _launched("tile_stats", config, flags, z, staged)
 
@@ -339,7 +338,7 @@ def tile_dz(
         z_tile=z, r_tile=r, bias=biases[0], ref_bias=biases[1], labels=labels_R, row_values=row_values,
         coefficients=coefficients, dz=dz, T=T, V=V, first_col=0, last_col=V, stride=some.stride(0),
         stride_rows=row_values.stride(0), stride_dz=dz.stride(0), **_scalars(*heads),
-        R=config.R, C=config.C, **flags, num_warps=config.warps,
+        R=config.R, C=config.C, **flags, **config.options,
     )  # fmt: skip
     return _launched("tile_dz", config, flags, some, dz)
 

@@ -47,6 +47,12 @@ class TileConfig:
         if type(self.tma) is not bool:
             raise ValueError(f"TileConfig: tma is {self.tma!r}, wanted a bool")
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """As a launch takes them. Products and sums are rounded one by one: contracted, ``r - z`` of two scaled logits
+        that are equal is what rounding one of them left, not 0, and Triton's default is to contract up to 3.9 only."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+
     def __str__(self) -> str:
         sizes = "x".join(str(size) for i, size in enumerate((self.R, self.C, self.K)) if i == 0 or size > 1)
         stages = f" s{self.stages}" if self.stages > 1 else ""

@@ -19,7 +19,7 @@ from .config import Case, TileConfig
 
 INTERPRETER = "interpreter"
 WIDEST = 8192
-_ROW_STACK = {4096: 8, WIDEST: 200}  # 16 warps leave 128 registers a thread
+_ROW_STACK = {1024: 8, 4096: 8, WIDEST: 216}  # 16 warps leave 128 registers a thread
 _ROW_ELEMENTS = 4096  # of a tile in a program of a row kernel, where it is not wider than that
 
 
@@ -60,8 +60,8 @@ RULES: dict[str, tuple[Rule, ...]] = {  # the first that fits
         *_ieee_rules(tma=False),
         *_rules(
             "fused_stats",
-            (dict(plain=True, one_head=False), TileConfig(64, 128, 32, 8, 3, stack=88)),
-            ({}, TileConfig(64, 64, 32, 8, 3, stack=168)),
+            (dict(plain=True, one_head=False), TileConfig(64, 128, 32, 8, 3, stack=160)),
+            ({}, TileConfig(64, 64, 32, 8, 3, stack=224)),
         ),
         *_rules("fused_dz", ({}, TileConfig(128, 128, 32, 8, 3, stack=136))),
     ),
@@ -71,7 +71,7 @@ RULES: dict[str, tuple[Rule, ...]] = {  # the first that fits
             "fused_stats",
             (dict(plain=True, staged=True), TileConfig(64, 128, 64, 8, 4, True, stack=40)),
             (dict(plain=True), TileConfig(128, 128, 64, 16, 3, True)),
-            ({}, TileConfig(128, 64, 64, 8, 4, True, stack=184)),
+            ({}, TileConfig(128, 64, 64, 8, 4, True, stack=192)),
         ),
         *_rules(
             "fused_dz",
@@ -81,7 +81,7 @@ RULES: dict[str, tuple[Rule, ...]] = {  # the first that fits
     ),
     "sm_100": (  # accumulators are in tensor memory; with 16 warps there is no tcgen05
         *_ieee_rules(tma=True),
-        *_rules("fused_stats", ({}, TileConfig(128, 64, 64, 8, 4, True, stack=280))),
+        *_rules("fused_stats", ({}, TileConfig(128, 64, 64, 8, 4, True, stack=320))),
         *_rules(
             "fused_dz",
             (dict(plain=True), TileConfig(128, 128, 64, 8, 3, True, stack=16)),
