@@ -27,9 +27,7 @@ def seen(x: object) -> str:
 def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
     """A ``(V, D)`` tensor, an ``nn.Linear`` or an ``LMHead``, checked."""
     if isinstance(head, nn.Linear):
-        if type(head).forward is not nn.Linear.forward:  # LoRA, quantisation: the weight alone is not the map
-            raise TypeError(f"{name}: got a {seen(head)} with a forward of its own, wanted nn.Linear's, or an LMHead")
-        head = LMHead(head.weight, head.bias)
+        head = _of_linear(head, name)
     elif isinstance(head, Tensor):
         head = LMHead(head)
     if not isinstance(head, LMHead):
@@ -48,7 +46,20 @@ def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
     softcap = None if head.softcap is None else _number(head.softcap, f"{name}.softcap")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted > 0, or None for no cap")
+    computed = torch.promote_types(head.weight.dtype, torch.float32)
+    if softcap is not None and not torch.finfo(computed).tiny <= softcap <= torch.finfo(computed).max:
+        raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted one that {computed} holds")
     return replace(head, logit_scale=logit_scale, softcap=softcap)
+
+
+def _of_linear(linear: nn.Linear, name: str) -> LMHead:
+    """The head that a linear is, where its weight and bias are the whole of its map."""
+    _tensor(linear.weight, f"{name}.weight", FLOATS)  # a sharded one has hooks too, and that it is sharded says more
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):  # LoRA, quantisation, offloading
+        raise TypeError(f"{name}: got a {seen(linear)} with a forward of its own, wanted nn.Linear's, or an LMHead")
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        raise TypeError(f"{name}: got a {seen(linear)} with forward hooks, which would not run; wanted an LMHead")
+    return LMHead(linear.weight, linear.bias)
 
 
 def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, labels: Tensor) -> None:

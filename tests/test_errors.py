@@ -404,6 +404,29 @@ def test_a_linear_with_a_forward_of_its_own_is_refused(name: str, width: int):
     refused(token_stats, good() | {name: WithAdapter(width, V)}, TypeError, [name, "WithAdapter", "forward"])
 
 
+def of_its_own(head: nn.Linear) -> None:
+    head.forward = lambda x: nn.functional.linear(x, 2 * head.weight)
+
+
+HOOKS = {
+    "forward of its own": of_its_own,
+    "hooks": lambda head: head.register_forward_hook(lambda module, args, out: 2 * out),
+    "would not run": lambda head: head.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+}
+
+
+@pytest.mark.parametrize("word", HOOKS)
+def test_a_linear_that_is_more_than_its_weight_is_refused(word: str):
+    head = nn.Linear(D, V)
+    HOOKS[word](head)
+    refused(token_stats, good() | {"head": head}, TypeError, ["head", word])
+
+
+@pytest.mark.parametrize("softcap", (1e-300, 1e300))
+def test_a_softcap_that_no_float32_holds_is_refused(softcap: float):
+    refused(token_stats, good() | {"head": LMHead(torch.randn(V, D), softcap=softcap)}, ValueError, ["softcap"])
+
+
 def test_a_linear_that_only_keeps_its_weight_elsewhere_is_a_linear():
     plain = nn.Linear(D, V, bias=False)
     other = nn.utils.parametrizations.weight_norm(nn.Linear(D, V, bias=False))

@@ -197,4 +197,5 @@ def _apply_head_(out: Tensor, head: LMHead, cols: slice, compute: torch.dtype) -
 
 def _softcap_slope(z: Tensor, softcap: float, out: Tensor) -> Tensor:
     """d softcap * tanh(x / softcap) / dx = 1 - (z / softcap)^2."""
-    return torch.mul(z, z, out=out).mul_(-1.0 / softcap**2).add_(1.0)
+    torch.div(z, softcap, out=out)
+    return out.mul_(out).neg_().add_(1.0)
