@@ -40,6 +40,7 @@ NARROW = 4.0  # |y| of a tile below it: e^y needs no cut, and p e^-t is q to a f
 LARGE = 1e12  # terms of (9) above it are summed in their second form
 FAR = 48.0  # a part of mean below -FAR is centred there: its M is LARGE, and finite, about either
 ROUNDING = 0.125  # more than staging in 16 bits moves a sum of probabilities by, of itself
+_MOVED = (math.log1p(-ROUNDING), math.log1p(ROUNDING))  # q, with both factors held, is right still
 LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
 
 
@@ -260,7 +261,7 @@ def _made_up(roundings: list[Rounding]) -> tuple[Tensor, Tensor]:
     tiny = torch.finfo(kept_k.dtype).tiny
     kept_k, total_k = kept_k.clamp_(min=tiny), total_k.clamp_(min=tiny)
     before_k = _log_more(-difference(p_k, q_k, ratio_k) / kept_k)
-    moved_k = (_log_more(more_k / total_k) - before_k).clamp_(-ROUNDING, ROUNDING)
+    moved_k = (_log_more(more_k / total_k) - before_k).clamp_(*_MOVED)
     return (kept_k / total_k).clamp_(1 - ROUNDING, 1 + ROUNDING), moved_k
 
 

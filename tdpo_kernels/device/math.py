@@ -14,6 +14,8 @@ They are sums, not logarithms: a tile that raises no maximum adds without roundi
 into what a `tile_math.Part` holds.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -22,6 +24,7 @@ CUT = tl.constexpr(16.0)  # e^Y of a part is taken up to here; beyond, its mass 
 LARGE = tl.constexpr(1e12)
 TOP_EXPONENT = tl.constexpr(80.0)  # keeps exp() finite
 ROUNDING = tl.constexpr(0.125)  # more than staging in 16 bits moves a sum of probabilities by, of itself
+LEAST, MOST = tl.constexpr(math.log1p(-0.125)), tl.constexpr(math.log1p(0.125))  # so q is right where both are held
 TINY = tl.constexpr(1.2e-38)
 NEAR = tl.constexpr(0.35)  # series below, exponentials above
 
@@ -212,7 +215,7 @@ def made_up(p, q, exact_t, kept_p, t, is_label):
     found_p = tl.maximum(tl.sum(tl.where(others, kept_p, 0.0), 1), TINY)
     more = log_more(after / found_p) - log_more(before / sum_p)
     factor = tl.minimum(tl.maximum(sum_p / found_p, 1.0 - ROUNDING), 1.0 + ROUNDING)
-    return factor, tl.minimum(tl.maximum(more, -ROUNDING), ROUNDING)
+    return factor, tl.minimum(tl.maximum(more, LEAST), MOST)
 
 
 @triton.jit

@@ -115,8 +115,12 @@ def stage(
     p, q = tl.exp(z_down) / s_z[:, None], tl.exp(r_down) / s_r[:, None]
     kept_p = weigh(p, q, t.to(tl.float32)).to(dtype)
     tl.store(out + at, kept_p, mask=inside)
-    is_label = c[None, :] == label[:, None]
-    factor, more = made_up(p, q, exact_t, kept_p.to(tl.float32), t.to(tl.float32), is_label)
+    if dtype == tl.float32:  # nothing was rounded, and the sums' own rounding is not to be made up for
+        more = tl.zeros_like(s_z)
+        factor = more + 1.0
+    else:
+        is_label = c[None, :] == label[:, None]
+        factor, more = made_up(p, q, exact_t, kept_p.to(tl.float32), t.to(tl.float32), is_label)
     tl.store(part + 10 * T + rows, factor, mask=rows < T)
     tl.store(part + 11 * T + rows, more, mask=rows < T)
     if HAS_SOFTCAP:

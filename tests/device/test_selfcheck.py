@@ -213,6 +213,7 @@ HARD = (
     "dense", "peaked_10", "peaked_30", "near_equal", "near_equal_offset", "offset_50", "offset_1000", "ruled_out",
     "ruled_out_by_reference", "ruled_out_by_policy", "hated_by_policy_300", "loved_by_reference_300", "softcap",
     "softcap_saturated", "scale_only", "other_width", "shared_ratio_0.5", "sure_of_different_tokens", "V_1", "T_1",
+    "surer_by_32", "labels_of_reference",
 )  # fmt: skip
 
 
