@@ -169,7 +169,7 @@ class Kept:
     """Tensors end to end in one flat buffer, and a table of where they lie."""
 
     ALIGNMENT = 256
-    ROW_VALUES = 256  # at most, that a backend saves for each row besides what it stages
+    ROW_VALUES = 16  # at most, that a backend saves for each row besides what it stages
     CLEARED = 2**20  # a buffer of up to so many bytes is zero where unused: `torch.library.opcheck` compares it all
     MOST, AXES = 24, 4
     TABLE = (MOST, 2 + AXES)  # of each tensor dtype, offset in bytes, and shape; -1 where there is none

@@ -142,8 +142,8 @@ class Traits:
     def row_config(self, kernel: str, columns: int, staged: bool = False) -> TileConfig:
         """Of a kernel that takes fp32 tiles of so many columns from memory."""
         return choose(
-            kernel, self.device, 4, columns=columns, staged=staged, extras=self.extras, bias=self.bias,
-            softcap=self.softcap,
+            kernel, self.device, 4, width=self.width, columns=columns, staged=staged, extras=self.extras,
+            bias=self.bias, softcap=self.softcap,
         )  # fmt: skip
 
 
@@ -265,7 +265,12 @@ def staged_dz(
 
     flags = dict(HAS_SOFTCAP=staged.shape[0] == 3)
     config = choose(
-        "staged_dz", device_of(dz.device), staged.dtype.itemsize, columns=min(part, 1024), softcap=flags["HAS_SOFTCAP"]
+        "staged_dz",
+        traits.device,
+        staged.dtype.itemsize,
+        width=traits.width,
+        columns=min(part, 1024),
+        softcap=flags["HAS_SOFTCAP"],
     )
     each = _blocks(part, config.C)
     kernel[_blocks(dz.shape[0], config.R), weights.shape[0] * each](

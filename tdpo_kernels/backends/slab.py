@@ -60,8 +60,8 @@ def make_grid(inputs: Inputs) -> Grid:
 
 
 def has_slab(inputs: Inputs) -> bool:
-    """Whether products come back in 16 bits, as gradients are wanted, and dz of all rows and some columns is small:
-    then backward has a slab of it (`sums.SlabSums`). fp16 would overflow."""
+    """Whether products come back in 16 bits, as the gradients are, and dz of all rows and some columns is small: then
+    backward has a slab of it (`sums.SlabSums`). fp16 would overflow."""
     policy, T = inputs.policy, inputs.rows.count
     dtypes = {policy.dtype, policy.hidden.dtype, policy.head.weight.dtype}
     if policy.hidden.device.type != "cpu" or dtypes != {torch.bfloat16}:
@@ -83,7 +83,8 @@ def _grid(T: int, V: int, tile: tuple[int, int], workspace: int, held: tuple[int
     (R, C), (per_tile, per_row, per_col) = tile, held
     while per_tile * R * C + per_row * R + per_col * C > workspace and max(R, C) > SMALLEST:
         R, C = (R, C // 2) if C > R else (R // 2, C)
-    return Grid(T, V, _even(T, R, 1), _even(V, C, multiple))
+    aligned = 1 if T <= R else min(R, 16)  # a block's row values begin where a kernel takes them to be aligned
+    return Grid(T, V, _even(T, R, aligned), _even(V, C, multiple))
 
 
 def copied_bytes(inputs: Inputs, widen: bool) -> tuple[int, int]:

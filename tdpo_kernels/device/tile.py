@@ -5,7 +5,9 @@ import triton.language as tl
 
 # Follow from the number of rows or of parts, so from one batch to the next: no binary of their own where one of them
 # is 1 or a multiple of 16, which would be compiled, and be in need of its self-check, in the middle of a run.
-VARYING = ("T", "V", "last_col", "parts", "part", "staged_parts", "stride_rows", "stride_out", "stride_weights")
+VARYING = (
+    "T", "V", "last_col", "parts", "part", "staged_parts", "plane", "stride_rows", "stride_out", "stride_weights",
+)  # fmt: skip
 
 
 @triton.jit

@@ -36,7 +36,7 @@ def choose(
 
     1. `explicit`, as it is;
     2. the row of the device's table ``tables/<device>.json`` that was measured for this case, nearest in hidden size.
-       A row of `fused_stats` with another C than the heuristic's, or with other rows per warp, is skipped: what is
+       A row of statistics with another C or K than the heuristic's, or with other rows per warp, is skipped: what is
        staged must not change a bit of the statistics (`heuristic.keeps_bits`);
     3. the heuristic of the device's architecture, compiled and checked by ``python -m tdpo_kernels kernels``.
 

@@ -19,7 +19,7 @@ from .config import Case, TileConfig
 
 INTERPRETER = "interpreter"
 WIDEST = 8192
-_ROW_STACK = {1024: 8, 4096: 8, WIDEST: 216}  # 16 warps leave 128 registers a thread
+_ROW_STACK = {1024: 8, 4096: 8, WIDEST: 280}  # 16 warps leave 128 registers a thread
 _ROW_ELEMENTS = 4096  # of a tile in a program of a row kernel, where it is not wider than that
 
 
@@ -119,12 +119,12 @@ def _by_pointers(config: TileConfig) -> TileConfig:
 
 
 def keeps_bits(case: Case, config: TileConfig, arch: str) -> bool:
-    """Whether `config` has the heuristic's C and rows per warp: then the parts of the vocabulary, and the order in
+    """Whether `config` has the heuristic's C, K and rows per warp: then the parts of the vocabulary, and the order in
     which a row of a part is summed, are the same whatever is chosen for the same call with and without staging."""
-    if case.kernel != "fused_stats":
+    if case.kernel not in ("fused_stats", "tile_stats"):
         return True
     own = heuristic(case, arch)
-    return (config.C, config.R / config.warps) == (own.C, own.R / own.warps)
+    return (config.C, config.K, config.R / config.warps) == (own.C, own.K, own.R / own.warps)
 
 
 def family_of(arch: str) -> str:
