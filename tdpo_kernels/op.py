@@ -51,7 +51,7 @@ def token_stats(
         cu_seqlens: ``(S + 1,)`` int32 or int64 offsets from 0 to N; the shift never crosses one.
         extras: names out of ``entropy``, ``mean_logit``, ``is_argmax``, computed for the policy in the same pass,
             detached.
-        backend: ``"auto"``, ``"tiled"`` or ``"naive"``.
+        backend: ``"auto"``, ``"fused"``, ``"tiled"`` or ``"naive"``.
         memory_budget: bytes that may be kept from forward to backward to save recomputation. Nothing is kept without
             grad.
 

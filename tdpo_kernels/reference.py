@@ -57,13 +57,14 @@ def logits(hidden_TD: Tensor, head: LMHead, dtype: torch.dtype) -> Tensor:
 def forward_kl(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
     """KL(q || p) per row by eq. (2a). Entries at -inf in both contribute 0; at -inf in p alone they make it inf."""
     nowhere = torch.isneginf(log_p_TV) & torch.isneginf(log_q_TV)
+    missed = torch.isneginf(log_p_TV) & ~nowhere  # inf, though q be 0 in this dtype; the gradient is p - q as elsewhere
     delta = (log_q_TV - log_p_TV).masked_fill(nowhere, 0.0)
     near = delta.abs() < 1
     x = torch.where(near, delta, 0.0)
-    far = torch.where(near | torch.isneginf(log_q_TV), 0.0, delta)
     q = log_q_TV.exp()
+    far = torch.where(near | (q == 0), 0.0, delta)
     terms = torch.where(near, q * (torch.expm1(-x) + x), log_p_TV.exp() - q + q * far)
-    return terms.sum(-1)
+    return terms.sum(-1) + torch.where(missed.any(-1), torch.inf, 0.0)
 
 
 def statistics(z_TV: Tensor, r_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,7 +70,7 @@ def report(inputs: Inputs, launches: list[Launch], finding: Finding) -> str:
         finding.fault,
         *(f"  kernel:   {launch}" for launch in launches),
         f"  device:   {_device(inputs.policy.hidden.device)}",
-        f"  versions: {_versions(inputs.policy.hidden.device)}",
+        f"  versions: {_versions()}",
         *(f"  {name + ':':26}{x}" for name, x in _tensors(inputs)),
         f"  rows that count: {inputs.rows.count}; extras: {inputs.extras or 'none'}; "
         f"memory_budget: {inputs.memory_budget}",
@@ -102,7 +102,7 @@ def _device(device: torch.device) -> str:
     return f"{device}, {properties.name}, capability {properties.major}.{properties.minor}"
 
 
-def _versions(device: torch.device) -> str:
+def _versions() -> str:
     import triton
 
     runtime = f"hip {torch.version.hip}" if torch.version.hip else f"cuda {torch.version.cuda}"
