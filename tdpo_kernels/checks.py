@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .loss import DEFAULT_ALPHA, REDUCTIONS, VARIANTS
 from .reference import EXTRAS
-from .types import LMHead
+from .types import LMHead, VocabParallelHead
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -33,7 +34,7 @@ def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
     if not isinstance(head, LMHead):
         raise TypeError(f"{name}: got {seen(head)}, wanted a (V, D) tensor, an nn.Linear or an LMHead")
     _tensor(head.weight, f"{name}.weight", FLOATS)
-    if head.weight.dim() != 2 or head.weight.shape[0] == 0:
+    if head.weight.dim() != 2 or head.vocab == 0:
         raise ValueError(f"{name}.weight: got {seen(head.weight)}, wanted (V, D) with V >= 1")
     if head.bias is not None:
         _tensor(head.bias, f"{name}.bias", (head.weight.dtype,))
@@ -49,7 +50,19 @@ def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
     computed = torch.promote_types(head.weight.dtype, torch.float32)
     if softcap is not None and not torch.finfo(computed).tiny <= softcap <= torch.finfo(computed).max:
         raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted one that {computed} holds")
+    if isinstance(head, VocabParallelHead):
+        _check_split(head, name)
     return replace(head, logit_scale=logit_scale, softcap=softcap)
+
+
+def _check_split(head: VocabParallelHead, name: str) -> None:
+    """Against a head made by hand, or with another weight put into it."""
+    rank, world = dist.get_rank(head.group), dist.get_world_size(head.group)
+    if rank < 0 or len(head.sizes) != world or head.sizes[rank] != head.weight.shape[0]:
+        raise ValueError(
+            f"{name}.weight: got {seen(head.weight)} on rank {rank} of {world}, wanted the rows that {name}.sizes "
+            f"{head.sizes} say; make it by tdpo_kernels.parallel.vocab_parallel"
+        )
 
 
 def _of_linear(linear: nn.Linear, name: str) -> LMHead:
@@ -91,11 +104,22 @@ def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMH
         _same_device(x, f"{prefix}hidden", hidden, "hidden")
         _same_device(h.weight, f"{prefix}head.weight", hidden, "hidden")
     _same_device(labels, "labels", hidden, "hidden")
-    if head.weight.shape[0] != ref_head.weight.shape[0]:
+    if head.vocab != ref_head.vocab:
         raise ValueError(
-            f"ref_head.weight: got {seen(ref_head.weight)}, wanted V = {head.weight.shape[0]} as head.weight "
-            f"{seen(head.weight)}; the KL needs one vocabulary, so slice padded rows off the longer head"
+            f"ref_head.weight: got {seen(ref_head.weight)}, V = {ref_head.vocab}; wanted V = {head.vocab} as "
+            f"head.weight {seen(head.weight)}; the KL needs one vocabulary, so slice padded rows off the longer head"
         )
+    if isinstance(ref_head, VocabParallelHead):
+        _check_groups(head, ref_head)
+
+
+def _check_groups(head: LMHead, ref_head: VocabParallelHead) -> None:
+    """One group walks the vocabulary."""
+    if not isinstance(head, VocabParallelHead):
+        raise ValueError("head: got a whole head with a vocabulary-parallel ref_head, wanted it split as well")
+    ranks, ref_ranks = (dist.get_process_group_ranks(h.group) for h in (head, ref_head))
+    if ranks != ref_ranks:
+        raise ValueError(f"ref_head: got a head split over ranks {ref_ranks}, wanted head's {ranks}, in that order")
 
 
 def compute_dtype(hidden: Tensor, head: LMHead, prefix: str) -> torch.dtype:

@@ -30,14 +30,22 @@ def preference_loss(
 ) -> TDPOOutput:
     """Everything between the tokens and the loss in float64; returned in the statistics' dtype."""
     tokens_3 = _wide(torch.stack((stats.logp, stats.ref_logp, stats.kl)))
-    logp_S, ref_S, kl_S = sums_3S = sequence_sums(tokens_3, cu_seqlens)
+    sums_3S = sequence_sums(tokens_3, cu_seqlens)
+    return sums_loss(sums_3S, stats.logp.dtype, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
+
+
+def sums_loss(
+    sums_3S: Tensor, dtype: torch.dtype, *, beta: float, alpha: float, variant: str, reduction: str
+) -> TDPOOutput:
+    """From each sequence's sums of logp, ref_logp and kl; returned in `dtype`."""
+    logp_S, ref_S, kl_S = sums_3S
     margin_S = logp_S - ref_S  # in fp32 two sums of hundreds of nats would cancel
     (m_w, m_l), (k_w, k_l) = margin_S.chunk(2), kl_S.chunk(2)
     loss_P = -F.logsigmoid(beta * ((m_w - m_l) - _kl_difference(k_w, k_l, alpha, variant)))
     loss = loss_P if reduction == "none" else getattr(loss_P, reduction)()
     rewards_S = beta * (margin_S + kl_S)
-    shown_8P = torch.cat((sums_3S, rewards_S[None])).detach().to(stats.logp.dtype).view(8, -1)
-    return TDPOOutput(loss.to(stats.logp.dtype), *shown_8P.unbind())
+    shown_8P = torch.cat((sums_3S, rewards_S[None])).detach().to(dtype).view(8, -1)
+    return TDPOOutput(loss.to(dtype), *shown_8P.unbind())
 
 
 def _wide(x: Tensor) -> Tensor:

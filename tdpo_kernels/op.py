@@ -10,9 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from . import checks, registered
 from .backends import choose
+from .backends.sharded import Sharded
 from .call import Call, lay_out
 from .pack import pack
-from .types import Inputs, LMHead, Model, Needs, Rows, TokenStats
+from .types import Inputs, LMHead, Model, Needs, Rows, TokenStats, VocabParallelHead
 
 DEFAULT_BUDGET = 512 * 2**20
 
@@ -40,7 +41,8 @@ def token_stats(
     Args:
         hidden: ``(..., L, D)`` last hidden states of the policy, or ``(N, D)`` packed with ``cu_seqlens``. fp16,
             bf16, fp32, fp64.
-        head: ``(V, D)`` tensor, ``nn.Linear`` or `LMHead`, in hidden's dtype (or any under ``torch.autocast``).
+        head: ``(V, D)`` tensor, ``nn.Linear`` or `LMHead`, in hidden's dtype (or any under ``torch.autocast``); or what
+            `tdpo_kernels.parallel.vocab_parallel` makes of one rank's rows.
         ref_hidden, ref_head: the same for the reference, ``(..., L, E)`` and ``(V, E)``; detached. E and the dtype
             may differ from the policy's.
         labels: ``(..., L)`` int64 or int32, aligned with the inputs.
@@ -70,7 +72,10 @@ def token_stats(
         checks.check_cu_seqlens(cu_seqlens, hidden)
     policy = Model(hidden, head, checks.compute_dtype(hidden, head, ""))
     reference = Model(ref_hidden.detach(), _detached(ref_head), checks.compute_dtype(ref_hidden, ref_head, "ref_"))
-    compute = registered.statistics if torch.compiler.is_compiling() else _statistics
+    compute = _statistics
+    if torch.compiler.is_compiling():  # a graph ends before collectives of a group's own, and begins anew after them
+        split = isinstance(head, VocabParallelHead)
+        compute = torch.compiler.disable(_statistics) if split else registered.statistics
     logp, kl, ref_logp, *more = compute(
         policy, reference, labels, cu_seqlens, ignore_index=ignore_index, shift=shift, extras=tuple(extras),
         backend=backend, memory_budget=memory_budget,
@@ -84,7 +89,9 @@ def _statistics(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`registered.statistics`, without what an operator's dispatch costs a small call."""
     _, implementation = choose(backend, policy.hidden.device, (policy, reference))
-    rows = pack(labels, cu_seqlens, policy.head.weight.shape[0], ignore_index=ignore_index, shift=shift)
+    if isinstance(policy.head, VocabParallelHead):
+        implementation = Sharded(implementation)
+    rows = pack(labels, cu_seqlens, policy.head.vocab, ignore_index=ignore_index, shift=shift)
     detached = replace(policy, hidden=policy.hidden.detach())
     call = lay_out(implementation, detached, reference, rows, memory_budget, extras=extras)
     return _TokenStats.apply(call, torch.is_grad_enabled(), policy.hidden, policy.head.weight, policy.head.bias)
@@ -141,7 +148,7 @@ def _tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
 
 def _with_tensors(inputs: Inputs, tensors: tuple[Tensor | None, ...]) -> Inputs:
     def side(model: Model, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Model:
-        return Model(hidden, LMHead(weight, bias, model.head.logit_scale, model.head.softcap), model.dtype)
+        return Model(hidden, replace(model.head, weight=weight, bias=bias), model.dtype)
 
     policy, reference = side(inputs.policy, *tensors[:3]), side(inputs.reference, *tensors[3:6])
     return Inputs(policy, reference, Rows(*tensors[6:9]), inputs.memory_budget, inputs.extras)

@@ -20,10 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # there are builds of torch without it
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,28 @@ class LMHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def vocab(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class VocabParallelHead(LMHead):
+    """A head whose vocabulary lies split over the ranks of a process group, in their order: weight and bias are this
+    rank's rows. Made by `tdpo_kernels.parallel.vocab_parallel`.
+
+    group: the ranks; sizes: how many rows each of them holds.
+    """
+
+    group: ProcessGroup | None = None
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def vocab(self) -> int:
+        """V, of all ranks together."""
+        return sum(self.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +80,7 @@ class Rows:
     hidden_T: Tensor | None  # int64, the row of `hidden` that predicts
     label_T: Tensor | None  # int64, the position in `labels` that the statistics belong to
     labels_T: Tensor  # int64, in [0, V)
+    own_T: Tensor | None = None  # bool, False where the label is not in this part of V: labels_T is any column there
 
     @property
     def count(self) -> int:
@@ -82,6 +108,7 @@ class Inputs:
     rows: Rows
     memory_budget: int  # bytes staged between forward and backward
     extras: tuple[str, ...] = ()
+    partial: bool = False  # V is a part of a vocabulary: forward returns its state, and dh is not rounded
     allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None
 
     @cached_property
@@ -106,6 +133,7 @@ class Forward:
     kl_T: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
     saved: tuple[Tensor | None, ...] = ()
+    state: tuple[Tensor, ...] = ()  # where `Inputs.partial`: z_top, r_top, and relative to them lse_z, lse_r, L - L'
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +155,10 @@ class Backend(Protocol):
         saved: tuple[Tensor | None, ...],
         g_logp_T: Tensor | None,
         g_kl_T: Tensor | None,
-    ) -> Gradients: ...
+        g_label_T: Tensor | None = None,
+    ) -> Gradients:
+        """g_label_T: the cotangent of each row's label logit itself, with `Rows.own_T`."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

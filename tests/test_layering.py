@@ -18,7 +18,7 @@ from tdpo_kernels.backends import products, slab
 
 PACKAGE = Path(tdpo_kernels.__file__).parent
 ORDER = [  # each layer imports from earlier ones only
-    {"types", "offline", "version"},
+    {"types", "collectives", "offline", "version"},
     {"reference", "pack", "loss"},
     {"checks", "device", "tuning"},
     {"kernels", "backends.tile_math", "backends.products"},
@@ -28,16 +28,19 @@ ORDER = [  # each layer imports from earlier ones only
     {"backends.kernel_walk"},
     {"backends.rowwise"},
     {"backends.naive", "backends.tiled", "backends.fused"},
+    {"backends.regroup"},
+    {"backends.sharded"},
     {"backends"},
     {"call"},
     {"registered"},
     {"op"},
     {"api"},
+    {"parallel"},
     {""},
     {"verify"},
     {"__main__"},
 ]
-HOUSES = ("device", "tuning", "backends.selfcheck")  # of one layer, whose files may import each other
+HOUSES = ("device", "tuning", "backends.selfcheck", "parallel")  # of one layer, whose files may import each other
 PUBLIC = ["LMHead", "TDPOLoss", "TDPOOutput", "TokenStats", "fused_tdpo_loss", "token_stats"]
 ALLOWED = {"torch", "triton"} | set(sys.stdlib_module_names)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run
 from runnable import backend_params
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -52,22 +51,6 @@ def share(call: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
 def gradients(step: nn.Module, call: dict[str, Tensor]) -> list[Tensor]:
     step(**call).backward()
     return [p.grad for p in step.parameters()]
-
-
-def run(worker, *arguments: object) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_joined, (worker, port, arguments), nprocs=WORLD)
-
-
-def _joined(rank: int, worker, port: int, arguments: tuple) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    try:
-        worker(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
 
 
 def ddp_gradients_are_the_whole_batch_s(rank: int, backend: str) -> None:

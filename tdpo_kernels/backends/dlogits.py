@@ -34,7 +34,13 @@ class Coefficients:
     """Per-row coefficients of eq. (6); each row block's kind, and fp16's scale, read from the device in one go."""
 
     def __init__(
-        self, inputs: Inputs, grid: Grid, row_values: tuple[Tensor, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None
+        self,
+        inputs: Inputs,
+        grid: Grid,
+        row_values: tuple[Tensor, ...],
+        g_logp_T: Tensor | None,
+        g_kl_T: Tensor | None,
+        g_label_T: Tensor | None = None,
     ) -> None:
         self.lse_z, self.lse_r, self.lse_diff, self.z_top, self.r_top, ratio, logp, ref_logp = row_values
         g_logp = torch.zeros_like(logp) if g_logp_T is None else g_logp_T.to(logp.dtype)
@@ -42,24 +48,31 @@ class Coefficients:
         only_q, head = g_kl == g_logp, inputs.policy.head
         self.kinds, self.scale = [Kind.ONLY_P if g_kl_T is None else Kind.GENERAL] * len(grid.row_blocks()), 1.0
         if self.kinds and not (logp.is_cuda and torch.cuda.is_current_stream_capturing()):
-            fp16 = inputs.policy.dtype == torch.float16
-            spared, largest = _read(grid, g_kl == 0, only_q, g_logp.abs() + g_kl.abs() if fp16 else None)
+            fp16, no_q = inputs.policy.dtype == torch.float16, g_kl == 0
+            nothing, sizes_T = no_q & only_q, g_logp.abs() + g_kl.abs() if fp16 else None
+            if g_label_T is not None:
+                nothing &= g_label_T == 0
+                sizes_T = sizes_T.add_(g_label_T.abs()) if fp16 else None
+            spared, largest = _read(grid, torch.stack([no_q, only_q, nothing]), sizes_T)
             self.kinds = [_kind(*block, head.softcap is not None) for block in spared]
             self.scale = _fp16_scale(largest * abs(head.logit_scale)) if fp16 else 1.0
         factor = self.scale * head.logit_scale
         self.a, self.b = g_kl * -factor, g_logp * -factor
         p_y, q_y = logp.exp(), ref_logp.exp()
-        without_kl = self.b * torch.expm1(torch.where(only_q, ref_logp, logp))
+        log_y = torch.where(only_q, ref_logp, logp)
+        without_kl, own_T = torch.expm1(log_y), inputs.rows.own_T
+        if own_T is not None:  # elsewhere an entry like the others
+            without_kl = torch.where(own_T, without_kl, log_y.exp())
         times_a = difference(p_y, q_y, ratio).masked_fill(only_q, 0.0)
-        self.label = torch.addcmul(without_kl, self.a, times_a)  # dz at each row's label
+        self.label = torch.addcmul(self.b * without_kl, self.a, times_a)  # dz at each row's label
+        if g_label_T is not None:
+            self.label.add_(g_label_T, alpha=factor)
 
 
-def _read(
-    grid: Grid, no_q: Tensor, no_p: Tensor, sizes_T: Tensor | None
-) -> tuple[list[tuple[bool, bool, bool]], float]:
-    """Of each row block, whether q, p and both are spared; and the largest of `sizes_T`. One read of the device."""
+def _read(grid: Grid, spared_3T: Tensor, sizes_T: Tensor | None) -> tuple[list[tuple[bool, bool, bool]], float]:
+    """Of each row block, whether q, p and everything are spared; and the largest of `sizes_T`. One read of the
+    device."""
     count = len(grid.row_blocks())
-    spared_3T = torch.stack([no_q, no_p, no_q & no_p])
     if grid.T < count * grid.R:
         spared_3T = F.pad(spared_3T, (0, count * grid.R - grid.T), value=True)
     facts = spared_3T.view(3, count, grid.R).all(-1).view(-1)

@@ -17,9 +17,14 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
 
 
 def backward(
-    inputs: Inputs, needs: Needs, saved: tuple[Tensor | None, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None
+    inputs: Inputs,
+    needs: Needs,
+    saved: tuple[Tensor | None, ...],
+    g_logp_T: Tensor | None,
+    g_kl_T: Tensor | None,
+    g_label_T: Tensor | None = None,
 ) -> Gradients:
-    return kernel_walk.backward(_Fused(), inputs, needs, saved, g_logp_T, g_kl_T)
+    return kernel_walk.backward(_Fused(), inputs, needs, saved, g_logp_T, g_kl_T, g_label_T)
 
 
 class _Fused:

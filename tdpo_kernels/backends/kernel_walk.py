@@ -81,7 +81,8 @@ def forward(maker: Maker, inputs: Inputs, needs: Needs) -> Forward:
     has_bias = any(side.model.head.bias is not None for side in call.sides)
     shown = [tile_math.to_infinity(x) if has_bias else x.clone() for x in shown]
     extras = dict(zip(inputs.extras, shown[3:], strict=True))
-    out = Forward(*shown[:3], extras, (values_T, stage.flat, stage.weights) if needs else ())
+    state = values_T[:5].unbind() if inputs.partial else ()
+    out = Forward(*shown[:3], extras, (values_T, stage.flat, stage.weights) if needs else (), state)
     selfcheck.forward(inputs, call.grid, launches, out)
     return out
 
@@ -117,15 +118,16 @@ def backward(
     saved: tuple[Tensor | None, ...],
     g_logp_T: Tensor | None,
     g_kl_T: Tensor | None,
+    g_label_T: Tensor | None = None,
 ) -> Gradients:
     values_T, flat, weights = saved
     call = _call(maker, inputs, _Stage.cut(inputs, flat, weights))
     stage, policy = _Stage(call, flat, weights), call.sides[0]
     z_top, r_top, lse_z, lse_r, lse_diff, _, logp, ref_logp, label_ratio = values_T[:9]
     rows_T = (lse_z, lse_r, lse_diff, z_top, r_top, label_ratio, logp, ref_logp)
-    c = Coefficients(inputs, call.grid, rows_T, g_logp_T, g_kl_T)
+    c = Coefficients(inputs, call.grid, rows_T, g_logp_T, g_kl_T, g_label_T)
     coefficients_3T = torch.stack([c.a, c.b, c.label])
-    check = selfcheck.Slabs(inputs, call.grid, g_logp_T, g_kl_T, c.scale)
+    check = selfcheck.Slabs(inputs, call.grid, (g_logp_T, g_kl_T, g_label_T), c.scale)
 
     def dz(i: int, rows: slice, k: int, cols: slice) -> Tensor | None:
         if c.kinds[i] is Kind.NOTHING:

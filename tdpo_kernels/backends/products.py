@@ -82,13 +82,15 @@ class GradientSum:
 
     A gradient already in that dtype is its own accumulator. Otherwise `held` rows of accumulator are kept: all of
     them where blocks are returned to, one block where each is finished (`close`) before the next is begun. With
-    `index`, row i of what is summed belongs to row ``index[i]`` of the gradient, and the other rows are zero.
+    `index`, row i of what is summed belongs to row ``index[i]`` of the gradient, and the other rows are zero. With
+    `wide` the gradient stays in `dtype`.
     """
 
-    def __init__(self, like: Tensor, index: Tensor | None, dtype: torch.dtype, held: int) -> None:
+    def __init__(self, like: Tensor, index: Tensor | None, dtype: torch.dtype, held: int, wide: bool = False) -> None:
         self.index, self.held = index, held
-        self.grad = torch.empty_like(like) if index is None else torch.zeros_like(like)
-        self.acc = None if like.dtype == dtype else like.new_empty(held, like.shape[1], dtype=dtype)
+        make, out = torch.empty_like if index is None else torch.zeros_like, dtype if wide else like.dtype
+        self.grad = make(like, dtype=out)
+        self.acc = None if out == dtype else like.new_empty(held, like.shape[1], dtype=dtype)
         self.begun: set[int] = set()
 
     def add(self, block: slice, a: Tensor, b: Tensor, alpha: float) -> None:

@@ -54,7 +54,9 @@ class Sums:
         held_rows, held_cols = (grid.T, grid.C) if columns_outer else (grid.R, grid.V)
         self.bias_sum = hidden.new_zeros(grid.V, dtype=dtype) if needs.bias else None
         self.bias_dtype = head.weight.dtype
-        self.hidden = GradientSum(hidden, inputs.rows.hidden_T, dtype, held_rows) if needs.hidden else None
+        self.hidden = None
+        if needs.hidden:
+            self.hidden = GradientSum(hidden, inputs.rows.hidden_T, dtype, held_rows, inputs.partial)
         self.weight = GradientSum(head.weight, None, dtype, held_cols) if needs.weight else None
         self.row_blocks, self.col_blocks = grid.row_blocks(), grid.col_blocks()
 
@@ -92,12 +94,12 @@ class SlabSums:
     def __init__(self, inputs: Inputs, grid: Grid, needs: Needs, policy: Side, spare: int) -> None:
         hidden, self.weight, index = inputs.policy.hidden, inputs.policy.head.weight, inputs.rows.hidden_T
         self.grid, self.policy, self.index = grid, policy, index
-        self.whole = needs.hidden and hidden.element_size() * grid.T * grid.V <= spare
+        self.whole = needs.hidden and not inputs.partial and hidden.element_size() * grid.T * grid.V <= spare
         self.slab = policy.work.get("slab", grid.T, grid.V if self.whole else grid.C, hidden.dtype)
         self.hidden_TD = hidden if index is None else hidden.index_select(0, index)
         self.bias_sum = hidden.new_zeros(grid.V, dtype=inputs.stats_dtype) if needs.bias else None
         self.dw = torch.empty_like(self.weight)
-        self.dh = GradientSum(hidden, index, inputs.stats_dtype, grid.T) if needs.hidden else None
+        self.dh = GradientSum(hidden, index, inputs.stats_dtype, grid.T, inputs.partial) if needs.hidden else None
 
     def add(self, dz_RC: Tensor, rows: slice, cols: slice) -> None:
         if self.bias_sum is not None:

@@ -41,6 +41,7 @@ LARGE = 1e12  # terms of (9) above it are summed in their second form
 FAR = 48.0  # a part of mean below -FAR is centred there: its M is LARGE, and finite, about either
 ROUNDING = 0.125  # more than staging in 16 bits moves a sum of probabilities by, of itself
 _MOVED = (math.log1p(-ROUNDING), math.log1p(ROUNDING))  # q, with both factors held, is right still
+STATE = ("z_top", "r_top", "lse_z", "lse_r", "lse_diff")  # of a `RowState`, what parts of it are merged by
 LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
 
 
@@ -200,14 +201,14 @@ def tile_weights(parts: list[Part], roundings: list[Rounding], whole: RowState) 
     """``(3, K, R)``: of each part its P and Q within the whole, and the ratio ``log(P / Q)`` that added to a column's t
     makes its log(p / q) within the whole. Where P and Q are far apart, and the sum would have fewer digits than t,
     the ratio is 0; where they are not, it tells them apart, and P stands for both."""
-    weights_2k, ratio_k = _within(parts, whole)
+    weights_2k, ratio_k = within(parts, whole)
     if not roundings:
         return torch.cat([weights_2k, (ratio_k - torch.stack([part.excess for part in parts]))[None]])
     factor_k, moved_k = _made_up(roundings)
     return torch.cat([weights_2k.mul_(factor_k), (ratio_k + moved_k)[None]])
 
 
-def _within(parts: list[Part], whole: RowState) -> tuple[Tensor, Tensor]:
+def within(parts: list[Part], whole: RowState) -> tuple[Tensor, Tensor]:
     """``(2, K, R)`` and ``(K, R)``: P and Q, and their log-ratio where they are near one another."""
     if whole.lse_z is parts[0].lse_z:  # `merge` of one part: that part
         one = torch.ones_like(whole.lse_z)

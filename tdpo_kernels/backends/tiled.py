@@ -41,13 +41,14 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
     if stage:
         rows = [whole(name) for name in ("lse_z", "lse_r", "lse_diff", "z_top", "r_top", "label_ratio")]
         saved = (*rows, logp, ref_logp, stage.flat, stage.row_values)
+    state = tuple(whole(name) for name in tile_math.STATE) if inputs.partial else ()
     shown = [logp, ref_logp, whole("kl"), *(whole(name) for name in inputs.extras)]
     infinite = tile_math.kl_is_infinite(inputs.policy, inputs.reference)
     if infinite is not None:
         shown[2] = shown[2].masked_fill(infinite, math.inf)
     if _can_rule_out(inputs):
         shown = [tile_math.to_infinity(x) for x in shown]
-    return Forward(*shown[:3], dict(zip(inputs.extras, shown[3:], strict=True)), saved)
+    return Forward(*shown[:3], dict(zip(inputs.extras, shown[3:], strict=True)), saved, state)
 
 
 def _can_rule_out(inputs: Inputs) -> bool:
@@ -128,14 +129,19 @@ def _round_(
 
 
 def backward(
-    inputs: Inputs, needs: Needs, saved: tuple[Tensor | None, ...], g_logp_T: Tensor | None, g_kl_T: Tensor | None
+    inputs: Inputs,
+    needs: Needs,
+    saved: tuple[Tensor | None, ...],
+    g_logp_T: Tensor | None,
+    g_kl_T: Tensor | None,
+    g_label_T: Tensor | None = None,
 ) -> Gradients:
     if _by_kernels(inputs):
-        return kernel_walk.backward(Rowwise(), inputs, needs, saved, g_logp_T, g_kl_T)
+        return kernel_walk.backward(Rowwise(), inputs, needs, saved, g_logp_T, g_kl_T, g_label_T)
     *row_values, flat, stage_rows = saved
     grid, work = make_grid(inputs), Workspace(inputs.policy.hidden.device)
     sides, stage = sides_of(inputs, work), Stage(inputs, grid, flat, stage_rows)
-    c = Coefficients(inputs, grid, tuple(row_values), g_logp_T, g_kl_T)
+    c = Coefficients(inputs, grid, tuple(row_values), g_logp_T, g_kl_T, g_label_T)
 
     def dz(i: int, rows: slice, k: int, cols: slice) -> Tensor | None:
         if c.kinds[i] is Kind.NOTHING:

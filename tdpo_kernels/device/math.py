@@ -209,7 +209,8 @@ def made_up(p, q, exact_t, kept_p, t, is_label):
     on t that make both sums, of p and of ``q = p e^-t``, right again. Sums of q are had as what they are above those of
     p (before, that is the label's ``p - q``): where the two are equal, the summand is 0."""
     others = is_label == 0
-    before = tl.sum(tl.where(is_label, -difference(p, q, -exact_t), 0.0), 1)
+    p_y, q_y = tl.sum(tl.where(is_label, p, 0.0), 1), tl.sum(tl.where(is_label, q, 0.0), 1)
+    before = -difference(p_y, q_y, -tl.sum(tl.where(is_label, exact_t, 0.0), 1))
     after = tl.sum(tl.where(others, kept_p * expm1(-t), 0.0), 1)
     sum_p = tl.maximum(tl.sum(tl.where(others, p, 0.0), 1), TINY)
     found_p = tl.maximum(tl.sum(tl.where(others, kept_p, 0.0), 1), TINY)

@@ -71,7 +71,7 @@ RULES: dict[str, tuple[Rule, ...]] = {  # the first that fits
             "fused_stats",
             (dict(plain=True, staged=True), TileConfig(64, 128, 64, 8, 4, True, stack=40)),
             (dict(plain=True), TileConfig(128, 128, 64, 16, 3, True)),
-            ({}, TileConfig(128, 64, 64, 8, 4, True, stack=192)),
+            ({}, TileConfig(128, 64, 64, 8, 4, True, stack=504)),
         ),
         *_rules(
             "fused_dz",

@@ -73,13 +73,12 @@ class Slabs:
     """The same for backward, which makes dz slab by slab: `see` each as it was made, `verdict` in the end.
 
     Args:
+        cotangents: of logp, of the KL, and of the label's logit.
         scale: of dz as the kernels write it.
     """
 
-    def __init__(
-        self, inputs: Inputs, grid: Grid, g_logp_T: Tensor | None, g_kl_T: Tensor | None, scale: float
-    ) -> None:
-        self.inputs, self.grid, self.g_logp_T, self.g_kl_T, self.scale = inputs, grid, g_logp_T, g_kl_T, scale
+    def __init__(self, inputs: Inputs, grid: Grid, cotangents: tuple[Tensor | None, ...], scale: float) -> None:
+        self.inputs, self.grid, self.cotangents, self.scale = inputs, grid, cotangents, scale
         self.samples: dict[Launch, Sample] = {}
         self.off = False
 
@@ -97,7 +96,7 @@ class Slabs:
     def verdict(self) -> None:
         """RuntimeError if anything seen was wrong."""
         for launch, sample in self.samples.items():
-            _judge(self.inputs, [launch], lambda sample=sample: sample.compare(self.g_logp_T, self.g_kl_T, self.scale))
+            _judge(self.inputs, [launch], lambda sample=sample: sample.compare(self.cotangents, self.scale))
 
 
 def _fresh(inputs: Inputs, launches: Iterable[Launch]) -> list[Launch]:

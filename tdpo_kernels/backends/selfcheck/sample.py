@@ -62,18 +62,18 @@ class Sample:
         self.taken.append((mine, cols.start, dz[within][:, columns].double(), dz.dtype))
 
     @torch.no_grad()
-    def compare(self, g_logp_T: Tensor | None, g_kl_T: Tensor | None, scale: float) -> Finding:
+    def compare(self, cotangents: tuple[Tensor | None, ...], scale: float) -> Finding:
         truth = Rows(self.inputs, self.at)
         truth.statistics()
         zero = torch.zeros(len(self.rows), dtype=torch.float64, device=self.device)
-        g_logp, g_kl = (zero if g is None else g[self.at].double() for g in (g_logp_T, g_kl_T))
-        truth.expect("the gradients that came in", torch.isfinite(g_logp + g_kl).all())
+        g_3R = torch.stack([zero if g is None else g[self.at].double() for g in cotangents])
+        truth.expect("the gradients that came in", torch.isfinite(g_3R).all())
         finding = Finding(truth.odd)
         staged = self.launch.kernel == "staged_dz"
         for mine, first, found, dtype in self.taken:
             columns = [first + c for c in self.columns[first]]
             part = truth.only(torch.tensor(mine, device=self.device))
-            want, allowed = part.dz(torch.tensor(columns, device=self.device), g_logp[mine], g_kl[mine], staged)
+            want, allowed = part.dz(torch.tensor(columns, device=self.device), g_3R[:, mine], staged)
             info = torch.finfo(dtype)
             allowed = allowed * scale + info.eps * want.abs() * scale + info.smallest_normal * info.eps
             finding.add("dz", found, want * scale, allowed, [self.rows[n] for n in mine], columns)

@@ -91,12 +91,14 @@ class Rows:
         rows = self.inputs.rows
         hidden = self.at if rows.hidden_T is None else rows.hidden_T[self.at]
         self.labels = rows.labels_T[self.at]
+        self.own = torch.ones_like(self.labels, dtype=torch.bool) if rows.own_T is None else rows.own_T[self.at]
         self.z, self.r = Side.of(self.inputs.policy, hidden), Side.of(self.inputs.reference, hidden)
 
     def only(self, n: Tensor) -> Rows:
         """Some of them, statistics included."""
         part = object.__new__(Rows)
-        part.inputs, part.odd, part.at, part.labels = self.inputs, self.odd, self.at[n], self.labels[n]
+        part.inputs, part.odd, part.at = self.inputs, self.odd, self.at[n]
+        part.labels, part.own = self.labels[n], self.own[n]
         part.z, part.r = replace(self.z, hidden=self.z.hidden[n]), replace(self.r, hidden=self.r.hidden[n])
         part.lse_z, part.lse_r, part.off_z, part.off_r, part.apart = (
             x[n] for x in (self.lse_z, self.lse_r, self.off_z, self.off_r, self.apart)
@@ -176,15 +178,15 @@ class Rows:
         z, off = (x.diagonal() for x in side.logits(self.labels))
         return z - lse, off
 
-    def dz(self, cols: Tensor, g_logp: Tensor, g_kl: Tensor, staged: bool) -> tuple[Tensor, Tensor]:
+    def dz(self, cols: Tensor, g_3R: Tensor, staged: bool) -> tuple[Tensor, Tensor]:
         """Eq. (6) at the outputs of ``h W^T + b``, and what it may be off, in columns `cols`."""
         log_p, log_q, ratio, off_z, off_r, z = self._pair(cols)
         p, q = log_p.exp(), log_q.exp()
-        g_logp, g_kl = g_logp[:, None], g_kl[:, None]
-        is_label = cols == self.labels[:, None]
+        g_logp, g_kl, g_label = g_3R[..., None]
+        is_label = (cols == self.labels[:, None]) & self.own[:, None]
         label = torch.where(is_label, -torch.expm1(log_p), -p)
         difference = _difference(p, q, ratio)
-        dz = g_logp * label - g_kl * difference
+        dz = g_logp * label - g_kl * difference + g_label * is_label
         off_p, off_q = p * (off_z + self.off_z[:, None]) + TINY, q * (off_r + self.off_r[:, None]) + TINY
         off = g_logp.abs() * off_p + g_kl.abs() * (off_p + off_q) + 8 * EPS * dz.abs()
         if staged:

@@ -1,0 +1,204 @@
+"""A backend over a vocabulary that lies split over ranks: another backend on each one's part, merged here.
+
+Each rank k has the statistics of its part alone, under the part's own softmaxes p_k and q_k, and the masses u_k, w_k
+that policy and reference put on the part. Both are chain rules, of terms that are never negative:
+
+    (10)  KL(q || p) = KL(w || u) + sum_k w_k KL(q_k || p_k)          entropy = sum_k u_k (entropy_k - log u_k)
+
+KL(w || u) is eq. (9) of `tile_math`, a part's logits merged into one column. In a part ``p = u_k p_k`` and
+``q = w_k q_k``, so eq. (6) has the same form in p_k and q_k: but for the label's entry, its dz is that of cotangents
+
+    (11)  G_kl = g_kl w_k        G_logp = g_logp u_k + g_kl (w_k - u_k)        and at the label, g_logp - G_logp more
+
+Forward gathers a few numbers a row from each rank, backward sums dh over the ranks in the statistics' dtype; dW and db
+stay where they are. Every rank merges alike, in rank order: all have the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..collectives import gathered, position, same_everywhere, summed_
+from ..types import Backend, Forward, Gradients, Inputs, Model, Needs, Rows
+from .regroup import reference_part
+from .tile_math import LOWEST, STATE, Part, RowState, is_lowest, merge, to_infinity, within
+
+SENT = (*STATE, "kl", "logp", "ref_logp")  # by each rank of each row; then extras
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """`inner` on each rank's part of the policy's vocabulary."""
+
+    inner: Backend
+
+    def forward(self, inputs: Inputs, needs: Needs) -> Forward:
+        head, part = inputs.policy.head, self._part(inputs)
+        _agree_once(inputs)
+        out = self.inner.forward(part, needs) if head.weight.shape[0] else _nothing(part)
+        extras = [_summable(name, out.extras[name], head.weight.shape[0]) for name in inputs.extras]
+        sent_FT = torch.stack([*out.state, out.kl_T, out.logp_T, out.ref_logp_T, *extras])
+        whole = _Whole.of(gathered(sent_FT, head.group), inputs)
+        return replace(whole.forward(), saved=(*whole.masses(position(head.group)), *out.saved) if needs else ())
+
+    def backward(
+        self,
+        inputs: Inputs,
+        needs: Needs,
+        saved: tuple[Tensor | None, ...],
+        g_logp_T: Tensor | None,
+        g_kl_T: Tensor | None,
+        g_label_T: Tensor | None = None,
+    ) -> Gradients:
+        head, part = inputs.policy.head, self._part(inputs)
+        cotangents = _cotangents(saved[:_MASSES], part.rows.own_T, g_logp_T, g_kl_T)
+        if head.weight.shape[0]:
+            grads = self.inner.backward(part, needs, saved[_MASSES:], *cotangents)
+        else:
+            grads = _no_gradients(part, needs)
+        return replace(grads, hidden=_whole_dh(grads.hidden, inputs)) if needs.hidden else grads
+
+    def _part(self, inputs: Inputs) -> Inputs:
+        """What this rank computes alone: its columns, in the rows that predict."""
+        head, labels_T = inputs.policy.head, inputs.rows.labels_T
+        first, count = sum(head.sizes[: position(head.group)]), head.weight.shape[0]
+        own_T = (labels_T >= first) & (labels_T < first + count)
+        rows = Rows(None, None, (labels_T - first).where(own_T, 0), own_T)
+        policy = _predicting(inputs.policy, inputs.rows)
+        reference = _predicting(reference_part(inputs.reference, head), inputs.rows)
+        return replace(inputs, policy=policy, reference=reference, rows=rows, partial=True)
+
+
+def _predicting(side: Model, rows: Rows) -> Model:
+    return side if rows.hidden_T is None else replace(side, hidden=side.hidden.index_select(0, rows.hidden_T))
+
+
+_agreed: set[str] = set()
+
+
+def _agree_once(inputs: Inputs) -> None:
+    """A group of ranks that have different tokens would be answered with nonsense, or hang."""
+    head, labels_T = inputs.policy.head, inputs.rows.labels_T
+    if head.group.group_name not in _agreed:
+        facts = (inputs.rows.count, int((labels_T * torch.arange(1, len(labels_T) + 1).to(labels_T)).sum()))
+        same_everywhere(facts, ("labels: how many count", "labels: a checksum"), head.group)
+        _agreed.add(head.group.group_name)
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _nothing(part: Inputs) -> Forward:
+    """Of a rank without columns: no mass."""
+    zero_T = part.policy.hidden.new_zeros(part.rows.count, dtype=part.stats_dtype)
+    out_T = torch.full_like(zero_T, LOWEST)
+    state = (out_T, out_T, zero_T, zero_T, zero_T)
+    return Forward(zero_T, zero_T, zero_T, dict.fromkeys(part.extras, zero_T), state=state)
+
+
+def _summable(name: str, x_T: Tensor, columns: int) -> Tensor:
+    return x_T * columns if name == "mean_logit" and columns else x_T
+
+
+_MASSES = 5
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """All ranks' parts, ``(W, T)`` each, and what they make."""
+
+    inputs: Inputs
+    parts: dict[str, Tensor]
+    state: RowState  # of the vocabulary with each part for a column: its kl is KL(w || u)
+    u: Tensor
+    w: Tensor
+    more: Tensor  # w - u, without cancellation
+    log_u: Tensor
+    log_w: Tensor
+
+    @staticmethod
+    def of(sent_WFT: Tensor, inputs: Inputs) -> _Whole:
+        parts = dict(zip((*SENT, *inputs.extras), sent_WFT.unbind(1), strict=True))
+        z_top, r_top, lse_z, lse_r, lse_diff = (parts[name] for name in STATE)
+        zero = torch.zeros_like(lse_z[0])
+        columns = [
+            Part(*four, mean=diff, phi=zero, kl=zero, lse_diff=diff, excess=zero)
+            for *four, diff in zip(z_top, r_top, lse_z, lse_r, lse_diff, strict=True)
+        ]
+        state = merge(columns)
+        (u, near_w), ratio = within(columns, state)
+        return _Whole(
+            inputs, parts, state,
+            u=u, w=near_w * torch.exp(-ratio), more=near_w - u + near_w * torch.expm1(-ratio),
+            log_u=(z_top - state.z_top) + lse_z - state.lse_z, log_w=(r_top - state.r_top) + lse_r - state.lse_r,
+        )  # fmt: skip
+
+    def masses(self, rank: int) -> tuple[Tensor, ...]:
+        return tuple(x[rank].clone() for x in (self.u, self.w, self.more, self.log_u, self.log_w))
+
+    def forward(self) -> Forward:
+        kl = self.state.kl + (self.w * self.parts["kl"]).where(self.w > 0, 0.0).sum(0)
+        out, ref_out = is_lowest(self.parts["z_top"]), is_lowest(self.parts["r_top"])
+        missed = (self.parts["kl"] == torch.inf) | (out & ~ref_out)
+        logp, ref_logp = (
+            to_infinity(self._of_owner(self.parts[name] + log_mass))
+            for name, log_mass in (("logp", self.log_u), ("ref_logp", self.log_w))
+        )
+        extras = {name: getattr(self, f"_{name}")() for name in self.inputs.extras}
+        return Forward(logp, ref_logp, kl.masked_fill(missed.any(0), torch.inf), extras)
+
+    def _of_owner(self, x_WT: Tensor) -> Tensor:
+        """Of the rank that has the label among its columns."""
+        ends = torch.tensor(self.inputs.policy.head.sizes, device=x_WT.device).cumsum(0)
+        owner_T = torch.bucketize(self.inputs.rows.labels_T, ends, right=True)
+        return x_WT.gather(0, owner_T[None])[0]
+
+    def _entropy(self) -> Tensor:
+        return (self.u * (self.parts["entropy"] - self.log_u)).where(self.u > 0, 0.0).sum(0)
+
+    def _mean_logit(self) -> Tensor:
+        return self.parts["mean_logit"].sum(0) / self.inputs.policy.head.vocab
+
+    def _is_argmax(self) -> Tensor:
+        return self._of_owner(self.parts["is_argmax"].where(self.parts["z_top"] >= self.state.z_top, 0.0))
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+def _cotangents(
+    masses: tuple[Tensor, ...], own_T: Tensor, g_logp_T: Tensor | None, g_kl_T: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Eq. (11): of logp, of the KL (None stays None), and of the label's own logit.
+
+    Where g_kl is g_logp, so that no p is needed, G_kl stays G_logp; the difference at the label is had from 1 - u =
+    -expm1(log u).
+    """
+    u, w, more, log_u, log_w = masses
+    g_logp = torch.zeros_like(u) if g_logp_T is None else g_logp_T.to(u.dtype)
+    if g_kl_T is None:
+        return g_logp * u, None, (-g_logp * torch.expm1(log_u)).where(own_T, 0.0)
+    g_kl = g_kl_T.to(u.dtype)
+    same, G_kl = g_kl == g_logp, g_kl * w
+    G_logp = torch.where(same, G_kl, torch.addcmul(g_logp * u, g_kl, more))
+    rest = torch.where(same, -g_kl * torch.expm1(log_w), -g_logp * torch.expm1(log_u) - g_kl * more)
+    return G_logp, G_kl, rest.where(own_T, 0.0)
+
+
+def _no_gradients(part: Inputs, needs: Needs) -> Gradients:
+    hidden, head = part.policy.hidden, part.policy.head
+    return Gradients(
+        torch.zeros_like(hidden, dtype=part.stats_dtype) if needs.hidden else None,
+        torch.zeros_like(head.weight) if needs.weight else None,
+        torch.zeros_like(head.bias) if needs.bias else None,
+    )
+
+
+def _whole_dh(dh_TD: Tensor, inputs: Inputs) -> Tensor:
+    """Summed over the ranks, then rounded, once."""
+    hidden, index = inputs.policy.hidden, inputs.rows.hidden_T
+    dh_TD = summed_(dh_TD.contiguous(), inputs.policy.head.group).to(hidden.dtype)
+    return dh_TD if index is None else torch.zeros_like(hidden).index_copy_(0, index, dh_TD)

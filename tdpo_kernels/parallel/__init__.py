@@ -1,0 +1,7 @@
+"""More than one device: a vocabulary, a sequence or a batch that lies split over the ranks of a process group."""
+
+from .heads import vocab_parallel
+from .pairs import mean_over_ranks
+from .sequences import sequence_parallel_loss
+
+__all__ = ["mean_over_ranks", "sequence_parallel_loss", "vocab_parallel"]

@@ -1,0 +1,105 @@
+"""Heads whose vocabulary is split: tensor parallelism of the LM head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..checks import check_tensor, seen
+from ..collectives import position, same_everywhere, told
+from ..types import LMHead, VocabParallelHead
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def vocab_parallel(
+    head: Tensor | nn.Linear | LMHead, group: ProcessGroup | None = None, *, vocab_size: int | None = None
+) -> VocabParallelHead:
+    """One rank's rows of an LM head, as `fused_tdpo_loss` and `token_stats` take them in place of the whole.
+
+    All ranks of the group hand over the same hidden states and labels, and get the same statistics: forward gathers 32
+    bytes a token (fp32) from each rank, backward sums dh, ``4 D`` bytes a token, over the ranks. The reference's head
+    may be split likewise, split in other places (its rows are then exchanged on every call), or be whole on every rank.
+
+    Args:
+        head: a weight that is a DTensor, ``Shard(0)`` on a mesh of one dimension (as torch's tensor parallelism leaves
+            an LM head); or this rank's rows ``(V_k, D)``, in rank order, none at all on some of them if need be.
+            Gradients flow to what was given.
+        group: the ranks. None: the DTensor's mesh, or all ranks.
+        vocab_size: V, where the last rows are padding, as in weights padded to a multiple of the ranks: no rank's
+            padding is part of the vocabulary. None: all rows are.
+
+    Raises:
+        TypeError, ValueError: naming what was seen and what is wanted. On all ranks, if they do not fit together.
+    """
+    head = _as_head(head)
+    if hasattr(head.weight, "device_mesh"):
+        weight, group, sizes = _local(head.weight, "head.weight", group)
+        bias = None if head.bias is None else _local(head.bias, "head.bias", group)[0]
+    else:
+        weight, bias = head.weight, head.bias
+        group = dist.group.WORLD if group is None else group
+        if group is None:
+            raise ValueError("group: got None and no process group, wanted one; call torch.distributed's first")
+        sizes = _sizes(weight, group)
+    if vocab_size is not None:
+        sizes = _without_padding(sizes, vocab_size)
+        mine = sizes[position(group)]
+        weight, bias = weight[:mine], None if bias is None else bias[:mine]
+    return VocabParallelHead(weight, bias, head.logit_scale, head.softcap, group, sizes)
+
+
+def _as_head(head: Tensor | nn.Linear | LMHead) -> LMHead:
+    if isinstance(head, nn.Linear):
+        if type(head).forward is not nn.Linear.forward:
+            raise TypeError(f"head: got a {seen(head)} with a forward of its own, wanted nn.Linear's, or an LMHead")
+        head = LMHead(head.weight, head.bias)
+    elif isinstance(head, Tensor):
+        head = LMHead(head)
+    if not isinstance(head, LMHead) or isinstance(head, VocabParallelHead):
+        raise TypeError(f"head: got {seen(head)}, wanted a (V, D) tensor, an nn.Linear or an LMHead")
+    check_tensor(head.weight, "head.weight")
+    return head
+
+
+def _local(x: Tensor, name: str, group: ProcessGroup | None) -> tuple[Tensor, ProcessGroup, tuple[int, ...]]:
+    """A DTensor's rows on this rank, and how many each rank has."""
+    from torch.distributed.tensor import Shard
+
+    if not hasattr(x, "device_mesh"):
+        raise TypeError(f"{name}: got {seen(x)}, wanted a DTensor as head.weight is")
+    mesh = x.device_mesh
+    if mesh.ndim != 1 or tuple(x.placements) != (Shard(0),):
+        raise ValueError(
+            f"{name}: got placements {x.placements} on a mesh of shape {tuple(mesh.shape)}, wanted (Shard(dim=0),) on "
+            "a mesh of one dimension; under FSDP2 call this where the weight is gathered, in the module's forward"
+        )
+    if group is not None and dist.get_process_group_ranks(group) != mesh.mesh.tolist():
+        raise ValueError(
+            f"group: got ranks {dist.get_process_group_ranks(group)}, wanted {name}'s {mesh.mesh.tolist()}"
+        )
+    world, rows = mesh.size(), x.shape[0]
+    step = -(-rows // world)  # as torch.chunk
+    sizes = tuple(min(step, max(rows - k * step, 0)) for k in range(world))
+    return x.to_local(), mesh.get_group(), sizes
+
+
+def _sizes(weight: Tensor, group: ProcessGroup) -> tuple[int, ...]:
+    if weight.dim() != 2:
+        raise ValueError(f"head.weight: got {seen(weight)}, wanted this rank's rows (V_k, D)")
+    same_everywhere((weight.shape[1], str(weight.dtype)), ("head.weight: D", "head.weight: dtype"), group)
+    return tuple(rows for (rows,) in told((weight.shape[0],), group))
+
+
+def _without_padding(sizes: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    total = sum(sizes)
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= total:
+        raise ValueError(f"vocab_size: got {seen(vocab_size)}, wanted an int from 1 to {total}, the rows of all ranks")
+    kept, left = [], vocab_size
+    for size in sizes:
+        kept.append(min(size, left))
+        left -= kept[-1]
+    return tuple(kept)

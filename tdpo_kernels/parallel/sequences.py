@@ -1,0 +1,81 @@
+"""Sequence (context) parallelism: sequences whose tokens lie on several ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checks import check_loss, check_tensor, seen
+from ..collectives import summed_
+from ..loss import sequence_sums, sums_loss
+from ..types import TDPOOutput, TokenStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def sequence_parallel_loss(
+    stats: TokenStats,
+    sequence_ids: Tensor,
+    pairs: int,
+    group: ProcessGroup | None = None,
+    *,
+    beta: float = 0.1,
+    alpha: float | None = None,
+    variant: str = "tdpo2",
+    reduction: str = "mean",
+) -> TDPOOutput:
+    """The preference loss of sequences that are split over the ranks of `group`, from each one's tokens.
+
+    A sigmoid is not linear: per-sequence sums (eq. 3) are added up over the ranks before it, ``48 P`` bytes. Every
+    rank returns the same loss. Its backward gives a rank the gradient that flows through its own tokens: the sum over
+    the ranks is the loss's gradient. Where gradients are averaged over the group (DDP, FSDP), multiply the loss by the
+    group's size.
+
+    Args:
+        stats: of this rank's tokens, from ``token_stats(..., shift=False)`` on labels that were shifted before they
+            were split: label t is what hidden state t predicts, though its token lies on another rank.
+        sequence_ids: int64, shaped like ``stats.logp``: 0 to P - 1 the chosen, P to 2 P - 1 their rejected partners.
+            In any order. Anything where the label is ignored, as of padding.
+        pairs: P, of all ranks together; the same on each.
+        beta, alpha, variant, reduction: as in `tdpo_kernels.fused_tdpo_loss`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was seen and what is wanted.
+    """
+    beta, alpha = check_loss(beta, alpha, variant, reduction)
+    check_tensor(sequence_ids, "sequence_ids")
+    if sequence_ids.shape != stats.logp.shape or sequence_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"sequence_ids: got {seen(sequence_ids)}, wanted int64 or int32 {tuple(stats.logp.shape)} as stats.logp has"
+        )
+    if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1:
+        raise ValueError(f"pairs: got {seen(pairs)}, wanted an int >= 1")
+    group = dist.group.WORLD if group is None else group
+    own_3S = _own_sums(stats, sequence_ids, 2 * pairs)
+    sums_3S = _Summed.apply(own_3S, group)
+    return sums_loss(sums_3S, stats.logp.dtype, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
+
+
+def _own_sums(stats: TokenStats, sequence_ids: Tensor, count: int) -> Tensor:
+    """``(3, S)`` float64 over this rank's tokens, in order: the same bits every time. Ignored tokens are zero."""
+    ids_N = sequence_ids.reshape(-1).long().clamp(0, count - 1)
+    order_N = ids_N.argsort(stable=True)
+    ends_S = torch.searchsorted(ids_N[order_N], torch.arange(count, device=ids_N.device), right=True)
+    tokens_3N = torch.stack([x.reshape(-1).double() for x in (stats.logp, stats.ref_logp, stats.kl)])
+    return sequence_sums(tokens_3N[:, order_N], torch.nn.functional.pad(ends_S, (1, 0)))
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over the ranks. Backward hands through: a rank's share has the gradient that the whole has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        return summed_(x.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
