@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo test interpreted trainer families lint verify kernels kernels-versions bench report gpu clean help
+.PHONY: demo test interpreted trainer parallel families lint verify kernels kernels-versions bench report gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -32,6 +32,9 @@ interpreted: $(READY)  ## every test that kernels can be interpreted in, on a CP
 
 trainer: $(READY)  ## the trainers' long tests: more models, settings and processes (minutes)
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/trainer
+
+parallel: $(READY)  ## what is split over ranks, on four processes (a minute)
+	$(PY) -m pytest -n 2 -m long $(ARGS) tests/test_parallel.py
 
 families: $(READY)  ## python/tdpo_trainer/FAMILIES.md anew: every family of transformers, built tiny (5 minutes)
 	$(PY) -m tdpo_trainer.families > build-families.md

@@ -63,6 +63,12 @@ class VocabParallelHead(LMHead):
         """V, of all ranks together."""
         return sum(self.sizes)
 
+    @property
+    def columns(self) -> slice:
+        """Where this rank's rows stand in the vocabulary."""
+        first = sum(self.sizes[: self.group.rank()])
+        return slice(first, first + self.weight.shape[0])
+
 
 @dataclass(frozen=True, eq=False)
 class Model:

@@ -16,6 +16,8 @@ if interpreting():
     interpreted.round_bf16()
 torch.set_num_threads(1)  # thousands of tiny products: threads only wait for one another
 
+WAIT = {"trainer", "test_parallel.py"}  # whose `long` tests run when asked for (``-m long``)
+
 settings.register_profile(
     "laws",
     derandomize=True,
@@ -30,12 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, saying so, without one")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "long" in item.keywords and not config.option.markexpr and WAIT & set(item.path.parts):
+            item.add_marker(pytest.mark.skip(reason="long: -m long runs it"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,6 +18,7 @@ from tdpo_kernels.parallel import mean_over_ranks, sequence_parallel_loss, vocab
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
 
 P, L, D, E = 3, 7, 8, 6
+WORLDS = (2, pytest.param(4, marks=pytest.mark.long))
 EXTRAS = ("entropy", "mean_logit", "is_argmax")
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 
@@ -131,7 +132,7 @@ def _a_vocabulary(
             near(a, b, dtype, f"{what}: {name}")
 
 
-@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.parametrize("world", WORLDS)
 def test_a_split_vocabulary_gives_what_a_whole_one_does(world: int):
     run(vocabularies, world, runnable(), world=world)
 
@@ -280,7 +281,7 @@ def refusals(rank: int, world: int) -> None:
 
 
 @pytest.mark.parametrize("worker", (tensor_parallel_layers, sequences, shares, volume, refusals))
-@pytest.mark.parametrize("world", (2, pytest.param(4, marks=pytest.mark.long)))
+@pytest.mark.parametrize("world", WORLDS)
 def test_ranks(worker, world: int):
     run(worker, world, world=world)
 

@@ -25,7 +25,16 @@ from torch import Tensor, nn
 
 from tdpo_kernels import LMHead
 
-from .head import base_head, family, head_is_adapted, head_pair, innermost, output_layer, run_backbone
+from .head import (
+    base_head,
+    family,
+    head_is_adapted,
+    head_pair,
+    innermost,
+    is_tensor_parallel,
+    output_layer,
+    run_backbone,
+)
 from .redirect import redirect
 
 __all__ = ["Loss", "Reference", "at_head", "pair_outputs", "redirect", "reference_side"]
@@ -149,11 +158,17 @@ def _of_value(through: Tensor, exact: Tensor) -> Tensor:
 def _tensors(model: nn.Module) -> list[Tensor]:
     """The tensors of the head that stay as they are outside of a forward. ZeRO-3 empties its own in place."""
     layer = innermost(output_layer(model))
-    return [x for module in layer.modules() for x in vars(module)["_parameters"].values() if not hasattr(x, "ds_id")]
+    kept = [x for module in layer.modules() for x in vars(module)["_parameters"].values() if not hasattr(x, "ds_id")]
+    return [x.to_local() if is_tensor_parallel(x) else x for x in kept]
+
+
+def _same_part(x: Tensor, y: Tensor | None) -> bool:
+    """Of a weight split for tensor parallelism: `to_local` makes the tensor anew each time, in the same memory."""
+    return type(y) is Tensor and x.shape == y.shape and x.data_ptr() == y.data_ptr()
 
 
 def _lasting(head: LMHead, outside: list[Tensor]) -> LMHead:
     def lasting(x: Tensor | None) -> Tensor | None:
-        return x if x is None or any(x is y for y in outside) else x.clone()
+        return x if x is None or any(x is y or _same_part(x, y) for y in outside) else x.clone()
 
     return replace(head, weight=lasting(head.weight), bias=lasting(head.bias))

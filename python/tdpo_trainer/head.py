@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpo_kernels import LMHead
+from tdpo_kernels.parallel import VocabParallelHead, vocab_parallel
 
 from .redirect import instead, redirect
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+TENSOR_PARALLEL = "tp"  # the mesh's dimension, as transformers and accelerate name it
 LEAVE_OUT = ("aya_vision", "cohere2_vision", "gemma3", "mpt", "shieldgemma2")  # have such keys, and do not heed them
 
 
@@ -114,6 +116,8 @@ def head_pair(model: nn.Module, hidden: Tensor) -> tuple[Tensor, LMHead]:
     head = _linear_head(model, layer)
     if not names:
         return hidden, head
+    if isinstance(head, VocabParallelHead):
+        raise UnsupportedModel(model, "LoRA is on an LM head that is split over ranks", "no adapter there")
     narrow = [layer.scaling[name] * _down(layer, name, hidden) for name in names]
     wide = [_whole(model, layer.lora_B[name].weight).to(head.weight.dtype) for name in names]
     hidden = torch.cat([hidden, *(x.to(hidden.dtype) for x in narrow)], -1)
@@ -146,23 +150,25 @@ def check_head(model: nn.Module, inputs: Mapping[str, Any], rows: int = 4, *, wr
     Raises:
         UnsupportedModel: naming the family, and by how much its logits differ.
     """
-    seen: dict[str, Tensor] = {}
+    seen: list[tuple[Tensor, slice | None]] = []
     layer = innermost(output_layer(model))
 
     def compare(**inputs: Any) -> Tensor:
         own = layer.forward
 
         def both(hidden: Tensor) -> Tensor:
-            seen["ours"] = logits(*head_pair(model, hidden))
+            given, head = head_pair(model, hidden)
+            seen.append((logits(given, head), head.columns if isinstance(head, VocabParallelHead) else None))
             return own(hidden)
 
         with instead(layer, "forward", both):
             return model.forward(**inputs).logits
 
     theirs = redirect(wrapped or model, model, compare, **_few(model, inputs, rows))
-    if "ours" not in seen:
+    if not seen:
         raise UnsupportedModel(model, "its forward does not call its LM head", "a head that is called")
-    _compare(model, seen["ours"], theirs)
+    ours, columns = seen[-1]
+    _compare(model, ours, theirs if columns is None else theirs[..., columns])
 
 
 def logits(hidden: Tensor, head: LMHead) -> Tensor:
@@ -214,17 +220,28 @@ def _down(layer: nn.Module, name: str, hidden: Tensor) -> Tensor:
 
 
 def _linear_head(model: nn.Module, layer: nn.Module) -> LMHead:
-    """Of exactly an ``nn.Linear``: a wrapper shows its base layer's weight as its own, and what it adds is left out."""
+    """Of exactly an ``nn.Linear``: a wrapper shows its base layer's weight as its own, and what it adds is left out.
+
+    One that a plan for tensor parallelism splits has a forward of its own, which gathers the logits. It is not called.
+    """
     linear = layer.base_layer if _is_lora_linear(layer) else layer
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise UnsupportedModel(model, f"its LM head is a {_kind(linear)}", "a torch.nn.Linear: merge or leave it out")
     if hasattr(linear, "_hf_hook"):
         raise UnsupportedModel(model, "its LM head is hooked (offloaded or dispatched)", "the model on one device")
-    weight = _whole(model, linear.weight)
-    if model.config.model_type in LEAVE_OUT:
-        return LMHead(weight, linear.bias)
-    config = model.config.get_text_config(decoder=True)
-    return LMHead(weight, linear.bias, _scale(config), _first(config, SOFTCAPS))
+    head = LMHead(linear.weight, linear.bias)
+    if model.config.model_type not in LEAVE_OUT:
+        config = model.config.get_text_config(decoder=True)
+        head = replace(head, logit_scale=_scale(config), softcap=_first(config, SOFTCAPS))
+    if is_tensor_parallel(linear.weight):
+        return vocab_parallel(head)
+    _whole(model, linear.weight)
+    return head
+
+
+def is_tensor_parallel(weight: Tensor) -> bool:
+    """Whether its rows stay split over ranks, by a plan for tensor parallelism. FSDP's are split too, and gathered."""
+    return getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) == (TENSOR_PARALLEL,)
 
 
 def _whole(model: nn.Module, weight: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ class Sharded:
     def _part(self, inputs: Inputs) -> Inputs:
         """What this rank computes alone: its columns, in the rows that predict."""
         head, labels_T = inputs.policy.head, inputs.rows.labels_T
-        first, count = sum(head.sizes[: position(head.group)]), head.weight.shape[0]
-        own_T = (labels_T >= first) & (labels_T < first + count)
-        rows = Rows(None, None, (labels_T - first).where(own_T, 0), own_T)
+        columns = head.columns
+        own_T = (labels_T >= columns.start) & (labels_T < columns.stop)
+        rows = Rows(None, None, (labels_T - columns.start).where(own_T, 0), own_T)
         policy = _predicting(inputs.policy, inputs.rows)
         reference = _predicting(reference_part(inputs.reference, head), inputs.rows)
         return replace(inputs, policy=policy, reference=reference, rows=rows, partial=True)

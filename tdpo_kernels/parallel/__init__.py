@@ -1,7 +1,8 @@
 """More than one device: a vocabulary, a sequence or a batch that lies split over the ranks of a process group."""
 
+from ..types import VocabParallelHead
 from .heads import vocab_parallel
 from .pairs import mean_over_ranks
 from .sequences import sequence_parallel_loss
 
-__all__ = ["mean_over_ranks", "sequence_parallel_loss", "vocab_parallel"]
+__all__ = ["VocabParallelHead", "mean_over_ranks", "sequence_parallel_loss", "vocab_parallel"]

@@ -1,4 +1,4 @@
-"""Trainers' tests: skipped where transformers is not installed; `long` ones run when asked for (``-m long``)."""
+"""Trainers' tests: skipped where transformers is not installed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ import pytest
 import torch
 
 collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.markexpr:
-        return
-    for item in items:
-        if "long" in item.keywords and "trainer" in item.path.parts:
-            item.add_marker(pytest.mark.skip(reason="long: -m long runs it"))
 
 
 @pytest.fixture(autouse=True, scope="session")

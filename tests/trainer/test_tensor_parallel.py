@@ -1,0 +1,91 @@
+"""Two gloo processes that share one model by its own plan for tensor parallelism, against one that has it whole."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+import torch
+import torch.distributed as dist
+from accelerate.utils import ParallelismConfig
+from tdpo_trainer.forward import pair_outputs, reference_side
+from tdpo_trainer.head import UnsupportedModel, check_head, lm_head
+from test_forward import loss_on
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from tdpo_kernels.parallel import VocabParallelHead
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from processes import run  # noqa: E402
+
+DistributedConfig = pytest.importorskip("transformers.distributed").DistributedConfig
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
+
+
+def split(folder: Path, rank: int, world: int, dtype: torch.dtype) -> nn.Module:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT="1"
+    )
+    plan = DistributedConfig(tp_size=world, tp_plan="auto")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=plan, dtype=dtype, attn_implementation="eager"
+    )
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def gradients(rank: int, folder: Path) -> None:
+    for name in ("llama", "llama tied", "gemma2"):
+        policy, reference, batch = tiny.build(name), tiny.build(name, seed=5), tiny.batch()
+        own, theirs = policy(**tiny.inputs_of(batch)), reference(**tiny.inputs_of(batch))
+        want, grads = tiny.published_gradients(policy, own.logits, theirs.logits, batch["labels"])
+        ours, others = (split(folder / f"{name} {seed}", rank, 2, torch.float64).eval() for seed in (0, 5))
+        assert isinstance(lm_head(ours), VocabParallelHead) and len(lm_head(ours).weight) < tiny.V
+        inputs = tiny.inputs_of(batch)
+        for model in (ours, others):
+            check_head(model, inputs)
+        side = reference_side(others, inputs, unwrapped=others)
+        assert side.head.weight.data_ptr() == others.lm_head.weight.to_local().data_ptr(), "a copy of the head"
+        loss = pair_outputs(ours, side, inputs, loss_on(batch["labels"]), unwrapped=ours)["loss"]
+        loss.backward()
+        assert abs(loss - want) < 1e-6, name
+        for key, x in ours.named_parameters():
+            error = float((whole(x.grad) - grads[key]).norm() / grads[key].norm())
+            assert error < 1e-6, f"{name}: the gradient of {key} is off by {error:.2g} of its norm"
+        ours.config.logit_scale = 2.0  # which the model does not heed
+        with pytest.raises(UnsupportedModel, match="off by"):
+            check_head(ours, inputs)
+
+
+def test_gradients_of_a_model_split_by_its_own_plan(tmp_path: Path):
+    for name in ("llama", "llama tied", "gemma2"):
+        for seed in (0, 5):
+            tiny.build(name, seed=seed).save_pretrained(tmp_path / f"{name} {seed}")
+    run(gradients, tmp_path)
+
+
+def training(rank: int, folder: Path, want: list[float], parameters: dict[str, Tensor]) -> None:
+    ParallelismConfig._validate_accelerator = lambda *_: None  # it wants GPUs; nothing after it does
+    model, reference = (split(folder / "model", rank, 2, torch.float32) for _ in range(2))
+    trainer = runs.trainer(folder / f"out{rank}", model, reference)
+    trainer.train()
+    torch.testing.assert_close(torch.tensor(runs.losses(trainer)), torch.tensor(want), rtol=2e-4, atol=2e-5)
+    for name, x in model.named_parameters():
+        torch.testing.assert_close(whole(x.detach()), parameters[name], rtol=0, atol=1e-4)
+
+
+def test_a_run_of_the_trainer_is_that_of_one_process(tmp_path: Path):
+    config = runs.llama().config
+    config.num_key_value_heads = 2  # one for each process
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    model, reference = (AutoModelForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
+    alone = runs.trainer(tmp_path / "alone", model, reference)
+    alone.train()
+    run(training, tmp_path, runs.losses(alone), runs.parameters(model))
