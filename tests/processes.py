@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import socket
+import os
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 
 def run(worker: Callable[..., None], *arguments: object, world: int = 2) -> None:
-    """``worker(rank, *arguments)`` on each rank; raises what any of them raised."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_joined, (worker, port, arguments, world), nprocs=world)
+    """``worker(rank, *arguments)`` on each rank, with a launcher's environment; raises what any of them raised."""
+    with tempfile.TemporaryDirectory() as folder:  # a file to meet at: a free port may be taken before it is bound
+        torch.multiprocessing.spawn(_joined, (worker, Path(folder, "met"), arguments, world), nprocs=world)
 
 
-def _joined(rank: int, worker: Callable[..., None], port: int, arguments: tuple, world: int) -> None:
+def _joined(rank: int, worker: Callable[..., None], met: Path, arguments: tuple, world: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", init_method=met.as_uri(), rank=rank, world_size=world)
     try:
         worker(rank, *arguments)
     finally:
         dist.destroy_process_group()
+    # Without the interpreter's own end: a thread of gloo may still hold a tensor's Python object (a mesh keeps its
+    # groups alive after they are destroyed), and letting go of it while the interpreter ends aborts the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,8 +1,6 @@
 """``python -m tdpo_trainer``: the command `tdpo`, for launchers that start modules."""
 
-import sys
-
-from .cli import main
+from .cli import command_line
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line()

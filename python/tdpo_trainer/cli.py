@@ -15,13 +15,29 @@ Under several processes: `accelerate launch -m tdpo_trainer train ...`, or
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 TRAINING_PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "deepspeed")
+
+
+def command_line() -> NoReturn:
+    """What the command `tdpo` runs: `main`, and under a launcher an end without the interpreter's own."""
+    status = main()
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(status)
+    # A thread of gloo that lets go of a tensor's Python object while the interpreter ends aborts the process, and the
+    # launcher then calls a run that is done and saved a failure.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,6 +38,7 @@ def train(argv: Sequence[str]) -> int:
     trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint)
     trainer.save_model(trainer.args.output_dir)
     trainer.accelerator.print(f"saved in {trainer.args.output_dir}")
+    trainer.accelerator.wait_for_everyone()
     return 0
 
 
@@ -45,6 +46,7 @@ def cache(argv: Sequence[str]) -> int:
     """Writes the reference cache of a run, and leaves the rest to `train`."""
     trainer = make_trainer(argv, "cache")
     trainer.accelerator.print(f"complete: {trainer.args.reference_cache}")
+    trainer.accelerator.wait_for_everyone()
     return 0
 
 

@@ -5,14 +5,13 @@ A case that fails is reported under its name, with its traceback.
 
 from __future__ import annotations
 
-import os
-import socket
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -323,20 +322,14 @@ Case = Callable[[int], None]
 
 def run(cases: dict[str, Case]) -> None:
     """All of them in one pair of processes: to start those takes longer than the cases."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(_joined, (cases, port, results), nprocs=WORLD)
+    processes.run(_tried, cases, results, world=WORLD)
     if failed := results.get():
         text = "\n".join(f"--- {name}\n{trace}" for name, trace in failed.items())
         pytest.fail(f"{len(failed)} of {len(cases)} cases: {', '.join(failed)}\n{text}", pytrace=False)
 
 
-def _joined(rank: int, cases: dict[str, Case], port: int, results) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+def _tried(rank: int, cases: dict[str, Case], results) -> None:
     failed = {}
     for name, case in cases.items():
         seen: list[str | None] = [None] * WORLD
@@ -345,7 +338,6 @@ def _joined(rank: int, cases: dict[str, Case], port: int, results) -> None:
             failed[name] = "\n".join(filter(None, seen))
     if rank == 0:
         results.put(failed)
-    dist.destroy_process_group()
 
 
 def _failure(case: Callable[[int], None], rank: int) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from accelerate.utils import ParallelismConfig
+from processes import run
 from tdpo_trainer.forward import pair_outputs, reference_side
 from tdpo_trainer.head import UnsupportedModel, check_head, lm_head
 from test_forward import loss_on
@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tdpo_kernels.parallel import VocabParallelHead
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from processes import run  # noqa: E402
 
 DistributedConfig = pytest.importorskip("transformers.distributed").DistributedConfig
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
