@@ -2,13 +2,12 @@
 
 A program reads ``(1 / R + 1 / C)`` of an operand element per product, so a larger tile needs less of the L2 cache; what
 limits it are two accumulators and the epilogue's rows in 255 registers a thread (128 with 16 warps). What `fused_stats`
-stages takes about twice the registers of its statistics, so a staged tile has half the rows, or where the rest is heavy
-already both have the smaller tile. What still spills does so after the main loop; `stack` is the most that any case of
+stages takes about twice the registers of its statistics, so on sm_90 a staged tile has half the rows. What still spills does so after the main loop; `stack` is the most that any case of
 a rule needs under Triton 3.6 to 3.9. Nothing here was timed.
 
 The statistics have the same bits whatever is staged, so with and without it `fused_stats` has one C (a part of the
-vocabulary), one K (the order along D), and warps that share a row alike (the order of its sums): on sm_90 two each for
-C = 128, with 16 warps over 128 rows or 8 over 64, and one for C = 64.
+vocabulary), one K (the order along D), and warps that share a row alike (the order of its sums): on sm_90 8 rows a warp
+for C = 128, with 16 warps over 128 rows or 8 over 64, and 16 rows a warp for C = 64.
 """
 
 from __future__ import annotations
@@ -71,7 +70,8 @@ RULES: dict[str, tuple[Rule, ...]] = {  # the first that fits
             "fused_stats",
             (dict(plain=True, staged=True), TileConfig(64, 128, 64, 8, 4, True, stack=40)),
             (dict(plain=True), TileConfig(128, 128, 64, 16, 3, True)),
-            ({}, TileConfig(128, 64, 64, 8, 4, True, stack=504)),
+            (dict(staged=True), TileConfig(64, 64, 64, 4, 4, True, stack=272)),
+            ({}, TileConfig(128, 64, 64, 8, 4, True)),
         ),
         *_rules(
             "fused_dz",
