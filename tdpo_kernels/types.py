@@ -66,8 +66,11 @@ class VocabParallelHead(LMHead):
     @property
     def columns(self) -> slice:
         """Where this rank's rows stand in the vocabulary."""
-        first = sum(self.sizes[: self.group.rank()])
-        return slice(first, first + self.weight.shape[0])
+        return self.columns_of(self.group.rank())
+
+    def columns_of(self, rank: int) -> slice:
+        first = sum(self.sizes[:rank])
+        return slice(first, first + self.sizes[rank])
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +117,7 @@ class Inputs:
     rows: Rows
     memory_budget: int  # bytes staged between forward and backward
     extras: tuple[str, ...] = ()
-    partial: bool = False  # V is a part of a vocabulary: forward returns its state, and dh is not rounded
+    partial: bool = False  # V is a part of a vocabulary: forward returns its state, backward dh (T, D) in stats_dtype
     allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None
 
     @cached_property
@@ -144,7 +147,7 @@ class Forward:
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    hidden: Tensor | None  # (N, D), zero in rows that predict nothing
+    hidden: Tensor | None  # (N, D), zero in rows that predict nothing; where `Inputs.partial` the T rows that do
     weight: Tensor | None  # (V, D)
     bias: Tensor | None  # (V,)
 

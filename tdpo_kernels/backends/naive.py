@@ -14,11 +14,11 @@ from .tile_math import LOWEST
 
 
 def forward(inputs: Inputs, needs: Needs) -> Forward:
-    head = inputs.policy.head
     with torch.no_grad():
-        z_TV, r_TV = _both_logits(inputs, inputs.policy.hidden, head.weight, head.bias)
-        logp, ref_logp, kl = reference.statistics(z_TV, r_TV, inputs.rows.labels_T)
+        z_TV, r_TV = (_logits(_operand(inputs, side), side) for side in (inputs.policy, inputs.reference))
         every = reference.extra_statistics(z_TV, inputs.rows.labels_T) if inputs.extras else {}
+        z_TV, r_TV = _some_left(inputs, z_TV), _some_left(inputs, r_TV)
+        logp, ref_logp, kl = reference.statistics(z_TV, r_TV, inputs.rows.labels_T)
         state = _state(z_TV, r_TV) if inputs.partial else ()
     return Forward(logp, ref_logp, kl, {name: every[name] for name in inputs.extras}, state=state)
 
@@ -37,24 +37,33 @@ def backward(
     g_kl_T: Tensor | None,
     g_label_T: Tensor | None = None,
 ) -> Gradients:
-    head = inputs.policy.head
-    wanted = (needs.hidden, needs.weight, needs.bias)
+    head, wanted = inputs.policy.head, (needs.hidden, needs.weight, needs.bias)
+    hidden = _operand(inputs, inputs.policy) if inputs.partial else inputs.policy.hidden
     with torch.enable_grad():
         parts = [
             x if x is None else _versioned(x).detach().requires_grad_(want)
-            for x, want in zip((inputs.policy.hidden, head.weight, head.bias), wanted, strict=True)
+            for x, want in zip((hidden, head.weight, head.bias), wanted, strict=True)
         ]
-        z_TV, r_TV = _both_logits(inputs, *parts)
-        labels_T = _versioned(inputs.rows.labels_T)
-        logp, _, kl = reference.statistics(z_TV, r_TV, labels_T)
-        pairs = [(out, g) for out, g in ((logp, g_logp_T), (kl, g_kl_T)) if g is not None]
-        if g_label_T is not None:
-            own_T = inputs.rows.own_T
-            at_label = g_label_T if g_logp_T is None else torch.where(own_T, g_label_T, -g_logp_T)
-            pairs.append((z_TV.gather(1, labels_T[:, None])[:, 0], at_label))
+        policy = replace(inputs.policy, hidden=parts[0], head=replace(head, weight=parts[1], bias=parts[2]))
+        z_TV = _logits(policy.hidden if inputs.partial else _operand(inputs, policy), policy)
+        dz_TV = _dlogits(inputs, z_TV.detach(), g_logp_T, g_kl_T, g_label_T)
         leaves = [x for x, want in zip(parts, wanted, strict=True) if want]
-        grads = iter(torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True))
+        grads = iter(torch.autograd.grad(z_TV, leaves, dz_TV, materialize_grads=True))
     return Gradients(*(next(grads) if want else None for want in wanted))
+
+
+def _dlogits(
+    inputs: Inputs, z_TV: Tensor, g_logp_T: Tensor | None, g_kl_T: Tensor | None, g_label_T: Tensor | None
+) -> Tensor:
+    """Eq. (6), by autograd."""
+    z_TV, labels_T = _some_left(inputs, z_TV).requires_grad_(), _versioned(inputs.rows.labels_T)
+    r_TV = _some_left(inputs, _logits(_operand(inputs, inputs.reference), inputs.reference))
+    logp, _, kl = reference.statistics(z_TV, r_TV, labels_T)
+    pairs = [(out, g) for out, g in ((logp, g_logp_T), (kl, g_kl_T)) if g is not None]
+    if g_label_T is not None:  # where the label is elsewhere, minus what logp has at its stand-in
+        at_label = torch.where(inputs.rows.own_T, g_label_T, -g_logp_T)
+        pairs.append((z_TV.gather(1, labels_T[:, None])[:, 0], at_label))
+    return torch.autograd.grad([out for out, _ in pairs], z_TV, [g for _, g in pairs])[0]
 
 
 def _versioned(x: Tensor) -> Tensor:
@@ -62,21 +71,20 @@ def _versioned(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
 
 
-def _both_logits(inputs: Inputs, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    policy = replace(inputs.policy, hidden=hidden, head=replace(inputs.policy.head, weight=weight, bias=bias))
-    both = tuple(_logits(side, inputs.rows.hidden_T, inputs.stats_dtype) for side in (policy, inputs.reference))
-    return tuple(_some_left(x) for x in both) if inputs.partial else both
-
-
-def _some_left(z_TV: Tensor) -> Tensor:
+def _some_left(inputs: Inputs, z_TV: Tensor) -> Tensor:
     """A part of the vocabulary may be ruled out as a whole."""
-    return torch.where(torch.isneginf(z_TV).all(-1, keepdim=True), LOWEST, z_TV)
+    return torch.where(torch.isneginf(z_TV).all(-1, keepdim=True), LOWEST, z_TV) if inputs.partial else z_TV
 
 
-def _logits(side: Model, index_T: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Operands are rounded to the compute dtype (only autocast makes that differ from their own), products are taken
-    in `dtype`."""
-    hidden_TD = side.hidden if index_T is None else side.hidden.index_select(0, index_T)
-    bias = None if side.head.bias is None else side.head.bias.to(side.dtype)
-    head = replace(side.head, weight=side.head.weight.to(side.dtype), bias=bias)
-    return reference.logits(hidden_TD.to(side.dtype), head, dtype)
+def _operand(inputs: Inputs, model: Model) -> Tensor:
+    """``(T, D)`` in the statistics' dtype: what a model's products are taken of. Rounded to its compute dtype, which
+    only autocast makes another than its own."""
+    index_T = inputs.rows.hidden_T
+    hidden_TD = model.hidden if index_T is None else model.hidden.index_select(0, index_T)
+    return hidden_TD.to(model.dtype).to(inputs.stats_dtype)
+
+
+def _logits(operand_TD: Tensor, model: Model) -> Tensor:
+    head, bias = model.head, model.head.bias
+    head = replace(head, weight=head.weight.to(model.dtype), bias=None if bias is None else bias.to(model.dtype))
+    return reference.logits(operand_TD, head, operand_TD.dtype)

@@ -78,19 +78,17 @@ def onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 class GradientSum:
-    """Sums products into blocks of rows of a gradient like `like`, in `dtype`, so a 16-bit gradient is rounded once.
+    """Sums products into blocks of rows of `grad`, in `dtype`, so a 16-bit gradient is rounded once.
 
     A gradient already in that dtype is its own accumulator. Otherwise `held` rows of accumulator are kept: all of
     them where blocks are returned to, one block where each is finished (`close`) before the next is begun. With
-    `index`, row i of what is summed belongs to row ``index[i]`` of the gradient, and the other rows are zero. With
-    `wide` the gradient stays in `dtype`.
+    `index`, row i of what is summed belongs to row ``index[i]`` of the gradient, whose other rows stay as they are;
+    without, it may hold anything.
     """
 
-    def __init__(self, like: Tensor, index: Tensor | None, dtype: torch.dtype, held: int, wide: bool = False) -> None:
-        self.index, self.held = index, held
-        make, out = torch.empty_like if index is None else torch.zeros_like, dtype if wide else like.dtype
-        self.grad = make(like, dtype=out)
-        self.acc = None if out == dtype else like.new_empty(held, like.shape[1], dtype=dtype)
+    def __init__(self, grad: Tensor, index: Tensor | None, dtype: torch.dtype, held: int) -> None:
+        self.grad, self.index, self.held = grad, index, held
+        self.acc = None if grad.dtype == dtype else grad.new_empty(held, grad.shape[1], dtype=dtype)
         self.begun: set[int] = set()
 
     def add(self, block: slice, a: Tensor, b: Tensor, alpha: float) -> None:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import accumulate
 
-from ..collectives import exchanged, position
+from ..collectives import exchanged
 from ..types import LMHead, Model, VocabParallelHead
 
 
 def reference_part(reference: Model, policy_head: VocabParallelHead) -> Model:
     """A head that every rank has whole is cut, which copies nothing. One that is split in other places is exchanged,
     row by row, on every call."""
-    head, me = reference.head, position(policy_head.group)
-    wanted = _bounds(policy_head.sizes)
+    head, wanted = reference.head, policy_head.columns
     if not isinstance(head, VocabParallelHead):
-        first, last = wanted[me]
-        bias = None if head.bias is None else head.bias[first:last]
-        return replace(reference, head=replace(head, weight=head.weight[first:last], bias=bias))
+        bias = None if head.bias is None else head.bias[wanted]
+        return replace(reference, head=replace(head, weight=head.weight[wanted], bias=bias))
     if head.sizes == policy_head.sizes:
         return reference
-    held = _bounds(head.sizes)
-    sent = [_common(held[me], there) for there in wanted]
-    received = [_common(there, wanted[me]) for there in held]
+    ranks = range(len(head.sizes))
+    sent = [_common(head.columns, policy_head.columns_of(rank)) for rank in ranks]
+    received = [_common(head.columns_of(rank), wanted) for rank in ranks]
     weight, bias = (
         None if x is None else exchanged(x.detach(), sent, received, policy_head.group)
         for x in (head.weight, head.bias)
@@ -30,10 +27,5 @@ def reference_part(reference: Model, policy_head: VocabParallelHead) -> Model:
     return replace(reference, head=LMHead(weight, bias, head.logit_scale, head.softcap))
 
 
-def _bounds(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    ends = list(accumulate(sizes))
-    return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-
-
-def _common(a: tuple[int, int], b: tuple[int, int]) -> int:
-    return max(min(a[1], b[1]) - max(a[0], b[0]), 0)
+def _common(a: slice, b: slice) -> int:
+    return max(min(a.stop, b.stop) - max(a.start, b.start), 0)

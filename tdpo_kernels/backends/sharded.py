@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import gathered, position, same_everywhere, summed_
-from ..types import Backend, Forward, Gradients, Inputs, Model, Needs, Rows
+from ..types import Backend, Forward, Gradients, Inputs, Needs
 from .regroup import reference_part
 from .tile_math import LOWEST, STATE, Part, RowState, is_lowest, merge, to_infinity, within
 
@@ -62,18 +62,12 @@ class Sharded:
         return replace(grads, hidden=_whole_dh(grads.hidden, inputs)) if needs.hidden else grads
 
     def _part(self, inputs: Inputs) -> Inputs:
-        """What this rank computes alone: its columns, in the rows that predict."""
+        """What this rank computes alone: its columns."""
         head, labels_T = inputs.policy.head, inputs.rows.labels_T
         columns = head.columns
         own_T = (labels_T >= columns.start) & (labels_T < columns.stop)
-        rows = Rows(None, None, (labels_T - columns.start).where(own_T, 0), own_T)
-        policy = _predicting(inputs.policy, inputs.rows)
-        reference = _predicting(reference_part(inputs.reference, head), inputs.rows)
-        return replace(inputs, policy=policy, reference=reference, rows=rows, partial=True)
-
-
-def _predicting(side: Model, rows: Rows) -> Model:
-    return side if rows.hidden_T is None else replace(side, hidden=side.hidden.index_select(0, rows.hidden_T))
+        rows = replace(inputs.rows, labels_T=(labels_T - columns.start).where(own_T, 0), own_T=own_T)
+        return replace(inputs, reference=reference_part(inputs.reference, head), rows=rows, partial=True)
 
 
 _agreed: set[str] = set()
@@ -140,7 +134,7 @@ class _Whole:
         return tuple(x[rank].clone() for x in (self.u, self.w, self.more, self.log_u, self.log_w))
 
     def forward(self) -> Forward:
-        kl = self.state.kl + (self.w * self.parts["kl"]).where(self.w > 0, 0.0).sum(0)
+        kl = self.state.kl + (self.w * self.parts["kl"]).sum(0)
         out, ref_out = is_lowest(self.parts["z_top"]), is_lowest(self.parts["r_top"])
         missed = (self.parts["kl"] == torch.inf) | (out & ~ref_out)
         logp, ref_logp = (
@@ -191,7 +185,7 @@ def _cotangents(
 def _no_gradients(part: Inputs, needs: Needs) -> Gradients:
     hidden, head = part.policy.hidden, part.policy.head
     return Gradients(
-        torch.zeros_like(hidden, dtype=part.stats_dtype) if needs.hidden else None,
+        hidden.new_zeros(part.rows.count, hidden.shape[1], dtype=part.stats_dtype) if needs.hidden else None,
         torch.zeros_like(head.weight) if needs.weight else None,
         torch.zeros_like(head.bias) if needs.bias else None,
     )
@@ -200,5 +194,5 @@ def _no_gradients(part: Inputs, needs: Needs) -> Gradients:
 def _whole_dh(dh_TD: Tensor, inputs: Inputs) -> Tensor:
     """Summed over the ranks, then rounded, once."""
     hidden, index = inputs.policy.hidden, inputs.rows.hidden_T
-    dh_TD = summed_(dh_TD.contiguous(), inputs.policy.head.group).to(hidden.dtype)
+    dh_TD = summed_(dh_TD, inputs.policy.head.group).to(hidden.dtype)
     return dh_TD if index is None else torch.zeros_like(hidden).index_copy_(0, index, dh_TD)

@@ -43,6 +43,14 @@ def gradients(
     return sums.finish()
 
 
+def _hidden_sum(inputs: Inputs, held: int) -> GradientSum:
+    """dh; of a part of a vocabulary that of the T rows alone, and not rounded."""
+    hidden, index, dtype = inputs.policy.hidden, inputs.rows.hidden_T, inputs.stats_dtype
+    if inputs.partial:
+        return GradientSum(hidden.new_empty(inputs.rows.count, hidden.shape[1], dtype=dtype), None, dtype, held)
+    return GradientSum((torch.empty_like if index is None else torch.zeros_like)(hidden), index, dtype, held)
+
+
 class Sums:
     """The gradient that the outer loop finishes block by block, and the one that the inner loop returns to."""
 
@@ -54,10 +62,8 @@ class Sums:
         held_rows, held_cols = (grid.T, grid.C) if columns_outer else (grid.R, grid.V)
         self.bias_sum = hidden.new_zeros(grid.V, dtype=dtype) if needs.bias else None
         self.bias_dtype = head.weight.dtype
-        self.hidden = None
-        if needs.hidden:
-            self.hidden = GradientSum(hidden, inputs.rows.hidden_T, dtype, held_rows, inputs.partial)
-        self.weight = GradientSum(head.weight, None, dtype, held_cols) if needs.weight else None
+        self.hidden = _hidden_sum(inputs, held_rows) if needs.hidden else None
+        self.weight = GradientSum(torch.empty_like(head.weight), None, dtype, held_cols) if needs.weight else None
         self.row_blocks, self.col_blocks = grid.row_blocks(), grid.col_blocks()
 
     def add(self, dz_RC: Tensor, rows: slice, cols: slice) -> None:
@@ -99,7 +105,7 @@ class SlabSums:
         self.hidden_TD = hidden if index is None else hidden.index_select(0, index)
         self.bias_sum = hidden.new_zeros(grid.V, dtype=inputs.stats_dtype) if needs.bias else None
         self.dw = torch.empty_like(self.weight)
-        self.dh = GradientSum(hidden, index, inputs.stats_dtype, grid.T, inputs.partial) if needs.hidden else None
+        self.dh = _hidden_sum(inputs, grid.T) if needs.hidden else None
 
     def add(self, dz_RC: Tensor, rows: slice, cols: slice) -> None:
         if self.bias_sum is not None:

@@ -2,8 +2,9 @@
 
 A program reads ``(1 / R + 1 / C)`` of an operand element per product, so a larger tile needs less of the L2 cache; what
 limits it are two accumulators and the epilogue's rows in 255 registers a thread (128 with 16 warps). What `fused_stats`
-stages takes about twice the registers of its statistics, so on sm_90 a staged tile has half the rows. What still spills does so after the main loop; `stack` is the most that any case of
-a rule needs under Triton 3.6 to 3.9. Nothing here was timed.
+stages takes about twice the registers of its statistics, so on sm_90 a staged tile has half the rows. What still spills
+does so after the main loop; `stack` is the most that any case of a rule needs under Triton 3.6 to 3.9. Nothing here was
+timed.
 
 The statistics have the same bits whatever is staged, so with and without it `fused_stats` has one C (a part of the
 vocabulary), one K (the order along D), and warps that share a row alike (the order of its sums): on sm_90 8 rows a warp
