@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +62,9 @@ def told(facts: tuple[object, ...], group: ProcessGroup) -> list[tuple[object, .
     return every
 
 
-def same_everywhere(facts: tuple[object, ...], names: tuple[str, ...], group: ProcessGroup) -> None:
-    """ValueError on every rank, naming the first fact that differs."""
-    for name, seen in zip(names, zip(*told(facts, group), strict=True), strict=True):
+def same(every: Sequence[Sequence[object]], names: tuple[str, ...]) -> None:
+    """What each rank has `told`, against each other: ValueError naming the first that differs, so on every rank."""
+    for name, seen in zip(names, zip(*every, strict=True), strict=True):
         if len(set(seen)) > 1:
             raise ValueError(f"{name}: the ranks of the head's group have {', '.join(map(str, seen))}, wanted the same")
 

@@ -15,6 +15,7 @@ from . import reference
 from .forward import Reference, pair_outputs
 from .head import check_head
 from .metrics import TOKENS_SEEN, over_processes
+from .parallelism import check_parallelism, copies_of_a_batch
 from .step import Batch, LossOptions, model_inputs, pair_loss
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -63,6 +64,7 @@ class PlainTDPOTrainer(Trainer):
             args.remove_unused_columns = False
         kwargs.setdefault("data_collator", partial(collate, pad=tokenizer.pad_token_id, max_length=max_length))
         super().__init__(model=model, args=args, **kwargs)
+        check_parallelism(self.accelerator.parallelism_config, model, ref_model)
         self.options = options or LossOptions()
         self.model_accepts_loss_kwargs = False  # so that the loss is divided by gradient_accumulation_steps
         self.ref_model = ref_model
@@ -110,7 +112,7 @@ class PlainTDPOTrainer(Trainer):
 
     def _record(self, mode: str, sums: Tensor) -> None:
         means = over_processes(sums, self.accelerator.gather)
-        tokens = int(means.pop(TOKENS_SEEN))
+        tokens = int(means.pop(TOKENS_SEEN)) // copies_of_a_batch(self.accelerator.parallelism_config, self.model)
         self._tokens_seen += tokens if mode == "train" else 0
         for name, value in means.items():
             self._kept[mode][name].append(value)

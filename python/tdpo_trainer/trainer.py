@@ -25,6 +25,7 @@ from .forward import Reference, pair_outputs
 from .head import check_head
 from .kernels import LMHead, on_device
 from .metrics import TOKENS_SEEN, over_processes
+from .parallelism import check_parallelism, copies_of_a_batch
 from .step import Batch, model_inputs, pair_loss
 
 
@@ -78,6 +79,7 @@ class TDPOTrainer(DPOTrainer):
         if args.reference_cache is not None and ref_model is not None and args.process_index == 0:
             self._model_digest = fingerprint.of_model(ref_model)  # before it is sharded
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        check_parallelism(self.accelerator.parallelism_config, self.model, self.ref_model)
         if args.reference_cache is not None:
             self._leave_reference_model()
         self._initialised = True
@@ -131,7 +133,7 @@ class TDPOTrainer(DPOTrainer):
         means = over_processes(sums, self.accelerator.gather)
         tokens = int(means.pop(TOKENS_SEEN))
         if mode == "train":
-            self._total_train_tokens += tokens // getattr(self, "_tp_size", 1)
+            self._total_train_tokens += tokens // copies_of_a_batch(self.accelerator.parallelism_config, self.model)
         for name, value in means.items():
             self._metrics[mode][name].append(value)
         self._metrics[mode][TOKENS_SEEN] = [self._total_train_tokens]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..collectives import gathered, position, same_everywhere, summed_
+from ..collectives import gathered, position, same, summed_, told
 from ..types import Backend, Forward, Gradients, Inputs, Needs
 from .regroup import reference_part
 from .tile_math import LOWEST, STATE, Part, RowState, is_lowest, merge, to_infinity, within
@@ -36,8 +36,8 @@ class Sharded:
     inner: Backend
 
     def forward(self, inputs: Inputs, needs: Needs) -> Forward:
+        _agree_once(inputs, needs)
         head, part = inputs.policy.head, self._part(inputs)
-        _agree_once(inputs)
         out = self.inner.forward(part, needs) if head.weight.shape[0] else _nothing(part)
         extras = [_summable(name, out.extras[name], head.weight.shape[0]) for name in inputs.extras]
         sent_FT = torch.stack([*out.state, out.kl_T, out.logp_T, out.ref_logp_T, *extras])
@@ -73,13 +73,27 @@ class Sharded:
 _agreed: set[str] = set()
 
 
-def _agree_once(inputs: Inputs) -> None:
-    """A group of ranks that have different tokens would be answered with nonsense, or hang."""
-    head, labels_T = inputs.policy.head, inputs.rows.labels_T
-    if head.group.group_name not in _agreed:
-        facts = (inputs.rows.count, int((labels_T * torch.arange(1, len(labels_T) + 1).to(labels_T)).sum()))
-        same_everywhere(facts, ("labels: how many count", "labels: a checksum"), head.group)
-        _agreed.add(head.group.group_name)
+def _agree_once(inputs: Inputs, needs: Needs) -> None:
+    """Ranks that have different tokens or heads would be answered with nonsense, or hang. Asked at a group's first
+    call, as it takes the host."""
+    group, rows = inputs.policy.head.group, inputs.rows
+    if group.group_name in _agreed:
+        return
+    checksum = int((rows.labels_T * torch.arange(1, rows.count + 1).to(rows.labels_T)).sum())
+    facts = {"labels: how many count": rows.count, "labels: a checksum": checksum, "extras": inputs.extras}
+    facts["hidden: its gradient is wanted"] = needs.hidden
+    for name, side in (("head", inputs.policy), ("ref_head", inputs.reference)):
+        head = side.head
+        facts |= {
+            f"{name}: rows of each rank": getattr(head, "sizes", head.vocab),
+            f"{name}.weight: D": head.weight.shape[1],
+            f"{name}.weight: computed in": side.dtype,
+            f"{name}.bias: there is one": head.bias is not None,
+            f"{name}.logit_scale": head.logit_scale,
+            f"{name}.softcap": head.softcap,
+        }
+    same(told(tuple(map(str, facts.values())), group), tuple(facts))
+    _agreed.add(group.group_name)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checks import check_tensor, seen
-from ..collectives import position, same_everywhere, told
+from ..collectives import position, same, told
 from ..types import LMHead, VocabParallelHead
 
 if TYPE_CHECKING:
@@ -35,16 +36,19 @@ def vocab_parallel(
     Raises:
         TypeError, ValueError: naming what was seen and what is wanted. On all ranks, if they do not fit together.
     """
+    if torch.compiler.is_compiling():  # what ranks tell each other is no part of a graph
+        return torch.compiler.disable(_made)(head, group, vocab_size)
+    return _made(head, group, vocab_size)
+
+
+def _made(head: Tensor | nn.Linear | LMHead, group: ProcessGroup | None, vocab_size: int | None) -> VocabParallelHead:
     head = _as_head(head)
     if hasattr(head.weight, "device_mesh"):
         weight, group, sizes = _local(head.weight, "head.weight", group)
         bias = None if head.bias is None else _local(head.bias, "head.bias", group)[0]
     else:
-        weight, bias = head.weight, head.bias
-        group = dist.group.WORLD if group is None else group
-        if group is None:
-            raise ValueError("group: got None and no process group, wanted one; call torch.distributed's first")
-        sizes = _sizes(weight, group)
+        weight, bias, group = head.weight, head.bias, _members(group)
+        sizes = _sizes(head, group)
     if vocab_size is not None:
         sizes = _without_padding(sizes, vocab_size)
         mine = sizes[position(group)]
@@ -53,8 +57,8 @@ def vocab_parallel(
 
 
 def _as_head(head: Tensor | nn.Linear | LMHead) -> LMHead:
-    if isinstance(head, nn.Linear):
-        if type(head).forward is not nn.Linear.forward:
+    if isinstance(head, nn.Linear):  # hooks do not matter here: torch's tensor parallelism works by them
+        if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
             raise TypeError(f"head: got a {seen(head)} with a forward of its own, wanted nn.Linear's, or an LMHead")
         head = LMHead(head.weight, head.bias)
     elif isinstance(head, Tensor):
@@ -62,7 +66,18 @@ def _as_head(head: Tensor | nn.Linear | LMHead) -> LMHead:
     if not isinstance(head, LMHead) or isinstance(head, VocabParallelHead):
         raise TypeError(f"head: got {seen(head)}, wanted a (V, D) tensor, an nn.Linear or an LMHead")
     check_tensor(head.weight, "head.weight")
+    if head.bias is not None:
+        check_tensor(head.bias, "head.bias")
     return head
+
+
+def _members(group: ProcessGroup | None) -> ProcessGroup:
+    group = dist.group.WORLD if group is None else group
+    if group is None:
+        raise ValueError("group: got None and no process group, wanted one; call torch.distributed's first")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: got {seen(group)}, wanted a process group that this rank is in")
+    return group
 
 
 def _local(x: Tensor, name: str, group: ProcessGroup | None) -> tuple[Tensor, ProcessGroup, tuple[int, ...]]:
@@ -77,21 +92,33 @@ def _local(x: Tensor, name: str, group: ProcessGroup | None) -> tuple[Tensor, Pr
             f"{name}: got placements {x.placements} on a mesh of shape {tuple(mesh.shape)}, wanted (Shard(dim=0),) on "
             "a mesh of one dimension; under FSDP2 call this where the weight is gathered, in the module's forward"
         )
-    if group is not None and dist.get_process_group_ranks(group) != mesh.mesh.tolist():
+    if group is not None and dist.get_process_group_ranks(_members(group)) != mesh.mesh.tolist():
         raise ValueError(
             f"group: got ranks {dist.get_process_group_ranks(group)}, wanted {name}'s {mesh.mesh.tolist()}"
         )
     world, rows = mesh.size(), x.shape[0]
-    step = -(-rows // world)  # as torch.chunk
+    step = -(-rows // world)  # as torch.chunk; a DTensor made of pieces of other sizes shows in the first call
     sizes = tuple(min(step, max(rows - k * step, 0)) for k in range(world))
     return x.to_local(), mesh.get_group(), sizes
 
 
-def _sizes(weight: Tensor, group: ProcessGroup) -> tuple[int, ...]:
+def _sizes(head: LMHead, group: ProcessGroup) -> tuple[int, ...]:
+    """How many rows each rank has; what is wrong on one of them is said on all."""
+    weight, bias = head.weight, head.bias
+    fault, rows, D = None, 0, 0
     if weight.dim() != 2:
-        raise ValueError(f"head.weight: got {seen(weight)}, wanted this rank's rows (V_k, D)")
-    same_everywhere((weight.shape[1], str(weight.dtype)), ("head.weight: D", "head.weight: dtype"), group)
-    return tuple(rows for (rows,) in told((weight.shape[0],), group))
+        fault = f"head.weight: got {seen(weight)}, wanted this rank's rows (V_k, D)"
+    else:
+        rows, D = weight.shape
+        if bias is not None and bias.shape != (rows,):
+            fault = f"head.bias: got {seen(bias)}, wanted ({rows},), one for each of this rank's rows"
+    names = ("head.weight: D", "head.weight: dtype", "head.bias: there is one")
+    every = told((fault, rows, D, str(weight.dtype), bias is not None), group)
+    for rank, (theirs, *_) in enumerate(every):
+        if theirs is not None:
+            raise ValueError(f"{theirs} (rank {rank} of the group)")
+    same([facts for _, _, *facts in every], names)
+    return tuple(rows for _, rows, *_ in every)
 
 
 def _without_padding(sizes: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:

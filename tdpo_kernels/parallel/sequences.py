@@ -30,7 +30,7 @@ def sequence_parallel_loss(
 ) -> TDPOOutput:
     """The preference loss of sequences that are split over the ranks of `group`, from each one's tokens.
 
-    A sigmoid is not linear: per-sequence sums (eq. 3) are added up over the ranks before it, ``48 P`` bytes. Every
+    A sigmoid is not linear: per-sequence sums (eq. 3) are added up over the ranks before it, ``48 P + 8`` bytes. Every
     rank returns the same loss. Its backward gives a rank the gradient that flows through its own tokens: the sum over
     the ranks is the loss's gradient. Where gradients are averaged over the group (DDP, FSDP), multiply the loss by the
     group's size.
@@ -55,8 +55,13 @@ def sequence_parallel_loss(
     if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1:
         raise ValueError(f"pairs: got {seen(pairs)}, wanted an int >= 1")
     group = dist.group.WORLD if group is None else group
-    own_3S = _own_sums(stats, sequence_ids, 2 * pairs)
-    sums_3S = _Summed.apply(own_3S, group)
+    counts = (stats.logp != 0) | (stats.kl != 0)
+    astray = ((sequence_ids < 0) | (sequence_ids >= 2 * pairs)) & counts
+    own = torch.cat([_own_sums(stats, sequence_ids, 2 * pairs).flatten(), astray.sum(dtype=torch.float64)[None]])
+    total = _Summed.apply(own, group)
+    if found := int(total[-1]):  # on every rank, or those without would wait for the others
+        raise ValueError(f"sequence_ids: got {found} outside [0, {2 * pairs}) where labels count, wanted none")
+    sums_3S = total[:-1].view(3, -1)
     return sums_loss(sums_3S, stats.logp.dtype, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
 
 

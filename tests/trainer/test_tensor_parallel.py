@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
+import test_trainer_plain
 import tiny
 import torch
 import torch.distributed as dist
@@ -14,9 +16,10 @@ from accelerate.utils import ParallelismConfig
 from processes import run
 from tdpo_trainer.forward import pair_outputs, reference_side
 from tdpo_trainer.head import UnsupportedModel, check_head, lm_head
+from tdpo_trainer.parallelism import check_parallelism
 from test_forward import loss_on
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer
 
 from tdpo_kernels.parallel import VocabParallelHead
 
@@ -78,6 +81,18 @@ def training(rank: int, folder: Path, want: list[float], parameters: dict[str, T
         torch.testing.assert_close(whole(x.detach()), parameters[name], rtol=0, atol=1e-4)
 
 
+def counted(trainer: Trainer) -> tuple[float, float]:
+    """A mean over pairs and a count of tokens, which both processes have."""
+    return runs.logged(trainer, "kl/margin")[-1], runs.logged(trainer, "num_tokens")[-1]
+
+
+def training_without_trl(rank: int, folder: Path, want: tuple[float, float]) -> None:
+    ParallelismConfig._validate_accelerator = lambda *_: None
+    trainer = test_trainer_plain.run(folder, *(split(folder / "model", rank, 2, torch.float32) for _ in range(2)))
+    trainer.train()
+    assert counted(trainer) == pytest.approx(want, rel=1e-3, abs=1e-6)
+
+
 def test_a_run_of_the_trainer_is_that_of_one_process(tmp_path: Path):
     config = runs.llama().config
     config.num_key_value_heads = 2  # one for each process
@@ -86,3 +101,27 @@ def test_a_run_of_the_trainer_is_that_of_one_process(tmp_path: Path):
     alone = runs.trainer(tmp_path / "alone", model, reference)
     alone.train()
     run(training, tmp_path, runs.losses(alone), runs.parameters(model))
+
+
+def test_a_run_without_trl_is_that_of_one_process(tmp_path: Path):
+    config = runs.llama().config
+    config.num_key_value_heads = 2
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    model, reference = (AutoModelForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
+    alone = test_trainer_plain.run(tmp_path / "alone", model, reference)
+    alone.train()
+    run(training_without_trl, tmp_path, counted(alone))
+
+
+@pytest.mark.parametrize("size", ["cp_size", "sp_size"])
+def test_sequences_that_are_split_are_refused_by_name(size: str):
+    with pytest.raises(ValueError, match=f"^parallelism_config.{size}: got 2, wanted 1"):
+        check_parallelism(ParallelismConfig(**{size: 2}), runs.llama())
+
+
+@pytest.mark.parametrize("run_of", [runs.trainer, test_trainer_plain.run])
+def test_layers_that_are_split_are_refused_by_name(run_of, tmp_path: Path):
+    model = runs.llama()
+    model.config.distributed_config = SimpleNamespace(pp_size=2, to_dict=dict)
+    with pytest.raises(ValueError, match="^distributed_config.pp_size: got 2, wanted 1"):
+        run_of(tmp_path, model, runs.llama())

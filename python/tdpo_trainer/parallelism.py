@@ -1,0 +1,33 @@
+"""How a run is split over devices: what the trainers refuse by name, and how often a batch is there.
+
+Data parallelism is the wrappers' own (`forward`), tensor parallelism the model's own plan (`head.lm_head`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def check_parallelism(config: Any, *models: nn.Module | None) -> None:
+    """Of an accelerator's ``parallelism_config`` and a run's models.
+
+    Raises:
+        ValueError: sequences or layers are split over processes, which a loss of whole sequences would not notice.
+    """
+    for name in ("cp_size", "sp_size"):
+        if (size := getattr(config, name, None) or 1) > 1:
+            raise ValueError(
+                f"parallelism_config.{name}: got {size}, wanted 1: the trainers take whole sequences; for a loop of "
+                "your own there is tdpo_kernels.parallel.sequence_parallel_loss"
+            )
+    for model in filter(None, models):
+        plan = getattr(getattr(model, "config", None), "distributed_config", None)
+        if (size := getattr(plan, "pp_size", None) or 1) > 1:
+            raise ValueError(f"distributed_config.pp_size: got {size}, wanted 1: the loss is within one forward")
+
+
+def copies_of_a_batch(config: Any, model: nn.Module) -> int:
+    """How many processes have the same pairs: those that share the model by tensor parallelism."""
+    return getattr(model, "_tp_size", None) or getattr(config, "tp_size", None) or 1
