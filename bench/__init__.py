@@ -13,5 +13,6 @@
 `rows`, `conditions`  what is kept in `results/`, and under what conditions it was measured
 `report/`             rows as tables, figures and a page
 `gpu/`                the campaign on a GPU
+`reproduce/`          the paper's experiment in miniature
 ====================  ==================================================================================
 """

@@ -53,16 +53,26 @@ def _draw(make: Drawing, rows: list[Row], folder: Path, device: str) -> Figure |
     mine = [row for row in rows if make.wants(row)]
     if not mine:
         return None
+    light, dark = in_themes(
+        folder / f"{device}-{make.name}", make.title, _where(mine), make.inches, lambda canvas: make.draw(canvas, mine)
+    )
+    return Figure(make.name, make.caption, light, dark)
+
+
+def in_themes(
+    stem: Path, title: str, footer: str, inches: tuple[float, float], draw: Callable[[Canvas], None]
+) -> list[Path]:
+    """What `draw` puts on a canvas, once on each paper: ``stem-light.png`` and ``stem-dark.png``."""
     paths = []
     for theme, colours in THEMES.items():
         with matplotlib.rc_context(_style(colours)):
-            canvas = Canvas(figsize=make.inches, layout="constrained")
-            make.draw(canvas, mine)
-            canvas.suptitle(make.title, x=0.01, ha="left", fontweight="bold")
-            canvas.supxlabel(_where(mine), x=0.01, ha="left", fontsize=7, color=colours["faint"])
-            paths.append(folder / f"{device}-{make.name}-{theme}.png")
+            canvas = Canvas(figsize=inches, layout="constrained")
+            draw(canvas)
+            canvas.suptitle(title, x=0.01, ha="left", fontweight="bold")
+            canvas.supxlabel(footer, x=0.01, ha="left", fontsize=7, color=colours["faint"])
+            paths.append(stem.with_name(f"{stem.name}-{theme}.png"))
             canvas.savefig(paths[-1], dpi=160, metadata={"Software": None})
-    return Figure(make.name, make.caption, *paths)
+    return paths
 
 
 def _style(colours: dict[str, str]) -> dict:

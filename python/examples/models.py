@@ -38,10 +38,13 @@ def small_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def small_model(tokenizer: PreTrainedTokenizerFast, max_length: int) -> LlamaForCausalLM:
+def small_model(
+    tokenizer: PreTrainedTokenizerFast, max_length: int, width: int = 96, layers: int = 2
+) -> LlamaForCausalLM:
     """The Llama architecture at a size that two CPU cores train in half a minute, with random weights."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
+        num_attention_heads=4,
         max_position_embeddings=max_length, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None, initializer_range=0.05,
     )  # fmt: skip

@@ -38,6 +38,14 @@ def prompts() -> list[str]:
     return [f"{opening}the {aspect} of {owner} {genre} {noun}" for opening, aspect, owner, genre, noun in slots]
 
 
+def corpus(rng: Random, size: int) -> tuple[list[tuple[str, str]], list[str], list[str]]:
+    """`size` reviews as (prompt, completion), the prompts they may have, and a fifth of all prompts that none has."""
+    everything = prompts()
+    rng.shuffle(everything)
+    unseen, seen = everything[: len(everything) // 5], everything[len(everything) // 5 :]
+    return [(rng.choice(seen), completion(rng)) for _ in range(size)], seen, unseen
+
+
 def completion(rng: Random) -> str:
     """The rest of a review: two or three opinions that mostly agree. Starts with a space, to follow a prompt."""
     (temper,) = rng.choices(list(_TEMPERS), weights=list(_TEMPERS.values()))

@@ -142,10 +142,7 @@ def check(options: argparse.Namespace, loss: dict, device: torch.device) -> None
 
 def reviews_study(options: argparse.Namespace, rng: Random, device: torch.device) -> Study:
     """A model fine-tuned on generated reviews, and pairs of its own samples. Held-out prompts are new to all phases."""
-    prompts = reviews.prompts()
-    rng.shuffle(prompts)
-    unseen, seen = prompts[: len(prompts) // 5], prompts[len(prompts) // 5 :]
-    texts = [(rng.choice(seen), reviews.completion(rng)) for _ in range(REVIEWS)]
+    texts, seen, unseen = reviews.corpus(rng, REVIEWS)
     print(f"{len(texts)} reviews, {len(set(texts))} distinct, on {len(seen)} prompts; {len(unseen)} prompts held out")
     model, tokenizer = get_model(options, (prompt + text for prompt, text in texts), device)
     rows = [(prompt_ids(tokenizer, prompt), completion_ids(tokenizer, text)) for prompt, text in texts]
@@ -156,8 +153,9 @@ def reviews_study(options: argparse.Namespace, rng: Random, device: torch.device
     longest = max(len(completion) for _, completion in rows) + 4
     count = options.pairs or 1500
     study = Study(model, tokenizer, [], [], rng.sample(unseen, min(SAMPLES, count, len(unseen))), longest)
-    study.training = sample_pairs(study, seen, count, rng, "sampling pairs")
-    study.held_out = sample_pairs(study, unseen, max(count // 4, FEWEST_PAIRS), rng, "held-out pairs")
+    held = max(count // 4, FEWEST_PAIRS)
+    study.training = list(tqdm(sample_pairs(study, seen, count, rng), "sampling pairs", count))
+    study.held_out = list(tqdm(sample_pairs(study, unseen, held, rng), "held-out pairs", held))
     return study
 
 
@@ -205,22 +203,19 @@ def fine_tune(
         bar.set_postfix(loss=f"{loss:.3f}")
 
 
-def sample_pairs(study: Study, prompts: Sequence[Ids], count: int, rng: Random, name: str) -> list[Pair]:
-    """Two samples per prompt, ranked by sentiment; ties say nothing and are dropped."""
-    pairs: list[Pair] = []
-    drawn, limit = 0, 20 * count + 2 * SAMPLES
-    with tqdm(total=count, desc=name) as bar:
-        while len(pairs) < count:
-            if drawn >= limit:
-                found = f"{len(pairs)} of {drawn} sampled pairs differ in sentiment, wanted {count}"
-                raise UsageError(f"{found}: the fine-tuned model does not write reviews yet, raise --sft-steps")
-            some = rng.choices(prompts, k=min(SAMPLES // 2, 2 * count))
-            drawn += len(some)
-            both = models.sample(study.model, study.tokenizer, [*some, *some], study.longest)
-            ranked = rank(study.tokenizer, some, both[: len(some)], both[len(some) :])[: count - len(pairs)]
-            pairs += ranked
-            bar.update(len(ranked))
-    return pairs
+def sample_pairs(study: Study, prompts: Sequence[Ids], count: int, rng: Random) -> Iterator[Pair]:
+    """`count` pairs: two samples per prompt, ranked by sentiment; ties say nothing and are dropped."""
+    found, drawn, limit = 0, 0, 20 * count + 2 * SAMPLES
+    while found < count:
+        if drawn >= limit:
+            seen = f"{found} of {drawn} sampled pairs differ in sentiment, wanted {count}"
+            raise UsageError(f"{seen}: the fine-tuned model does not write reviews yet, raise --sft-steps")
+        some = rng.choices(prompts, k=min(SAMPLES // 2, 2 * count))
+        drawn += len(some)
+        both = models.sample(study.model, study.tokenizer, [*some, *some], study.longest)
+        ranked = rank(study.tokenizer, some, both[: len(some)], both[len(some) :])[: count - found]
+        found += len(ranked)
+        yield from ranked
 
 
 def rank(tokenizer, prompts: Sequence[Ids], first: Sequence, second: Sequence) -> list[Pair]:

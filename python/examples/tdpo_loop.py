@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,14 @@ def tdpo_loss(policy: nn.Module, reference: nn.Module, batch: Batch, **options) 
 
 
 def train(
-    policy: nn.Module, reference: nn.Module, batches: Iterable[Batch], *, lr: float, max_norm: float = 1.0, **options
+    policy: nn.Module,
+    reference: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    lr: float,
+    max_norm: float = 1.0,
+    loss: Callable[..., TDPOOutput] = tdpo_loss,
+    **options,
 ) -> Iterator[TDPOOutput]:
     """One optimiser step per batch. `options` go to `fused_tdpo_loss`: beta, alpha, variant, backend.
 
@@ -32,7 +39,7 @@ def train(
     reference.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     for batch in batches:
-        out = tdpo_loss(policy, reference, batch, **options)
+        out = loss(policy, reference, batch, **options)
         optimizer.zero_grad()
         out.loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), max_norm)

@@ -1,0 +1,91 @@
+"""Finished runs: JSON Lines, a file each, written whole or not at all. First what the run was, then what was measured
+on the way, last every step's loss."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from ..conditions import Conditions
+from .measure import Point
+from .settings import Run, Settings
+
+
+class Mixed(Exception):
+    """Results of other settings or of another checkpoint are where new ones are to go."""
+
+    def __init__(self, path: Path, there: object, wanted: object) -> None:
+        if isinstance(there, dict) and isinstance(wanted, dict):
+            names = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
+            there, wanted = ({name: side.get(name) for name in names} for side in (there, wanted))
+        super().__init__(f"{path} is of {there}, these are {wanted}: take another --out, or remove that folder")
+
+
+@dataclass(frozen=True)
+class Record:
+    run: Run
+    settings: dict
+    checkpoint: str
+    parameters: int
+    conditions: Conditions
+    seconds: float
+    points: list[Point]
+    losses: list[float]
+
+
+class Store:
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings.as_json()
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+
+    def add(self, record: Record) -> None:
+        header = {name: value for name, value in asdict(record).items() if name not in ("points", "losses")}
+        lines = [header, *map(asdict, record.points), {"losses": record.losses}]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(self._file(record.run), lambda file: file.write(text.encode()))
+
+    def has(self, run: Run) -> bool:
+        return self._file(run).exists()
+
+    def load(self, checkpoint: str = "") -> list[Record]:
+        """All of them.
+
+        Raises:
+            Mixed: one has other settings, or comes from another checkpoint than the others or the one named.
+        """
+        records = []
+        for path in sorted((self.folder / "runs").glob("*.jsonl")):
+            record = _parse(path)
+            if record.settings != self.settings:
+                raise Mixed(path, record.settings, self.settings)
+            checkpoint = checkpoint or record.checkpoint
+            if record.checkpoint != checkpoint:
+                raise Mixed(path, f"checkpoint {record.checkpoint}", f"of checkpoint {checkpoint}")
+            records.append(record)
+        return records
+
+    def _file(self, run: Run) -> Path:
+        return self.folder / "runs" / f"{run.name}.jsonl"
+
+
+def _parse(path: Path) -> Record:
+    header, *points, last = map(json.loads, path.read_text().splitlines())
+    parts = dict(run=Run(**header.pop("run")), conditions=Conditions(**header.pop("conditions")))
+    return Record(**header, **parts, points=[Point(**point) for point in points], losses=last["losses"])
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Whoever is interrupted leaves the old file, the new one, or none."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

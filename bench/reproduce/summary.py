@@ -1,0 +1,140 @@
+"""Runs as numbers: means and spreads over seeds, orderings held against the paper's, and losses against losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from . import paper
+from .paper import Ordering
+from .settings import METHODS, PUBLISHED
+from .store import Record
+
+Value = Callable[[Record], float | None]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, digits: int = 2) -> str:
+        return f"{self.mean:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(sum(values) / len(values), min(values), max(values))
+
+
+def of_part(records: Iterable[Record], part: str) -> list[Record]:
+    return [record for record in records if record.run.part == part]
+
+
+def by_method(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The frontier's runs, methods in their order and seeds in theirs."""
+    found = sorted(of_part(records, "frontier"), key=lambda record: record.run.seed)
+    groups = {method: [record for record in found if record.run.method == method] for method in METHODS}
+    return {method: group for method, group in groups.items() if group}
+
+
+# --- values of a run --------------------------------------------------------------------------------------------------
+
+
+def final(name: str) -> Value:
+    return lambda record: getattr(record.points[-1], name)
+
+
+def reward_at(kl: float) -> Value:
+    """Where a run first comes to that KL, on a straight line between two looks; None if it does not."""
+
+    def value(record: Record) -> float | None:
+        for before, after in zip(record.points, record.points[1:], strict=False):
+            if before.kl < kl <= after.kl:
+                share = (kl - before.kl) / (after.kl - before.kl)
+                return before.reward + share * (after.reward - before.reward)
+        return None
+
+    return value
+
+
+def over_seeds(records: Iterable[Record], value: Value) -> Spread | None:
+    """None where a run does not have it."""
+    values = [value(record) for record in records]
+    return spread(values) if values and None not in values else None
+
+
+# --- orderings --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Seeds are compared one by one: within a seed both methods saw the same pairs in the same order."""
+
+    ordering: Ordering
+    more: Spread | None
+    less: Spread | None
+    difference: Spread | None
+    seeds: int
+    agreeing: int
+
+    @property
+    def text(self) -> str:
+        if self.difference is None:
+            return "not comparable"
+        if self.agreeing in (0, self.seeds):
+            return "holds" if self.agreeing else "does not hold"
+        return f"in {self.agreeing} of {self.seeds} seeds"
+
+
+def verdicts(records: Iterable[Record]) -> list[Verdict]:
+    groups = by_method(records)
+    return [_verdict(o, groups) for o in paper.orderings() if o.more in groups and o.less in groups]
+
+
+def _verdict(ordering: Ordering, groups: dict[str, list[Record]]) -> Verdict:
+    value = reward_at(paper.KL) if ordering.quantity == "reward_at_kl" else final(ordering.quantity)
+    more, less = ({r.run.seed: value(r) for r in groups[method]} for method in (ordering.more, ordering.less))
+    pairs = [(more[seed], less[seed]) for seed in sorted(more.keys() & less.keys())]
+    complete = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if not pairs or len(complete) < len(pairs):
+        return Verdict(ordering, None, None, None, len(pairs), 0)
+    differences = [a - b for a, b in pairs]
+    sides = (spread(side) for side in zip(*pairs, strict=True))
+    return Verdict(ordering, *sides, spread(differences), len(pairs), sum(d > 0 for d in differences))
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far apart the losses of two runs are that should be the same, step by step."""
+
+    one: Record
+    other: Record
+
+    @property
+    def differences(self) -> list[float]:
+        return [abs(a - b) for a, b in zip(self.one.losses, self.other.losses, strict=True)]
+
+    @property
+    def largest(self) -> float:
+        return max(self.differences)
+
+    @property
+    def step(self) -> int:
+        """Of the largest difference."""
+        return self.differences.index(self.largest) + 1
+
+
+def parities(records: Iterable[Record]) -> list[Parity]:
+    """Each backend with the published formula in the same dtype, and that formula in fp32 with itself in float64: what
+    rounding alone does."""
+    runs = of_part(records, "parity")
+    published = {r.run.dtype: r for r in runs if r.run.loss == PUBLISHED}
+    ours = [Parity(r, published[r.run.dtype]) for r in runs if r.run.loss != PUBLISHED and r.run.dtype in published]
+    rounding = [Parity(published["float32"], published["float64"])] if len(published) == 2 else []
+    return sorted(ours, key=lambda p: (p.one.run.dtype, p.one.run.loss)) + rounding

@@ -1,0 +1,237 @@
+"""The paper in miniature: the whole path at its quickest, killed and gone on with; what is refused; what is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+for needed in ("transformers", "tqdm", "matplotlib"):
+    pytest.importorskip(needed)
+
+from bench import reproduce  # noqa: E402
+from bench.reproduce import __main__ as command  # noqa: E402
+from bench.reproduce import page, paper, settings, summary  # noqa: E402
+from bench.reproduce.measure import Point, distinct  # noqa: E402
+from bench.reproduce.published import published_loss  # noqa: E402
+from bench.reproduce.settings import METHODS, SCALES, Run, plan  # noqa: E402
+from bench.reproduce.store import Mixed, Record, Store, write_atomically  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = SCALES["quick"]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A folder after a kill in the middle, and the files of the runs that were finished."""
+    out = tmp_path_factory.mktemp("reproduce")
+    process = subprocess.Popen([sys.executable, "-m", "bench.reproduce", "--quick", "--out", str(out)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    until = time.monotonic() + 60
+    while len(list(out.glob("runs/*.jsonl"))) < 3 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return out, {path.name: path.read_bytes() for path in out.glob("runs/*.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def quick(killed: tuple[Path, dict[str, bytes]]) -> Path:
+    """The same folder, gone on with by the same command to its end."""
+    out, _ = killed
+    assert command.main(["--quick", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def records(quick: Path) -> list[Record]:
+    return Store(quick, QUICK).load()
+
+
+# --- the whole path ---------------------------------------------------------------------------------------------------
+
+
+def test_every_run_is_there_and_finished_ones_were_kept(quick, killed):
+    _, before = killed
+    assert 3 <= len(before) < 22
+    after = {path.name: path.read_bytes() for path in quick.glob("runs/*.jsonl")}
+    assert set(after) == {f"{run.name}.jsonl" for run in plan(QUICK, ["tiled", "naive"])}
+    assert {name: after[name] for name in before} == before
+
+
+def test_all_start_from_one_checkpoint_and_are_measured_along_the_way(records):
+    assert len({record.checkpoint for record in records}) == 1
+    for record in records:
+        assert len(record.losses) == QUICK.steps
+        if record.run.part != "parity":
+            assert [point.step for point in record.points] == QUICK.measured_at
+            first = record.points[0]
+            assert (first.kl, first.chosen_kl, first.rejected_kl, first.accuracy) == (0, 0, 0, 0.5)
+            assert record.points[-1].chosen_kl > 0
+
+
+def test_the_published_formula_trains_to_the_same_losses(records):
+    compared = summary.parities(records)
+    assert {(p.one.run.loss, p.one.run.dtype) for p in compared} >= {("tiled", "float32"), ("naive", "float64")}
+    for pair in compared:
+        assert pair.largest < (1e-5 if "float32" in (pair.one.run.dtype, pair.other.run.dtype) else 1e-12)
+
+
+def test_the_page_has_its_figures_and_runs_again_from_what_is_there(quick, capsys):
+    text = (quick / page.PAGE).read_text()
+    pictures = re.findall(r'src(?:set)?="([^"]+)"', text)
+    assert len(pictures) == 8 and all((quick / picture).stat().st_size > 10_000 for picture in pictures)
+    world = (quick / "world.pt").read_bytes()
+    (quick / "world.pt").unlink()  # as in a checkout
+    assert command.main(["--quick", "--out", str(quick)]) == 0
+    assert not (quick / "world.pt").exists() and (quick / page.PAGE).read_text() == text
+    assert "Largest difference in loss per step" in capsys.readouterr().out
+    (quick / "world.pt").write_bytes(world)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_other_settings_are_refused_by_name_and_nothing_is_touched(quick, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in quick.rglob("*") if path.is_file()}
+    monkeypatch.setitem(settings.SCALES, "quick", replace(QUICK, lr=1e-3))
+    assert command.main(["--quick", "--out", str(quick)]) == 2
+    error = capsys.readouterr().err
+    assert "{'lr': 0.0003}" in error and "{'lr': 0.001}" in error and "--out" in error and "width" not in error
+    assert {path: path.read_bytes() for path in quick.rglob("*") if path.is_file()} == before
+
+
+def test_another_checkpoint_is_refused(records, tmp_path):
+    store = Store(tmp_path, QUICK)
+    store.add(records[0])
+    store.add(replace(records[1], checkpoint="0ther"))
+    with pytest.raises(Mixed, match="0ther"):
+        store.load()
+    with pytest.raises(Mixed, match="n3w"):
+        store.load("n3w")
+
+
+def test_a_kept_world_of_other_settings_is_refused(quick, monkeypatch, tmp_path, capsys):
+    (tmp_path / "world.pt").write_bytes((quick / "world.pt").read_bytes())
+    monkeypatch.setitem(settings.SCALES, "quick", replace(QUICK, sft_steps=39))
+    assert command.main(["--quick", "--out", str(tmp_path)]) == 2
+    assert "sft_steps" in capsys.readouterr().err and not list(tmp_path.glob("runs/*"))
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    def half(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "run.jsonl", half)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_kept_comes_back_as_it_was(records, tmp_path):
+    store = Store(tmp_path, QUICK)
+    store.add(records[0])
+    (back,) = store.load()
+    assert json.dumps(back.settings) == json.dumps(records[0].settings) and back == records[0]
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def record(method: str, seed: int = 0, **last: float) -> Record:
+    """A run that ends with these values, and with KL and reward on a straight line from 0."""
+    values = dict.fromkeys(Point.__dataclass_fields__, 1.0) | last
+    start = Point(**values | {"step": 0, "kl": 0.0, "reward": 0.0})
+    run = Run("frontier", method, seed, QUICK.lr)
+    return Record(run, QUICK.as_json(), "c", 1, None, 1.0, [start, Point(**values)], [1.0])
+
+
+def as_in_the_paper(seed: int = 0, **instead: dict[str, float]) -> list[Record]:
+    """Runs with the paper's own figures."""
+    reward = paper.REWARD | {"TDPO1": 0.9, "TDPO2 0.1": 0.9, "TDPO2 0.3": 0.95}
+    return [record(m, seed, **dict(chosen_kl=paper.CHOSEN[m], rejected_kl=paper.REJECTED[m], reward=reward[m],
+                                   kl=paper.KL) | instead.get(m, {})) for m in METHODS]  # fmt: skip
+
+
+def test_the_paper_s_own_figures_hold_in_every_ordering():
+    found = summary.verdicts(as_in_the_paper())
+    assert len(found) == 19 and {v.text for v in found} == {"holds"}
+    assert page.said(as_in_the_paper()) == "Of 19 orderings, 19 hold here in every seed."
+
+
+def test_an_ordering_that_is_turned_round_is_said_not_to_hold():
+    turned = {"chosen_kl": 51.0, "rejected_kl": 72.0}  # the margin is what it was
+    said = page.said(as_in_the_paper(DPO=turned))
+    assert "18 hold here in every seed" in said and "Not in any seed: SeqKL chosen, TDPO1 > DPO" in said
+    both = as_in_the_paper() + as_in_the_paper(1, DPO=turned)
+    assert "Only in some seeds: SeqKL chosen, TDPO1 > DPO (in 1 of 2 seeds)." in page.said(both)
+
+
+def test_a_kl_that_is_not_reached_is_not_compared():
+    said = page.said(as_in_the_paper(DPO={"kl": 2.0}))
+    assert "not comparable" in {v.text for v in summary.verdicts(as_in_the_paper(DPO={"kl": 2.0}))}
+    assert "the KL was not reached: reward at KL 2.5, TDPO2 0.5 > DPO; reward at KL 2.5, TDPO1 > DPO." in said
+
+
+def test_the_page_s_numbers_are_the_records(records, quick, tmp_path):
+    def changed(point: Point) -> Point:
+        return replace(point, reward=point.reward + 0.5, entropy=9.87)
+
+    moved = [replace(r, points=[changed(p) for p in r.points]) if r.run.method == "DPO" else r for r in records]
+    (old,), (new,) = (
+        [line for line in path.read_text().splitlines() if line.startswith("| DPO ") and line.count("|") > 9]
+        for path in (quick / page.PAGE, page.write(moved, tmp_path))
+    )
+    last = summary.spread(
+        [r.points[-1].reward + 0.5 for r in records if r.run.part == "frontier" and r.run.method == "DPO"]
+    )
+    assert last.text(3) in new and last.text(3) not in old and "9.87 (9.87 to 9.87)" in new
+
+
+def test_reward_is_read_where_the_kl_is_first_reached():
+    assert summary.reward_at(1.0)(record("DPO", kl=4.0, reward=0.8)) == pytest.approx(0.2)
+    assert summary.reward_at(5.0)(record("DPO", kl=4.0, reward=0.8)) is None
+
+
+def test_ties_in_the_paper_are_no_orderings():
+    assert not [o for o in paper.orderings() if o.quantity == "margin" and {o.more, o.less} == {"DPO", "TDPO1"}]
+
+
+def test_distinct_counts_n_grams_of_all_samples():
+    assert distinct([(1, 2, 1), (1, 2)], 1) == 2 / 5
+    assert distinct([(1, 2, 1), (1, 2)], 2) == 2 / 3
+    assert distinct([(1,)], 2) == 0
+
+
+# --- the published formula --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_published_loss_is_the_library_s_with_its_gradient(method):
+    assert str(reproduce.EXAMPLES) in sys.path
+    from pairs import Pair, collate
+    from tdpo_loop import tdpo_loss
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    policy, reference = (LlamaForCausalLM(LlamaConfig(vocab_size=20, initializer_range=0.3, **sizes)).double()
+                         for _ in range(2))  # fmt: skip
+    batch = collate([Pair((5, 6), (7, 1, 9), (8,)), Pair((5,), (9,), (2, 3, 1))], 0, torch.device("cpu"))
+    outs, grads = [], []
+    for loss in (published_loss, tdpo_loss):
+        policy.zero_grad()
+        outs.append(loss(policy, reference, batch, beta=0.7, **METHODS[method]))
+        outs[-1].loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    for name, value in vars(outs[0]).items():
+        torch.testing.assert_close(value, getattr(outs[1], name), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
