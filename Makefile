@@ -34,7 +34,7 @@ trainer: $(READY)  ## the trainers' long tests: more models, settings and proces
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/trainer
 
 parallel: $(READY)  ## what is split over ranks, on four processes (a minute)
-	$(PY) -m pytest -n 2 -m long $(ARGS) tests/test_parallel.py
+	$(PY) -m pytest -n 2 -m long $(ARGS) tests/test_parallel.py tests/test_parallel_laws.py
 
 families: $(READY)  ## python/tdpo_trainer/FAMILIES.md anew: every family of transformers, built tiny (5 minutes)
 	$(PY) -m tdpo_trainer.families > build-families.md

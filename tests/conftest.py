@@ -16,7 +16,7 @@ if interpreting():
     interpreted.round_bf16()
 torch.set_num_threads(1)  # thousands of tiny products: threads only wait for one another
 
-WAIT = {"trainer", "test_parallel.py"}  # whose `long` tests run when asked for (``-m long``)
+WAIT = {"trainer", "test_parallel.py", "test_parallel_laws.py"}  # whose `long` tests run when asked for (``-m long``)
 
 settings.register_profile(
     "laws",

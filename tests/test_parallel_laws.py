@@ -14,9 +14,9 @@ from cases import CASES, RUNS, Problem, cotangents
 from closeness import Array, Result, ours
 from processes import run
 from runnable import interpreting, runnable
+from splitting import CUTS, cut, rows_of
 from test_laws import BUDGETS, budget_of, case_of, dtype_id, judge_of
 
-from tdpo_kernels import LMHead
 from tdpo_kernels.backends import slab
 from tdpo_kernels.parallel import vocab_parallel
 
@@ -24,25 +24,6 @@ pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 
 WORLDS = (2, pytest.param(4, marks=pytest.mark.long))
 REFERENCES = ("alike", "whole", "elsewhere")
-
-
-def rows_of(V: int, world: int, how: str) -> list[slice]:
-    """Of each rank: as torch cuts; as evenly as it goes; one on the first; all on the first."""
-    if how == "chunk":
-        step = -(-V // world)
-        ends = [min(step * (k + 1), V) for k in range(world)]
-    elif how == "even":
-        ends = [V * (k + 1) // world for k in range(world)]
-    else:
-        ends = [1 if how == "one" else V] * (world - 1) + [V]
-    return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
-
-
-CUTS = ("chunk", "even", "one", "all")
-
-
-def cut(head: LMHead, rows: slice) -> LMHead:
-    return replace(head, weight=head.weight[rows], bias=None if head.bias is None else head.bias[rows])
 
 
 def split(problem: Problem, how: str, reference: str) -> Problem:
