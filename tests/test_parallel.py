@@ -144,6 +144,11 @@ def tensor_parallel_layers(rank: int, world: int) -> None:
         return fused_tdpo_loss(**call | {"hidden": 2 * x, "head": vocab_parallel(sharded)}).loss
 
     near(torch.compile(step_of, backend="eager")(hidden), step_of(hidden), "loss, compiled")
+    rows = cut(call["head"], rows_of(V, world, "chunk")[rank])
+    ours = torch.compile(
+        lambda x: token_stats(**call | {"hidden": x, "head": vocab_parallel(rows)}).kl, backend="eager"
+    )
+    near(ours(call["hidden"]), want.kl.detach(), "kl, compiled")
     padded = LMHead(*(torch.cat([x, x.new_full((step * world - V, *x.shape[1:]), 9.0)]) for x in tensors))
     whole = leaf(padded)
     head = vocab_parallel(cut(whole, slice(step * rank, step * (rank + 1))), vocab_size=V)
