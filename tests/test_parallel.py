@@ -79,7 +79,8 @@ def near(got: Tensor, want: Tensor, what: str) -> None:
 
 VOCABULARIES = [
     *[(37, how, "") for how in CUTS],
-    *[(37, "chunk", hard) for hard in ("peaked", "equal", "offset", "ruled out", "ruled out by policy", "softcap")],
+    *[(37, "chunk", hard) for hard in ("peaked", "equal", "offset", "softcap")],
+    *[(37, "even", hard) for hard in ("ruled out", "ruled out by policy")],  # all that the first of two ranks has
     (5, "chunk", ""),  # four ranks hold 2, 2, 1 and 0
 ]
 
