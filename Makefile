@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo test interpreted trainer parallel families lint verify kernels kernels-versions bench report gpu clean help
+.PHONY: demo test interpreted trainer parallel families lint verify kernels kernels-versions bench report reproduce gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -64,6 +64,9 @@ bench: $(READY)  ## everything that a CPU can be measured by (20 minutes); rows 
 
 report: $(READY)  ## tables, figures and a page of what was measured, in bench/results/report
 	$(PY) -m bench report
+
+reproduce: $(READY)  ## the paper's experiment in miniature, into build/reproduce (half an hour; goes on where it ended)
+	$(PY) -m bench.reproduce $(ARGS)
 
 # Wants no environment of its own and no network: .venv where it is there already, else the system's python.
 OUT ?= build/gpu

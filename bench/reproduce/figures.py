@@ -63,6 +63,8 @@ def _frontier(canvas: Canvas, groups: dict[str, list[Record]]) -> None:
         kl, reward = (_mean(records, lambda p, name=name: getattr(p, name)) for name in ("kl", "reward"))
         axes.plot(kl, reward, color=COLOURS[method], marker="o", ms=4, label=method)
     axes.set(xlabel="sampled KL(policy || reference), nats per completion", ylabel="mean sentiment of samples")
+    axes.set_xscale("symlog", linthresh=1, subs=range(2, 10))  # from 0, and TDPO1 goes far
+    axes.xaxis.set_major_formatter("{x:g}")
     canvas.legend(loc="outside right upper")
 
 

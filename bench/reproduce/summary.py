@@ -124,6 +124,10 @@ class Parity:
     def largest(self) -> float:
         return max(self.differences)
 
+    def within(self, steps: int) -> float:
+        """The largest of the first `steps` differences."""
+        return max(self.differences[:steps])
+
     @property
     def step(self) -> int:
         """Of the largest difference."""
