@@ -1,4 +1,4 @@
-"""The report. Every number shown comes from a row; what was not measured is said not to be."""
+"""The report. Every number comes from a row, unless called an estimate; what was not measured is said not to be."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..rows import Row
-from . import figures, page
+from . import figures, page, scaling
 from .tables import Table, markdown, tables
 
+ESTIMATED = "several devices, estimated"
 NO_GPU = "Not yet measured on a GPU."
 
 
 def write(rows: Mapping[str, list[Row]], folder: Path) -> list[Path]:
     """``report.md``, ``report.html`` and the figures, of the rows of each device's file. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections, paths = [], []
+    sections = []
     for device, measured in rows.items():
         drawn = figures.draw(measured, folder, device)
         sections.append((device, drawn, tables(measured)))
-        paths += [path for figure in drawn for path in (figure.light, figure.dark)]
+    sections.append((ESTIMATED, [scaling.draw(folder)], [scaling.table()]))
     missing = [] if any(device != "cpu" for device in rows) else [NO_GPU]
     text, html = folder / "report.md", folder / "report.html"
     text.write_text(_markdown(sections, missing))
     html.write_text(page.html(sections, missing))
-    return [text, html, *paths]
+    drawn = [figure for _, every, _ in sections for figure in every]
+    return [text, html, *(path for figure in drawn for path in (figure.light, figure.dark))]
 
 
 def _markdown(sections: list[tuple[str, list[figures.Figure], list[Table]]], missing: list[str]) -> str:

@@ -401,7 +401,9 @@ def test_the_report_stands_alone_and_says_what_was_not_measured(measured, tmp_pa
     assert command.main(["report", "--out", str(out), "--to", str(to)]) == 0
     text, page = (to / "report.md").read_text(), (to / "report.html").read_text()
     names = {path.name for path in to.glob("*.png")}
-    assert names == {f"cpu-{n}-{t}.png" for n in ("rows", "errors", "drift") for t in ("light", "dark")}
+    figures = ("cpu-rows", "cpu-errors", "cpu-drift", "scaling")
+    assert names == {f"{name}-{theme}.png" for name in figures for theme in ("light", "dark")}
+    assert "Estimated" in text.split("scaling-light.png")[1].split("\n")[2]
     assert all(name in text for name in names) and page.count("data:image/png;base64,") == len(names)
     assert "://" not in page and 'src="cpu' not in page and "prefers-color-scheme: dark" in page
     for shown in (text, page):
