@@ -36,7 +36,7 @@ def token_stats(
 
     Eqs. (1) and (2) of `tdpo_kernels.reference` (Zeng et al. 2024, arXiv 2404.11999), with gradients (6) and (7),
     without ever holding ``[tokens, vocabulary]`` (backend ``"naive"`` excepted). `torch.compile` takes it whole
-    (``fullgraph=True``), as the operator ``tdpo_kernels::token_stats``.
+    (``fullgraph=True``), as the operator ``tdpo_kernels::token_stats``, unless the head is split over ranks.
 
     Args:
         hidden: ``(..., L, D)`` last hidden states of the policy, or ``(N, D)`` packed with ``cu_seqlens``. fp16,

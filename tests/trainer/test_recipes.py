@@ -96,6 +96,29 @@ def test_the_accelerate_loop_in_two_processes_trains_what_one_does(tmp_path: Pat
     assert worst(*weights) < 1e-5 < worst(weights[0], parameters(llama()))
 
 
+def losses_of_ranks(count: int, *options: str) -> list[float]:
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node {count} {EXAMPLES}/vocab_parallel.py".split()
+    done = subprocess.run(
+        [sys.executable, *launch, *options], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [float(line.split("loss ")[1]) for line in done.stdout.splitlines() if line.startswith("step")]
+
+
+@pytest.mark.parametrize(
+    "count, options",
+    [
+        (2, ()),
+        pytest.param(4, ("--sequence", "2"), marks=pytest.mark.long),
+        pytest.param(6, ("--sequence", "1", "--vocabulary", "3"), marks=pytest.mark.long),
+    ],
+)
+def test_the_vocabulary_parallel_loop_trains_what_one_process_does(count: int, options: tuple[str, ...]):
+    assert len(alone := losses_of_ranks(1, "--vocabulary", "1")) == 5
+    assert losses_of_ranks(count, *options) == pytest.approx(alone, abs=2e-6)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_lightning_module_is_the_eager_implementation(tmp_path: Path):
     lightning = pytest.importorskip("lightning")
