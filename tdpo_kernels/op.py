@@ -47,7 +47,7 @@ def token_stats(
             may differ from the policy's.
         labels: ``(..., L)`` int64 or int32, aligned with the inputs.
         ignore_index: labels equal to it are dropped before any product. None: every label counts (then a padded call
-            never waits for a CUDA device).
+            never waits for a CUDA device, and labels there are not checked to be in [0, V)).
         shift: True: ``labels[..., t]`` is predicted by ``hidden[..., t - 1]``, and the first label of a sequence has no
             predictor. False: by ``hidden[..., t]``.
         cu_seqlens: ``(S + 1,)`` int32 or int64 offsets from 0 to N; the shift never crosses one.

@@ -19,7 +19,7 @@ from .backends import choose
 from .backends.products import SIXTEEN_BIT
 from .call import lay_out
 from .pack import pack
-from .types import LMHead, Model, Needs, Rows
+from .types import LMHead, Model, Needs, Rows, stats_dtype
 
 _MODELS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias"
 _OPTIONS = (
@@ -83,7 +83,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     labels, _, _, extras, row_bytes, stage_bytes = args[_M:-_O]
     choose(backend, policy.hidden.device, (policy, reference))  # refused now rather than when it runs
     shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape))
-    shown = [labels.new_empty(shape, dtype=_stats_dtype(policy, reference)) for shape in shapes]
+    shown = [labels.new_empty(shape, dtype=stats_dtype(policy, reference)) for shape in shapes]
     kept = labels.new_empty(row_bytes + stage_bytes, dtype=torch.uint8)
     return *shown, kept, torch.empty(Kept.TABLE, dtype=torch.int64, device="cpu")
 
@@ -148,15 +148,11 @@ def _none(like: Tensor) -> Tensor:
 # --- what is kept from forward to backward ---------------------------------------------------------------------------
 
 
-def _stats_dtype(policy: Model, reference: Model) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(policy.hidden.dtype, reference.hidden.dtype), torch.float32)
-
-
 def room(policy: Model, reference: Model, memory_budget: int) -> tuple[int, int]:
     """Bytes of row values and of stage, at most, were every row to count. DESIGN section 4: 2 + 2, 4 + 4 or 8 + 8
     bytes an entry, half as much again with a softcap; and what tiles of even size may stick out by."""
     N, V = math.prod(policy.hidden.shape[:-1]), policy.head.weight.shape[0]
-    stats = _stats_dtype(policy, reference).itemsize
+    stats = stats_dtype(policy, reference).itemsize
     planes = 2 if policy.head.softcap is None else 3
     per_entry = planes * (2 if policy.dtype in SIXTEEN_BIT else stats) + 2
     everything = (N + N // 16 + 16) * (V + V // 16 + 16) * per_entry

@@ -82,6 +82,11 @@ class Model:
     dtype: torch.dtype
 
 
+def stats_dtype(policy: Model, reference: Model) -> torch.dtype:
+    """fp32, or float64 as soon as one side is float64."""
+    return torch.promote_types(torch.promote_types(policy.hidden.dtype, reference.hidden.dtype), torch.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Which hidden row predicts which label. ``None`` stands for "all N, in order", which costs no gather."""
@@ -122,9 +127,7 @@ class Inputs:
 
     @cached_property
     def stats_dtype(self) -> torch.dtype:
-        """fp32, or float64 as soon as one side is float64."""
-        either = torch.promote_types(self.policy.hidden.dtype, self.reference.hidden.dtype)
-        return torch.promote_types(either, torch.float32)
+        return stats_dtype(self.policy, self.reference)
 
     def keep(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Uninitialised memory that lasts from forward to backward."""

@@ -191,7 +191,7 @@ def test_bf16_gradients_survive_tiles_that_cancel(budget: int, small_tiles, kern
 def test_products_that_cancel_leave_what_they_should(kernel: str):
     a, b, small = torch.randn(16, 64).bfloat16(), torch.randn(64, 32).bfloat16(), torch.randn(64, 32).bfloat16() / 128
     grad = torch.empty(16, 32, dtype=torch.bfloat16)
-    dtype = products.backward_operand_dtype(torch.bfloat16, torch.float32, a.device)
+    dtype = products.operand_dtype(torch.bfloat16, torch.float32, a.device)
     total = products.GradientSum(grad, None, torch.float32, held=16)
     for left, right in ((a, b), (a, small), (-a[:, :32], b[:32]), (-a[:, 32:], b[32:])):
         total.add(slice(0, 16), left.to(dtype), right.to(dtype), 1.0)

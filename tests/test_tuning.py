@@ -21,7 +21,7 @@ from tdpo_kernels.tuning.heuristic import RULES, heuristic, widths
 from tdpo_kernels.tuning.roofline import SHAPES, estimate, occupancy
 from tdpo_kernels.tuning.table import Measured, Table, Winner, parse, table_path
 
-H200 = Device("NVIDIA H200", "sm_90", 132)
+H200 = Device("NVIDIA H200", "sm_90")
 TUNED, SECOND = TileConfig(64, 128, 64, 8, 3, True, 16), TileConfig(128, 128, 64, 8, 3, True)
 PROVENANCE = dict(date="2026-11-30", versions={"triton": "3.7.1", "torch": "2.13.0"})
 
@@ -257,7 +257,7 @@ def test_configurations_need_neither_torch_nor_triton():
 import sys, types
 package = types.ModuleType("tdpo_kernels"); package.__path__ = ["tdpo_kernels"]; sys.modules["tdpo_kernels"] = package
 from tdpo_kernels.tuning import Device, choose
-choose("fused_stats", Device("NVIDIA H200", "sm_90", 132), 2)
+choose("fused_stats", Device("NVIDIA H200", "sm_90"), 2)
 print(sorted({"torch", "triton", "numpy"} & set(sys.modules)))
 """
     root = Path(tuning.__file__).parents[2]

@@ -35,7 +35,7 @@ class _Fused:
         per_row += 4 * STATE * -(-inputs.policy.head.weight.shape[0] // part)
         per_row += sum(_unpacked_bytes(side.hidden) for side in sides)
         per_col += sum(_unpacked_bytes(side.weight) for side in sides)
-        return cut(inputs, sides[0].backward_dtype.itemsize, per_row, per_col, multiple=part), part
+        return cut(inputs, sides[0].operand_dtype.itemsize, per_row, per_col, multiple=part), part
 
     def ranges(self, call: Call, columns: list[slice]) -> list[slice]:
         """All in one go, unless their weights need a copy, which goes block by block."""

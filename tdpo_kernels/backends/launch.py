@@ -22,7 +22,7 @@ from .tile_math import largest_exponent
 
 STATE, ROWS = 12, 12  # `device.stats` and `device.merge`
 MERGE_ROWS = 32
-INTERPRETED = Device("interpreter", "interpreter", 4)
+INTERPRETED = Device("interpreter", "interpreter")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def device_of(device: torch.device) -> Device:
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
     arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return Device(properties.name, arch, properties.multi_processor_count)
+    return Device(properties.name, arch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,10 +166,11 @@ def traits_of(inputs: Inputs, sides: tuple[Side, Side]) -> Traits:
 
 
 def _aligned(x: Operand) -> bool:
-    """What TMA asks of a matrix: base and row stride in multiples of 16 bytes. Copies are packed."""
+    """What TMA asks of a matrix: base and row stride in multiples of 16 bytes, rows apart. Copies are packed."""
     if x.needs_copy() or x.source.stride(1) != 1:
         return x.source.shape[1] * x.compute.itemsize % 16 == 0
-    return x.source.data_ptr() % 16 == 0 and x.source.stride(0) * x.source.itemsize % 16 == 0
+    apart = x.source.stride(0)
+    return apart >= x.source.shape[1] and (x.source.data_ptr() | apart * x.source.itemsize) % 16 == 0
 
 
 def bias_block(side: Side, cols: slice) -> Tensor | None:

@@ -16,15 +16,10 @@ CPUINFO = Path("/proc/cpuinfo")
 ONEDNN_LEAST = 2**23  # multiplications; a smaller product costs more to hand to oneDNN than it saves
 
 
-def forward_operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
+def operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
     """CUDA multiplies 16-bit operands into fp32 tiles; elsewhere a 16-bit product would come back in 16 bits, so
-    operands are widened."""
+    operands are widened: of logits, and of gradients, where rounding would drown what is left when tiles cancel."""
     return compute if device.type == "cuda" and stats == torch.float32 else stats
-
-
-def backward_operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
-    """As in the forward: a tile's product rounded to 16 bits would drown what is left when tiles cancel."""
-    return forward_operand_dtype(compute, stats, device)
 
 
 def logits_(out_RC: Tensor, hidden_RD: Tensor, weight_CD: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..types import Inputs, Model
-from .products import SIXTEEN_BIT, backward_operand_dtype, forward_operand_dtype, logits_
+from .products import SIXTEEN_BIT, logits_, operand_dtype
 
 WORKSPACE = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # bytes of tiles and gathered operands held at once
 TILE = {"cpu": (1024, 1024), "cuda": (2048, 4096)}  # rows x columns where the workspace allows
@@ -163,19 +163,18 @@ class Side:
         self.model, self.name, self.work, self.stats = model, name, work, stats
         self.hidden = Operand(work, f"{name} hidden", model.hidden, index_T, model.dtype)
         self.weight = Operand(work, f"{name} weight", model.head.weight, None, model.dtype)
-        self.forward_dtype = forward_operand_dtype(model.dtype, stats, device)
-        self.backward_dtype = backward_operand_dtype(model.dtype, stats, device)
+        self.operand_dtype = operand_dtype(model.dtype, stats, device)
 
     def products(self, rows: slice, cols: slice) -> Tensor:
         """``h W^T`` of one tile, in the statistics' dtype: the caller's until the next one of this side."""
         out = self.work.get(self.name, rows.stop - rows.start, cols.stop - cols.start, self.stats)
-        dtype = self.forward_dtype
+        dtype = self.operand_dtype
         return logits_(out, self.hidden.block(rows, dtype), self.weight.block(cols, dtype))
 
     def gradient_operand(self, dz_RC: Tensor) -> Tensor:
         """dz rounded to the compute dtype, on every device alike, in the dtype its products are taken in."""
         for step in dict.fromkeys(
-            (self.model.dtype if self.model.dtype in SIXTEEN_BIT else dz_RC.dtype, self.backward_dtype)
+            (self.model.dtype if self.model.dtype in SIXTEEN_BIT else dz_RC.dtype, self.operand_dtype)
         ):
             if dz_RC.dtype != step:
                 dz_RC = self.work.get(f"dz {step}", *dz_RC.shape, step).copy_(dz_RC)

@@ -69,7 +69,7 @@ class Sums:
     def add(self, dz_RC: Tensor, rows: slice, cols: slice) -> None:
         if self.bias_sum is not None:
             self.bias_sum[cols].add_(dz_RC.sum(0, dtype=self.bias_sum.dtype), alpha=self.alpha)
-        policy, dtype = self.policy, self.policy.backward_dtype
+        policy, dtype = self.policy, self.policy.operand_dtype
         dz_RC = policy.gradient_operand(dz_RC)
         if self.hidden is not None:
             self.hidden.add(rows, dz_RC, policy.weight.block(cols, dtype), self.alpha)
@@ -112,7 +112,7 @@ class SlabSums:
             self.bias_sum[cols].add_(dz_RC.sum(0))
         rounded = self._of(rows, cols).copy_(dz_RC)
         if self.dh is not None and not self.whole:
-            dtype = self.policy.backward_dtype
+            dtype = self.policy.operand_dtype
             self.dh.add(rows, dz_RC.copy_(rounded), self.policy.weight.block(cols, dtype), 1.0)
 
     def skip(self, rows: slice, cols: slice) -> None:

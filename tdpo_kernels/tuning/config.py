@@ -66,12 +66,10 @@ class Device:
     Args:
         name: as its driver says it; the name of its table.
         arch: ``"sm_90"``, ``"gfx942"``, ..., or ``"interpreter"``.
-        units: multiprocessors; no configuration depends on them.
     """
 
     name: str
     arch: str
-    units: int = 1
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...types import Inputs, Model
 from ..launch import tf32_is_allowed
-from ..products import SIXTEEN_BIT, forward_operand_dtype, logits_
+from ..products import SIXTEEN_BIT, logits_, operand_dtype
 from ..tile_math import is_lowest
 
 CHUNK = 2**23  # float64 numbers of a chunk of weights, 64 MiB; an eighth of that on a CPU
@@ -41,7 +41,7 @@ class Side:
     def measure(self, cols: slice) -> None:
         """`unit` is the largest of all that is measured."""
         weight = self.model.head.weight.detach()[cols].to(self.model.dtype)
-        dtype = forward_operand_dtype(self.model.dtype, torch.float32, weight.device)
+        dtype = operand_dtype(self.model.dtype, torch.float32, weight.device)
         plain = torch.empty(len(self.hidden), len(weight), dtype=torch.float32, device=weight.device)
         logits_(plain, self.hidden.to(dtype), weight.to(dtype))
         h, w = self.hidden.double(), weight.double()
