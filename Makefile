@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo test interpreted trainer parallel families lint verify kernels kernels-versions bench report reproduce gpu clean help
+.PHONY: demo test interpreted trainer frameworks parallel families lint verify kernels kernels-versions bench report reproduce gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -32,6 +32,18 @@ interpreted: $(READY)  ## every test that kernels can be interpreted in, on a CP
 
 trainer: $(READY)  ## the trainers' long tests: more models, settings and processes (minutes)
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/trainer
+
+# Each in an environment of its own, because it wants other versions of transformers and TRL than .venv has.
+FRAMEWORKS := ms-swift
+
+frameworks: $(READY)  ## the recipes for other frameworks, each run by its own command line (gigabytes, minutes)
+	@set -e; for name in $(FRAMEWORKS); do \
+		there=$(VENV)/$$name; \
+		test -x $$there/bin/python || $(PYTHON) -m venv $$there; \
+		$$there/bin/python -m pip install -q -c constraints.txt torch; \
+		$$there/bin/python -m pip install -q -r tests/trainer/requirements/$$name.txt; \
+	done
+	$(PY) -m pytest -n 2 -m long $(ARGS) tests/trainer/test_frameworks.py
 
 parallel: $(READY)  ## what is split over ranks, on four processes (a minute)
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/test_parallel.py tests/test_parallel_laws.py

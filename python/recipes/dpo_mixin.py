@@ -1,0 +1,81 @@
+"""The TDPO loss for DPO trainers with the hook TRL once had: ``get_batch_loss_metrics(model, batch, train_eval)``.
+
+ms-swift and LLaMA-Factory have kept it. Their batch is ``(2P, L)``, the P chosen rows first, with ``labels`` aligned
+with the inputs, -100 outside of completions. Copy this file next to the recipe that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tdpo_trainer import reference
+from tdpo_trainer.forward import Reference, pair_outputs
+from tdpo_trainer.head import check_head
+from tdpo_trainer.metrics import TOKENS_SEEN, over_processes
+from tdpo_trainer.parallelism import check_parallelism
+from tdpo_trainer.step import IGNORED, Batch, LossOptions, pair_loss
+from torch import Tensor, nn
+
+SETTINGS = {"alpha": float, "variant": str, "backend": str, "memory_budget": int}
+
+
+def loss_options(beta: float, settings: Mapping[str, Any]) -> LossOptions:
+    """Of a framework's beta, and what it has no name for: `SETTINGS`, as text or as values.
+
+    Raises:
+        ValueError: a setting of another name, or one that TDPO does not have.
+    """
+    if unknown := sorted(set(settings) - set(SETTINGS)):
+        raise ValueError(f"TDPO: got a setting {unknown[0]!r}, wanted one of {', '.join(SETTINGS)}")
+    return LossOptions(beta, **{name: SETTINGS[name](value) for name, value in settings.items()})
+
+
+def refuse(what: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises ValueError for the first option, ``{name: (seen, wanted)}``, that is not what TDPO needs."""
+    for name, (seen, wanted) in what.items():
+        if seen != wanted:
+            raise ValueError(f"{name}: got {seen!r}, wanted {wanted!r}: the TDPO loss does not have it")
+
+
+class TDPOMixin:
+    """To be put before a framework's DPO trainer, which then calls `start_tdpo` once it is made.
+
+    Logged are the names of `tdpo_trainer.metrics` but the number of tokens; rewards include the KL, as in the paper.
+    """
+
+    not_model_inputs = frozenset({"labels"})
+
+    def start_tdpo(self, options: LossOptions) -> None:
+        """Says what the run does. Raises ValueError where it cannot be right, naming the option."""
+        if self.ref_model is None and not hasattr(self.accelerator.unwrap_model(self.model), "peft_config"):
+            raise ValueError("ref_model: got None, wanted a reference model: only a PEFT model is its own")
+        check_parallelism(getattr(self.accelerator, "parallelism_config", None), self.model, self.ref_model)
+        self.tdpo, self._heads_checked = options, False
+        self.accelerator.print(options.describe(self.accelerator.device), flush=True)
+
+    def get_batch_loss_metrics(
+        self, model: nn.Module, batch: Batch, train_eval: str = "train", **unused: Any
+    ) -> tuple[Tensor, dict[str, float]]:
+        inputs = {name: x for name, x in batch.items() if name not in self.not_model_inputs}
+        labels = batch["labels"]
+        pairs = {"input_ids": labels, "completion_mask": labels != IGNORED, "attention_mask": batch["attention_mask"]}
+        policy = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            self._check_heads(model, inputs)
+            theirs = self._reference_side(model, policy, inputs)
+            out = pair_outputs(model, theirs, inputs, pair_loss(pairs, self.tdpo), unwrapped=policy)
+        means = over_processes(out["sums"], self.accelerator.gather)
+        prefix = "eval_" if train_eval == "eval" else ""
+        return out["loss"], {f"{prefix}{name}": value for name, value in means.items() if name != TOKENS_SEEN}
+
+    def _reference_side(self, model: nn.Module, policy: nn.Module, inputs: Batch) -> Reference:
+        if self.ref_model is None:
+            return reference.from_adapter(model, policy, inputs)
+        return reference.from_model(self.ref_model, self.accelerator.unwrap_model(self.ref_model), inputs)
+
+    def _check_heads(self, model: nn.Module, inputs: Batch) -> None:
+        """Once, on the first batch: that the models' logits are what the loss takes them for."""
+        for wrapped in () if self._heads_checked else filter(None, (model, self.ref_model)):
+            check_head(self.accelerator.unwrap_model(wrapped), inputs, wrapped=wrapped)
+        self._heads_checked = True
