@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tdpo_kernels.backends import availability, launch
+from tdpo_kernels.backends import availability, lacks, launch
 
 
 def interpreting() -> bool:
@@ -20,8 +20,10 @@ def reasons(device: str = "cpu") -> dict[str, str | None]:
     return found | ({"naive": "has no kernels to interpret"} if interpreting() else {})
 
 
-def runnable(device: str = "cpu") -> list[str]:
-    return [name for name, why_not in reasons(device).items() if why_not is None]
+def runnable(device: str = "cpu", *dtypes: torch.dtype) -> list[str]:
+    """The backends that run on `device` and take inputs of these dtypes."""
+    names = [name for name, why_not in reasons(device).items() if why_not is None]
+    return [name for name in names if not any(lacks(name, torch.device(device), dtype) for dtype in dtypes)]
 
 
 def backend_params(device: str = "cpu") -> list:

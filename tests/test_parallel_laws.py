@@ -55,13 +55,15 @@ def same_on_all(found: Result) -> bool:
 # Runs not looked at in float64: there log-ratios of tens of nats keep a rounding of their own (`cases.KNOWN_FAULTS`).
 FAR = ("surer_by_32", "surer_by_40", "loved_by_reference_300")
 
+INTERPRETED = 7  # of so many runs one, where kernels are interpreted
+
 
 def law_1(rank: int, dtype: torch.dtype) -> None:
     if interpreting():
         interpreted.round_bf16()
     faults = []
     for backend in runnable():
-        for n, (name, cotangent) in enumerate(RUNS):
+        for n, (name, cotangent) in enumerate(RUNS if not interpreting() else RUNS[::INTERPRETED]):
             if dtype == torch.float64 and name in FAR:
                 continue
             how, reference, budget = (
@@ -70,6 +72,8 @@ def law_1(rank: int, dtype: torch.dtype) -> None:
                 BUDGETS[n // 4 % len(BUDGETS)],
             )
             problem, law = judge_of(name, dtype, cotangent)
+            if backend not in runnable("cpu", problem.hidden.dtype, problem.ref_hidden.dtype):
+                continue
             for device in slab.TILE:
                 slab.TILE[device] = case_of(name).tile
             given = cotangents(cotangent, case_of(name).labels)

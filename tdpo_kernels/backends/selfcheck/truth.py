@@ -188,7 +188,8 @@ class Rows:
         difference = _difference(p, q, ratio)
         dz = g_logp * label - g_kl * difference + g_label * is_label
         off_p, off_q = p * (off_z + self.off_z[:, None]) + TINY, q * (off_r + self.off_r[:, None]) + TINY
-        off = g_logp.abs() * off_p + g_kl.abs() * (off_p + off_q) + 8 * EPS * dz.abs()
+        terms = (g_logp * label).abs() + g_label.abs() * is_label  # of a part of a vocabulary they may cancel
+        off = g_logp.abs() * off_p + g_kl.abs() * (off_p + off_q) + 8 * EPS * torch.maximum(dz.abs(), terms)
         if staged:
             t = 2 * self.apart[:, None]  # within a part of the vocabulary, log p / q is larger by one of its averages
             off = off + (g_logp.abs() + g_kl.abs()) * math.exp(-FAR)
