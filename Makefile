@@ -34,7 +34,8 @@ trainer: $(READY)  ## the trainers' long tests: more models, settings and proces
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/trainer
 
 # Each in an environment of its own, because it wants other versions of transformers and TRL than .venv has.
-FRAMEWORKS := ms-swift
+# Texts need no torchvision and no torchaudio, whose wheels do not load beside a CPU build of torch.
+FRAMEWORKS := ms-swift llama-factory
 
 frameworks: $(READY)  ## the recipes for other frameworks, each run by its own command line (gigabytes, minutes)
 	@set -e; for name in $(FRAMEWORKS); do \
@@ -42,6 +43,7 @@ frameworks: $(READY)  ## the recipes for other frameworks, each run by its own c
 		test -x $$there/bin/python || $(PYTHON) -m venv $$there; \
 		$$there/bin/python -m pip install -q -c constraints.txt torch; \
 		$$there/bin/python -m pip install -q -r tests/trainer/requirements/$$name.txt; \
+		$$there/bin/python -m pip uninstall -q -y torchvision torchaudio; \
 	done
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/trainer/test_frameworks.py
 

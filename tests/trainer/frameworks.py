@@ -1,6 +1,6 @@
 """A framework's own command line with its recipe, on what `test_frameworks` made; runs in the framework's environment.
 
-    python frameworks.py NAME FOLDER name=value ...
+    python frameworks.py NAME FOLDER '{"name": value, ...}'
 
 The process it starts has this file too, which keeps in ``FOLDER/recorded.pt`` what the framework's trainer was given
 and made of it: the weights before and after, each micro-batch, and the log.
@@ -8,10 +8,12 @@ and made of it: the weights before and after, each micro-batch, and the log.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +27,70 @@ TRAINING = dict(
 )  # fmt: skip
 
 
-def ms_swift(folder: Path, options: dict[str, str]) -> list[str]:
-    with_recipe = options.pop("recipe", "yes") == "yes"
-    plugins = [RECIPES / "ms_swift_plugin.py"] if with_recipe else []
-    arguments: dict[str, Any] = TRAINING | dict(
+Options = dict[str, Any]
+
+
+def ms_swift(folder: Path, recipe: bool, settings: Options, options: Options) -> tuple[list[str], dict[str, str]]:
+    arguments = TRAINING | dict(
         rlhf_type="dpo", model=folder / "policy", model_type="llama", template="dummy", torch_dtype="float32",
         tuner_type="full", ref_model=folder / "reference", ref_model_type="llama", dataset=folder / "messages.jsonl",
-        split_dataset_ratio=0, use_hf="true", output_dir=folder / "out", beta=0.5, use_cpu="true", fp16="false",
-        bf16="false", dataset_num_proc=1, dataloader_num_workers=0,
+        split_dataset_ratio=0, use_hf=True, output_dir=folder / "out", beta=0.5, use_cpu=True, fp16=False, bf16=False,
+        dataset_num_proc=1, dataloader_num_workers=0,
     ) | options  # fmt: skip
     if arguments["tuner_type"] == "lora":
         del arguments["ref_model"], arguments["ref_model_type"]
     flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-    swift = [str(Path(sys.executable).parent / "swift"), "rlhf"]
-    return [*swift, "--external_plugins", *map(str, plugins), __file__, *flags]
+    plugins = [str(RECIPES / "ms_swift_plugin.py")] if recipe else []
+    command = [str(Path(sys.executable).parent / "swift"), "rlhf", "--external_plugins", *plugins, __file__, *flags]
+    return command, {name.upper(): str(value) for name, value in settings.items()}
 
 
-COMMANDS: dict[str, Callable[[Path, dict[str, str]], list[str]]] = {"ms-swift": ms_swift}
+def llama_factory(folder: Path, recipe: bool, settings: Options, options: Options) -> tuple[list[str], dict[str, str]]:
+    columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+    info = {"pairs": {"file_name": "pairs.jsonl", "ranking": True, "columns": columns}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    arguments = TRAINING | dict(
+        stage="dpo", do_train=True, overwrite_output_dir=True,
+        finetuning_type="full", model_name_or_path=folder / "policy", template="empty",
+        ref_model=folder / "reference", dataset_dir=folder, dataset="pairs", cutoff_len=64, output_dir=folder / "out",
+        pref_beta=0.5, use_cpu=True, preprocessing_num_workers=1, dataloader_num_workers=0,
+    ) | settings | options  # fmt: skip
+    if arguments["finetuning_type"] == "lora":
+        del arguments["ref_model"]
+    file = written(folder / "run.yaml", arguments)
+    launcher = Path(importlib.util.find_spec("llamafactory").origin).with_name("launcher.py")  # of `llamafactory-cli`
+    return recorded(RECIPES / "llama_factory_tdpo.py" if recipe else launcher, file), {}
 
 
-def main(name: str, folder: Path, *options: str) -> int:
-    environment = {part[0]: part[2] for part in (option.partition("=") for option in options)}
-    settings = {key: environment.pop(key) for key in list(environment) if key.startswith("TDPO_")}
+def written(file: Path, arguments: Options) -> Path:
+    """As JSON, which is YAML."""
+    file.write_text(json.dumps(arguments, default=str))
+    return file
+
+
+def recorded(script: Path, *arguments: object) -> list[str]:
+    """``python script arguments``, where `record` is at work."""
+    first = "import runpy, sys, frameworks; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return [sys.executable, "-c", first, str(script), *map(str, arguments)]
+
+
+COMMANDS = {"ms-swift": ms_swift, "llama-factory": llama_factory}
+
+
+def main(name: str, folder: Path, given: str) -> int:
+    options = json.loads(given)
+    settings = {key: options.pop(key) for key in list(options) if key.startswith("tdpo_")}
+    command, environment = COMMANDS[name](folder, options.pop("recipe", True), settings, options)
     paths = [str(path) for path in (RECIPES, HERE, RECIPES.parent, RECIPES.parents[1])]
-    environ = os.environ | settings | {
-        "PYTHONPATH": os.pathsep.join(paths), RECORD: str(folder / "recorded.pt"), "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    return subprocess.run(COMMANDS[name](folder, environment), env=environ, cwd=folder).returncode
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), RECORD: str(folder / "recorded.pt")}
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, env=os.environ | environment | quiet, cwd=folder).returncode
+
+
+def stand_in_for(module: str) -> None:
+    """LLaMA-Factory imports torchaudio for texts too, whose wheels want the CUDA build of torch."""
+    if importlib.util.find_spec(module) is None:
+        sys.modules[module] = importlib.util.module_from_spec(ModuleSpec(module, None))
 
 
 def record(to: str) -> None:
@@ -83,6 +121,7 @@ def record(to: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))
 elif RECORD in os.environ:
+    stand_in_for("torchaudio")
     record(os.environ[RECORD])

@@ -88,8 +88,7 @@ def python_of(name: str) -> str:
 
 
 def run(name: str, folder: Path, **options: object) -> Run:
-    words = [f"{option}={value}" for option, value in options.items()]
-    command = [python_of(name), str(HERE / "frameworks.py"), name, str(folder), *words]
+    command = [python_of(name), str(HERE / "frameworks.py"), name, str(folder), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     file = folder / "recorded.pt"
     return Run(done.returncode, done.stdout + done.stderr, torch.load(file) if file.exists() else {})
@@ -122,19 +121,29 @@ def same(ours: Run, losses: list[float], weights: dict[str, torch.Tensor]) -> No
     assert worst(ours.kept["after"], weights) < 1e-5
 
 
-NAMES = ["ms-swift"]
-LORA = {"ms-swift": dict(tuner_type="lora", lora_rank=4, lora_alpha=8, lora_dropout=0.0, val_dataset="messages.jsonl")}
+NAMES = ["ms-swift", "llama-factory"]
+ADAPTER = dict(lora_rank=4, lora_alpha=8, lora_dropout=0.0)
+LORA = {
+    "ms-swift": dict(tuner_type="lora", val_dataset="messages.jsonl", **ADAPTER),
+    "llama-factory": dict(finetuning_type="lora", eval_dataset="pairs", **ADAPTER),
+}
 REFUSED = [
     ("ms-swift", dict(rpo_alpha=0.1), "rpo_alpha: got 0.1, wanted None"),
     ("ms-swift", dict(loss_type="hinge"), "loss_type: got 'hinge', wanted 'sigmoid'"),
-    ("ms-swift", dict(TDPO_VARIANT="tdpo1", TDPO_ALPHA=0.5), "alpha: got float 0.5 with variant"),
+    ("llama-factory", dict(pref_ftx=0.1), "pref_ftx: got 0.1, wanted 0.0"),
+    ("llama-factory", dict(pref_loss="hinge"), "pref_loss: got 'hinge', wanted 'sigmoid'"),
+    ("llama-factory", dict(ignore_pad_token_for_loss=False), "ignore_pad_token_for_loss: got False, wanted True"),
+    ("llama-factory", dict(stage="sft"), "stage: got 'sft', wanted 'dpo'"),
+    ("llama-factory", dict(use_ray=True), "use_ray: got True, wanted False"),
+    ("llama-factory", dict(tdpo_alfa=0.5), "got a setting 'alfa', wanted one of alpha, variant"),
+    ("ms-swift", dict(tdpo_variant="tdpo1", tdpo_alpha=0.5), "alpha: got float 0.5 with variant"),
 ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("variant", "alpha"), [("tdpo2", 0.7), ("tdpo1", None)])
 def test_a_frameworks_command_trains_as_the_eager_implementation(made: Path, name: str, variant: str, alpha):
-    settings = {"TDPO_VARIANT": variant} | ({} if alpha is None else {"TDPO_ALPHA": alpha})
+    settings = {"tdpo_variant": variant} | ({} if alpha is None else {"tdpo_alpha": alpha})
     ours = run(name, made, **settings)
     assert ours.code == 0 and f"TDPO: variant {variant}" in ours.output, ours.output[-4000:]
     same(ours, *eager(ours, beta=0.5, alpha=alpha, variant=variant))
@@ -159,9 +168,9 @@ def test_with_lora_the_reference_is_the_model_without_it(made: Path, name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_alpha_0_it_trains_what_the_frameworks_own_dpo_does(made: Path, name: str):
-    theirs = run(name, made, recipe="no")
+    theirs = run(name, made, recipe=False)
     assert theirs.code == 0 and "TDPO" not in theirs.output, theirs.output[-4000:]
-    same(run(name, made, TDPO_ALPHA=0), theirs.losses, theirs.kept["after"])
+    same(run(name, made, tdpo_alpha=0), theirs.losses, theirs.kept["after"])
 
 
 @pytest.mark.parametrize(("name", "options", "says"), REFUSED)
