@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from ..report.figures import Figure, in_themes
-from .measure import Point
 from .settings import METHODS
-from .store import Record
+from .store import Point, Record
 from .summary import Parity, by_method, final, over_seeds, parities, spread
 
 COLOURS = dict(zip(METHODS, ("#d9534f", "#d98a1f", "#7a9a2e", "#1f9fb4", "#2f81f7", "#9a6fd0"), strict=True))

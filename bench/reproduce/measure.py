@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import models
 import reviews
@@ -16,34 +14,10 @@ from torch import nn
 
 from tdpo_kernels import TokenStats, token_stats
 
-if TYPE_CHECKING:
-    from .world import World
+from .store import Point
+from .world import World
 
 ROWS = 128  # in one forward pass
-
-
-@dataclass(frozen=True)
-class Point:
-    """Means over samples or held-out pairs, at a step of a run. KLs in nats."""
-
-    step: int
-    examples: int  # pairs seen
-    reward: float  # the lexicon's, of samples, from -1 to 1
-    kl: float  # of policy and reference, the mean log-ratio of samples
-    chosen_kl: float  # SeqKL(reference || policy), summed over the vocabulary
-    rejected_kl: float
-    accuracy: float  # of the reward with the KL, eq. (5)
-    accuracy_without_kl: float  # of DPO's reward, the log-ratio alone
-    entropy: float  # of a token of the samples
-    distinct_1: float
-    distinct_2: float
-    distinct_3: float
-    loss: float  # on held-out pairs
-
-    @property
-    def margin(self) -> float:
-        """As the paper's figure has it."""
-        return abs(self.chosen_kl - self.rejected_kl)
 
 
 @torch.no_grad()

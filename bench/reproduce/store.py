@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import IO
 
 from ..conditions import Conditions
-from .measure import Point
 from .settings import Run, Settings
 
 
@@ -23,6 +22,30 @@ class Mixed(Exception):
             names = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
             there, wanted = ({name: side.get(name) for name in names} for side in (there, wanted))
         super().__init__(f"{path} is of {there}, these are {wanted}: take another --out, or remove that folder")
+
+
+@dataclass(frozen=True)
+class Point:
+    """Means over samples or held-out pairs, at a step of a run. KLs in nats."""
+
+    step: int
+    examples: int  # pairs seen
+    reward: float  # the lexicon's, of samples, from -1 to 1
+    kl: float  # of policy and reference, the mean log-ratio of samples
+    chosen_kl: float  # SeqKL(reference || policy), summed over the vocabulary
+    rejected_kl: float
+    accuracy: float  # of the reward with the KL, eq. (5)
+    accuracy_without_kl: float  # of DPO's reward, the log-ratio alone
+    entropy: float  # of a token of the samples
+    distinct_1: float
+    distinct_2: float
+    distinct_3: float
+    loss: float  # on held-out pairs
+
+    @property
+    def margin(self) -> float:
+        """As the paper's figure has it."""
+        return abs(self.chosen_kl - self.rejected_kl)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ for needed in ("transformers", "tqdm", "matplotlib"):
 from bench import reproduce  # noqa: E402
 from bench.reproduce import __main__ as command  # noqa: E402
 from bench.reproduce import page, paper, settings, summary  # noqa: E402
-from bench.reproduce.measure import Point, distinct  # noqa: E402
+from bench.reproduce.measure import distinct  # noqa: E402
 from bench.reproduce.published import published_loss  # noqa: E402
 from bench.reproduce.settings import METHODS, SCALES, Run, plan  # noqa: E402
-from bench.reproduce.store import Mixed, Record, Store, write_atomically  # noqa: E402
+from bench.reproduce.store import Mixed, Point, Record, Store, write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = SCALES["quick"]
