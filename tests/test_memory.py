@@ -313,3 +313,12 @@ def test_resident_memory_of_a_fresh_process(dtype: str, budget: int):
         accumulator = 4 * D * min(T, V) if size == 2 else 0
         assert peak <= budget + WORKSPACE + accumulator + gradients, f"{peak / MIB:.1f} MiB at T={T}"
     assert 4 * rows[-1] * V > WORKSPACE + BUDGET, "a [T, V] tensor would not be noticed"
+
+
+@pytest.mark.skipif(not can_reset_the_peak(), reason="needs /proc/self/clear_refs and VmHWM")
+@pytest.mark.parametrize("budget, most", [(0, 100 * 10**6), (300 * 10**6, 400 * 10**6)])
+def test_resident_memory_at_a_size_that_matters(budget: int, most: int):
+    """`cpu-32k` of the benchmarks, above inputs and gradients: [T, V] alone would be 262 MB, and there are two."""
+    T, V, D = 2048, 32000, 1024
+    (peak,) = peaks(dict(T=[T], V=V, D=D, dtype="float32", budget=budget))
+    assert peak - 4 * (T + V) * D <= most
