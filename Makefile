@@ -35,7 +35,7 @@ trainer: $(READY)  ## the trainers' long tests: more models, settings and proces
 
 # Each in an environment of its own, because it wants other versions of transformers and TRL than .venv has.
 # Texts need no torchvision and no torchaudio, whose wheels do not load beside a CPU build of torch.
-FRAMEWORKS := ms-swift llama-factory
+FRAMEWORKS := ms-swift llama-factory axolotl
 
 frameworks: $(READY)  ## the recipes for other frameworks, each run by its own command line (gigabytes, minutes)
 	@set -e; for name in $(FRAMEWORKS); do \

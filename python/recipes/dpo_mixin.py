@@ -1,7 +1,6 @@
-"""The TDPO loss for DPO trainers with the hook TRL once had: ``get_batch_loss_metrics(model, batch, train_eval)``.
+"""What the recipes share: the TDPO loss of a batch in a DPO trainer, and what a framework's options come to.
 
-ms-swift and LLaMA-Factory have kept it. Their batch is ``(2P, L)``, the P chosen rows first, with ``labels`` aligned
-with the inputs, -100 outside of completions. Copy this file next to the recipe that uses it.
+Copy this file next to the recipe that uses it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,14 @@ from tdpo_trainer.parallelism import check_parallelism
 from tdpo_trainer.step import IGNORED, Batch, LossOptions, pair_loss
 from torch import Tensor, nn
 
+PREFIX = "tdpo_"
 SETTINGS = {"alpha": float, "variant": str, "backend": str, "memory_budget": int}
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a framework's configuration has under `PREFIX`, without it."""
+    given = {name: value for name, value in config.items() if name.startswith(PREFIX) and value is not None}
+    return {name.removeprefix(PREFIX): value for name, value in given.items()}
 
 
 def loss_options(beta: float, settings: Mapping[str, Any]) -> LossOptions:
@@ -35,7 +41,7 @@ def refuse(what: Mapping[str, tuple[Any, Any]]) -> None:
     """Raises ValueError for the first option, ``{name: (seen, wanted)}``, that is not what TDPO needs."""
     for name, (seen, wanted) in what.items():
         if seen != wanted:
-            raise ValueError(f"{name}: got {seen!r}, wanted {wanted!r}: the TDPO loss does not have it")
+            raise ValueError(f"{name}: got {seen!r}, wanted {wanted!r} with TDPO")
 
 
 class TDPOMixin:
@@ -43,8 +49,6 @@ class TDPOMixin:
 
     Logged are the names of `tdpo_trainer.metrics` but the number of tokens; rewards include the KL, as in the paper.
     """
-
-    not_model_inputs = frozenset({"labels"})
 
     def start_tdpo(self, options: LossOptions) -> None:
         """Says what the run does. Raises ValueError where it cannot be right, naming the option."""
@@ -54,20 +58,20 @@ class TDPOMixin:
         self.tdpo, self._heads_checked = options, False
         self.accelerator.print(options.describe(self.accelerator.device), flush=True)
 
-    def get_batch_loss_metrics(
-        self, model: nn.Module, batch: Batch, train_eval: str = "train", **unused: Any
-    ) -> tuple[Tensor, dict[str, float]]:
-        inputs = {name: x for name, x in batch.items() if name not in self.not_model_inputs}
-        labels = batch["labels"]
-        pairs = {"input_ids": labels, "completion_mask": labels != IGNORED, "attention_mask": batch["attention_mask"]}
+    def tdpo_loss(self, model: nn.Module, inputs: Batch, pairs: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The mean over the pairs of a batch, and what is logged of it, over all processes.
+
+        Args:
+            inputs: what the model is called with, ``(2P, L)``, the P chosen rows first.
+            pairs: as `tdpo_trainer.step.pair_loss` takes them.
+        """
         policy = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             self._check_heads(model, inputs)
             theirs = self._reference_side(model, policy, inputs)
             out = pair_outputs(model, theirs, inputs, pair_loss(pairs, self.tdpo), unwrapped=policy)
         means = over_processes(out["sums"], self.accelerator.gather)
-        prefix = "eval_" if train_eval == "eval" else ""
-        return out["loss"], {f"{prefix}{name}": value for name, value in means.items() if name != TOKENS_SEEN}
+        return out["loss"], {name: value for name, value in means.items() if name != TOKENS_SEEN}
 
     def _reference_side(self, model: nn.Module, policy: nn.Module, inputs: Batch) -> Reference:
         if self.ref_model is None:
@@ -79,3 +83,22 @@ class TDPOMixin:
         for wrapped in () if self._heads_checked else filter(None, (model, self.ref_model)):
             check_head(self.accelerator.unwrap_model(wrapped), inputs, wrapped=wrapped)
         self._heads_checked = True
+
+
+class LabelledTDPOMixin(TDPOMixin):
+    """For trainers with the hook TRL once had, as ms-swift and LLaMA-Factory have kept it.
+
+    Their batch has ``labels``, aligned with the inputs, -100 outside of completions.
+    """
+
+    not_model_inputs = frozenset({"labels"})
+
+    def get_batch_loss_metrics(
+        self, model: nn.Module, batch: Batch, train_eval: str = "train", **unused: Any
+    ) -> tuple[Tensor, dict[str, float]]:
+        inputs = {name: x for name, x in batch.items() if name not in self.not_model_inputs}
+        labels = batch["labels"]
+        pairs = {"input_ids": labels, "completion_mask": labels != IGNORED, "attention_mask": batch["attention_mask"]}
+        loss, means = self.tdpo_loss(model, inputs, pairs)
+        prefix = "eval_" if train_eval == "eval" else ""
+        return loss, {f"{prefix}{name}": value for name, value in means.items()}

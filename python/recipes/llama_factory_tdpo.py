@@ -13,16 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from dpo_mixin import TDPOMixin, loss_options, refuse
+from dpo_mixin import PREFIX, LabelledTDPOMixin, loss_options, refuse, settings_of
 from llamafactory.extras.misc import is_env_enabled, use_ray
 from llamafactory.hparams.parser import read_args
 from llamafactory.train.dpo import trainer as dpo
 from llamafactory.train.tuner import run_exp
 
-PREFIX = "tdpo_"
 
-
-class TDPOTrainer(TDPOMixin, dpo.CustomDPOTrainer):
+class TDPOTrainer(LabelledTDPOMixin, dpo.CustomDPOTrainer):
     """LLaMA-Factory's DPO trainer with the TDPO loss; its ``ref_model``, or the model without its adapter."""
 
     settings: ClassVar[Mapping[str, Any]] = {}
@@ -51,7 +49,7 @@ def main() -> None:
     args = read_args()
     if not isinstance(args, dict):
         raise ValueError("llama_factory_tdpo.py: wanted a .yaml or .json file first, as `llamafactory-cli train` takes")
-    settings = {name.removeprefix(PREFIX): args.pop(name) for name in list(args) if name.startswith(PREFIX)}
+    settings = settings_of(args)
     refuse(
         {
             "stage": (args.get("stage"), "dpo"),
@@ -63,7 +61,7 @@ def main() -> None:
     loss_options(args.get("pref_beta", 0.1), settings)  # before a model is loaded
     TDPOTrainer.settings = settings
     dpo.CustomDPOTrainer = TDPOTrainer
-    run_exp(args)
+    run_exp({name: value for name, value in args.items() if not name.startswith(PREFIX)})
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from dpo_mixin import SETTINGS, TDPOMixin, loss_options, refuse
+from dpo_mixin import SETTINGS, LabelledTDPOMixin, loss_options, refuse
 from swift.rlhf_trainers import DPOTrainer
 from swift.trainers import TrainerFactory
 
 
-class TDPOTrainer(TDPOMixin, DPOTrainer):
+class TDPOTrainer(LabelledTDPOMixin, DPOTrainer):
     """swift's `DPOTrainer` with the TDPO loss; the reference is ``--ref_model``, or the model without its adapter."""
 
     not_model_inputs = frozenset({"labels", "text_position_ids", "margin"})

@@ -62,6 +62,26 @@ def llama_factory(folder: Path, recipe: bool, settings: Options, options: Option
     return recorded(RECIPES / "llama_factory_tdpo.py" if recipe else launcher, file), {}
 
 
+def axolotl(folder: Path, recipe: bool, settings: Options, options: Options) -> tuple[list[str], dict[str, str]]:
+    evaluated = {"test_datasets": [texts(folder)]} if options.pop("evaluate", False) else {}
+    theirs = TRAINING | dict(
+        rl="dpo", rl_beta=0.5, base_model=folder / "policy", sequence_len=64, output_dir=folder / "out",
+        datasets=[texts(folder)], dataset_prepared_path=folder / "prepared", bf16=False, fp16=False, tf32=False,
+        optimizer="sgd", lr_scheduler="constant", micro_batch_size=2, eval_batch_size=2, dataset_num_proc=1,
+        attn_implementation="eager",
+    ) | settings | evaluated | options  # fmt: skip
+    del theirs["optim"], theirs["report_to"], theirs["per_device_train_batch_size"]
+    del theirs["per_device_eval_batch_size"], theirs["lr_scheduler_type"]
+    ours = dict(plugins=["axolotl_tdpo.TDPOPlugin"], trainer_cls="axolotl_tdpo_trainer.TDPOTrainer") if recipe else {}
+    command = Path(sys.executable).parent / "axolotl"
+    file = written(folder / "run.yaml", ours | theirs)
+    return recorded(command, "train", file, "--launcher", "python"), {"AXOLOTL_DO_NOT_TRACK": "1"}
+
+
+def texts(folder: Path) -> Options:
+    return dict(path=str(folder / "pairs.jsonl"), ds_type="json", split="train", type={"field_prompt": "prompt"})
+
+
 def written(file: Path, arguments: Options) -> Path:
     """As JSON, which is YAML."""
     file.write_text(json.dumps(arguments, default=str))
@@ -74,7 +94,7 @@ def recorded(script: Path, *arguments: object) -> list[str]:
     return [sys.executable, "-c", first, str(script), *map(str, arguments)]
 
 
-COMMANDS = {"ms-swift": ms_swift, "llama-factory": llama_factory}
+COMMANDS = {"ms-swift": ms_swift, "llama-factory": llama_factory, "axolotl": axolotl}
 
 
 def main(name: str, folder: Path, given: str) -> int:

@@ -94,11 +94,11 @@ def run(name: str, folder: Path, **options: object) -> Run:
     return Run(done.returncode, done.stdout + done.stderr, torch.load(file) if file.exists() else {})
 
 
-def eager(run: Run, **options: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+def eager(run: Run, reference: int, **options: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     """TDPO written plainly on the same batches, from the same weights."""
     model = llama()
     assert worst(parameters(model), run.kept["before"]) == 0
-    losses = eager_run(model, run.steps(), lr=0.05, reference=llama(1), **options)
+    losses = eager_run(model, run.steps(), lr=0.05, reference=llama(reference), **options)
     return losses, parameters(model)
 
 
@@ -121,11 +121,13 @@ def same(ours: Run, losses: list[float], weights: dict[str, torch.Tensor]) -> No
     assert worst(ours.kept["after"], weights) < 1e-5
 
 
-NAMES = ["ms-swift", "llama-factory"]
+NAMES = ["ms-swift", "llama-factory", "axolotl"]
+REFERENCES = {"ms-swift": 1, "llama-factory": 1, "axolotl": 0}  # seeds: axolotl's is the model it begins with
 ADAPTER = dict(lora_rank=4, lora_alpha=8, lora_dropout=0.0)
 LORA = {
     "ms-swift": dict(tuner_type="lora", val_dataset="messages.jsonl", **ADAPTER),
     "llama-factory": dict(finetuning_type="lora", eval_dataset="pairs", **ADAPTER),
+    "axolotl": dict(adapter="lora", lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_target_linear=True, evaluate=True),
 }
 REFUSED = [
     ("ms-swift", dict(rpo_alpha=0.1), "rpo_alpha: got 0.1, wanted None"),
@@ -136,6 +138,12 @@ REFUSED = [
     ("llama-factory", dict(stage="sft"), "stage: got 'sft', wanted 'dpo'"),
     ("llama-factory", dict(use_ray=True), "use_ray: got True, wanted False"),
     ("llama-factory", dict(tdpo_alfa=0.5), "got a setting 'alfa', wanted one of alpha, variant"),
+    ("axolotl", dict(dpo_label_smoothing=0.1), "label_smoothing: got 0.1, wanted 0.0"),
+    ("axolotl", dict(precompute_ref_log_probs=True), "precompute_ref_log_probs: got True, wanted False"),
+    ("axolotl", dict(dpo_padding_free=True), "padding_free: got True, wanted False"),
+    ("axolotl", dict(trainer_cls=None), "trainer_cls: got None, wanted 'axolotl_tdpo_trainer.TDPOTrainer'"),
+    ("axolotl", dict(plugins=[]), "plugins: wanted axolotl_tdpo.TDPOPlugin"),
+    ("axolotl", dict(tdpo_alfa=0.5), "got a setting 'alfa', wanted one of alpha, variant"),
     ("ms-swift", dict(tdpo_variant="tdpo1", tdpo_alpha=0.5), "alpha: got float 0.5 with variant"),
 ]
 
@@ -146,7 +154,7 @@ def test_a_frameworks_command_trains_as_the_eager_implementation(made: Path, nam
     settings = {"tdpo_variant": variant} | ({} if alpha is None else {"tdpo_alpha": alpha})
     ours = run(name, made, **settings)
     assert ours.code == 0 and f"TDPO: variant {variant}" in ours.output, ours.output[-4000:]
-    same(ours, *eager(ours, beta=0.5, alpha=alpha, variant=variant))
+    same(ours, *eager(ours, REFERENCES[name], beta=0.5, alpha=alpha, variant=variant))
     assert worst(ours.kept["before"], ours.kept["after"]) > 1e-2
     assert METRICS <= set().union(*ours.kept["log"])
 
