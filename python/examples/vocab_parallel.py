@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tdpo_kernels import TDPOOutput, token_stats
-from tdpo_kernels.parallel import mean_over_ranks, sequence_parallel_loss, vocab_parallel
+from tdpo_kernels.parallel import VocabParallelHead, mean_over_ranks, sequence_parallel_loss, vocab_parallel
 
 PAIRS, LENGTH, PROMPT, VOCABULARY = 8, 24, 6, 251
 
@@ -35,23 +35,25 @@ class Side:
     """A model without its head, and this rank's rows of that."""
 
     backbone: nn.Module
-    head: nn.Parameter
+    head: VocabParallelHead
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.head.weight, *self.backbone.parameters()]
 
 
 def step(policy: Side, reference: Side, input_ids: Tensor, labels: Tensor, mesh: DeviceMesh, **options) -> TDPOOutput:
     """Loss and gradients of this rank's pairs, chosen first: ``.grad`` is that of the mean over all ranks' pairs."""
-    data, sequence, vocabulary = (mesh.get_group(name) for name in ("data", "sequence", "vocabulary"))
+    data, sequence = mesh.get_group("data"), mesh.get_group("sequence")
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)  # before they are split: the next token may lie elsewhere
     mine = slice(*(LENGTH * (dist.get_rank(sequence) + end) // dist.get_world_size(sequence) for end in (0, 1)))
     ids = torch.arange(len(labels), device=labels.device)[:, None].expand(-1, LENGTH)
     with torch.no_grad():
         theirs = last_hidden(reference.backbone, input_ids=input_ids)[:, mine]
     ours = last_hidden(policy.backbone, input_ids=input_ids)[:, mine]
-    heads = (vocab_parallel(side.head, vocabulary) for side in (policy, reference))
-    stats = token_stats(ours, next(heads), theirs, next(heads), shifted[:, mine], shift=False)
+    stats = token_stats(ours, policy.head, theirs, reference.head, shifted[:, mine], shift=False)
     out = sequence_parallel_loss(stats, ids[:, mine], len(labels) // 2, sequence, reduction="none", **options)
     mean_over_ranks(out.loss, data).backward()
-    for x in (policy.head, *policy.backbone.parameters()):
+    for x in policy.parameters():
         if x.grad is not None:
             dist.all_reduce(x.grad, group=sequence)  # a sum over tokens
             dist.all_reduce(x.grad, group=data)  # a mean over ranks, see `mean_over_ranks`
@@ -62,7 +64,7 @@ def step(policy: Side, reference: Side, input_ids: Tensor, labels: Tensor, mesh:
 def side(model: LlamaForCausalLM, mesh: DeviceMesh) -> Side:
     """The model's head cut for this rank; as many rows each as it goes, the last ones fewer."""
     part = model.lm_head.weight.detach().chunk(mesh["vocabulary"].size())[mesh.get_local_rank("vocabulary")]
-    return Side(model.requires_grad_(True), nn.Parameter(part.clone()))
+    return Side(model, vocab_parallel(nn.Parameter(part.clone()), mesh.get_group("vocabulary")))
 
 
 def train(mesh: DeviceMesh, device: torch.device, steps: int, **options) -> Iterator[float]:
@@ -73,7 +75,7 @@ def train(mesh: DeviceMesh, device: torch.device, steps: int, **options) -> Iter
     )
     model = LlamaForCausalLM(config).to(device).eval()
     reference, policy = side(copy.deepcopy(model), mesh), side(model, mesh)
-    optimizer = torch.optim.SGD([policy.head, *policy.backbone.parameters()], lr=1.0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     input_ids = torch.randint(VOCABULARY, (2 * PAIRS, LENGTH)).to(device)
     labels = input_ids.clone()
     labels[:, :PROMPT] = -100

@@ -25,6 +25,8 @@ def vocab_parallel(
     bytes a token (fp32) from each rank, backward sums dh, ``4 D`` bytes a token, over the ranks. The reference's head
     may be split likewise, split in other places (its rows are then exchanged on every call), or be whole on every rank.
 
+    Of plain tensors ranks tell each other here how many rows they have: make the head once, not in every step.
+
     Args:
         head: a weight that is a DTensor, ``Shard(0)`` on a mesh of one dimension (as torch's tensor parallelism leaves
             an LM head); or this rank's rows ``(V_k, D)``, in rank order, none at all on some of them if need be.
