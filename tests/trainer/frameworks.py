@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -28,9 +29,11 @@ TRAINING = dict(
 
 
 Options = dict[str, Any]
+Command = tuple[list[str], dict[str, str]]  # and its environment
 
 
-def ms_swift(folder: Path, recipe: bool, settings: Options, options: Options) -> tuple[list[str], dict[str, str]]:
+def ms_swift(folder: Path, recipe: bool, settings: Options, options: Options) -> Command:
+    processes = options.pop("processes", 1)
     arguments = TRAINING | dict(
         rlhf_type="dpo", model=folder / "policy", model_type="llama", template="dummy", torch_dtype="float32",
         tuner_type="full", ref_model=folder / "reference", ref_model_type="llama", dataset=folder / "messages.jsonl",
@@ -42,10 +45,14 @@ def ms_swift(folder: Path, recipe: bool, settings: Options, options: Options) ->
     flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
     plugins = [str(RECIPES / "ms_swift_plugin.py")] if recipe else []
     command = [str(Path(sys.executable).parent / "swift"), "rlhf", "--external_plugins", *plugins, __file__, *flags]
-    return command, {name.upper(): str(value) for name, value in settings.items()}
+    environment = {name.upper(): str(value) for name, value in settings.items()}
+    if processes > 1:
+        environment |= {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port())}
+    return command, environment
 
 
-def llama_factory(folder: Path, recipe: bool, settings: Options, options: Options) -> tuple[list[str], dict[str, str]]:
+def llama_factory(folder: Path, recipe: bool, settings: Options, options: Options) -> Command:
+    processes = options.pop("processes", 1)
     columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
     info = {"pairs": {"file_name": "pairs.jsonl", "ranking": True, "columns": columns}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
@@ -59,10 +66,14 @@ def llama_factory(folder: Path, recipe: bool, settings: Options, options: Option
         del arguments["ref_model"]
     file = written(folder / "run.yaml", arguments)
     launcher = Path(importlib.util.find_spec("llamafactory").origin).with_name("launcher.py")  # of `llamafactory-cli`
-    return recorded(RECIPES / "llama_factory_tdpo.py" if recipe else launcher, file), {}
+    command = recorded(RECIPES / "llama_factory_tdpo.py" if recipe else launcher, file)
+    if processes > 1:
+        torchrun = f"-m torch.distributed.run --no-python --nproc-per-node {processes} --master-port {free_port()}"
+        command = [sys.executable, *torchrun.split(), *command]
+    return command, {}
 
 
-def axolotl(folder: Path, recipe: bool, settings: Options, options: Options) -> tuple[list[str], dict[str, str]]:
+def axolotl(folder: Path, recipe: bool, settings: Options, options: Options) -> Command:
     evaluated = {"test_datasets": [texts(folder)]} if options.pop("evaluate", False) else {}
     theirs = TRAINING | dict(
         rl="dpo", rl_beta=0.5, base_model=folder / "policy", sequence_len=64, output_dir=folder / "out",
@@ -80,6 +91,12 @@ def axolotl(folder: Path, recipe: bool, settings: Options, options: Options) -> 
 
 def texts(folder: Path) -> Options:
     return dict(path=str(folder / "pairs.jsonl"), ds_type="json", split="train", type={"field_prompt": "prompt"})
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def written(file: Path, arguments: Options) -> Path:
@@ -134,6 +151,8 @@ def record(to: str) -> None:
         if self.eval_dataset is not None:
             self.evaluate()
         kept = {"before": before, "steps": steps, "after": weights(self), "log": self.state.log_history}
+        if self.args.process_index > 0:
+            return out
         torch.save(kept | {"trained": [name for name, x in self.model.named_parameters() if x.requires_grad]}, to)
         return out
 

@@ -181,6 +181,15 @@ def test_with_alpha_0_it_trains_what_the_frameworks_own_dpo_does(made: Path, nam
     same(run(name, made, tdpo_alpha=0), theirs.losses, theirs.kept["after"])
 
 
+@pytest.mark.parametrize("name", ["ms-swift", "llama-factory"])  # axolotl wants a GPU for each process
+def test_two_processes_train_what_one_does(made: Path, name: str):
+    one = run(name, made)
+    two = run(name, made, processes=2, gradient_accumulation_steps=1, ddp_backend="gloo")
+    assert len(one.kept["steps"]) == 2 * len(two.kept["steps"])
+    assert worst(one.kept["before"], two.kept["before"]) == 0 and worst(one.kept["before"], one.kept["after"]) > 1e-2
+    same(two, one.losses, one.kept["after"])
+
+
 @pytest.mark.parametrize(("name", "options", "says"), REFUSED)
 def test_what_cannot_be_right_is_refused_by_name(made: Path, name: str, options: dict, says: str):
     refused = run(name, made, **options)
