@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from runs import TEMPLATE, config, llama, losses, pairs, parameters, saved_llama, tokenizer, trainer, worst
+from safetensors.torch import load_file
 from tdpo_trainer import fill
 from tdpo_trainer.cache import CacheError, open_cache, read_meta
 from tdpo_trainer.trainer import TDPOTrainer
@@ -64,6 +65,15 @@ def test_whatever_the_batches_to_rounding(tmp_path: Path, model_folder: Path):
     live.train(), cached.train()
     assert (tmp_path / "reference_cache" / "train" / "meta.json").exists()
     assert losses(cached) == pytest.approx(losses(live), rel=1e-5)
+
+
+def test_it_is_written_without_dropout(tmp_path: Path):
+    states = []
+    for dropout in (0.0, 0.9):
+        folder = tmp_path / str(dropout)
+        trainer(tmp_path, llama(attention_dropout=dropout).train(), reference_cache=str(folder))
+        states.append(torch.cat([load_file(path)["hidden"] for path in sorted(folder.rglob("shard-*"))]))
+    assert torch.equal(*states)
 
 
 def test_evaluation_has_caches_of_its_own(tmp_path: Path, model_folder: Path):

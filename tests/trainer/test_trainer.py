@@ -22,10 +22,14 @@ from runs import (
     trainer,
     worst,
 )
+from tdpo_trainer import metrics
 from tdpo_trainer.config import TDPOConfig
+from tdpo_trainer.step import LossOptions, pair_loss
 from tdpo_trainer.trainer import TDPOTrainer
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig
+
+from tdpo_kernels import LMHead
 
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
@@ -148,7 +152,7 @@ NAMES = {
 def test_what_is_logged(tmp_path: Path):
     """Against the logits themselves; rewards include the KL."""
     model, reference = llama(), llama(1)
-    ours = trainer(tmp_path, copy.deepcopy(model), reference, max_steps=1)
+    ours = trainer(tmp_path, copy.deepcopy(model), reference, max_steps=1, per_device_train_batch_size=12)
     steps = recorded(ours)
     ours.train()
     assert ours.state.log_history[0].keys() >= NAMES
@@ -174,9 +178,19 @@ def test_what_is_logged(tmp_path: Path):
         "logits/chosen": logits.chunk(2)[0][chosen].mean(), "logits/rejected": logits.chunk(2)[1][rejected].mean(),
         "num_tokens": batch["attention_mask"].sum(),
     }  # fmt: skip
-    assert set(expected) == NAMES
+    assert set(expected) == NAMES and expected["mean_token_accuracy"] > 0
     seen = ours.state.log_history[0]
     assert {name: seen[name] for name in NAMES} == pytest.approx({k: float(x) for k, x in expected.items()}, rel=1e-4)
+
+
+def test_the_first_token_has_no_predictor_and_is_not_counted():
+    """Of a batch without prompts."""
+    hidden, ref_hidden, weight, everything = *torch.randn(2, 4, 5, 6), torch.randn(9, 6), torch.ones(4, 5)
+    batch = {"input_ids": torch.randint(9, (4, 5)), "attention_mask": everything, "completion_mask": everything}
+    sums = pair_loss(batch, LossOptions())(hidden, LMHead(weight), ref_hidden, LMHead(weight))["sums"]
+    counts = dict(zip(metrics.NAMES, sums[:, 1].tolist(), strict=True))
+    assert counts["entropy"] == 16 and counts["mean_token_accuracy"] == counts["logits/rejected"] == 8
+    assert counts["kl/margin"] == 2
 
 
 def test_evaluation_logs_the_same_names(tmp_path: Path):
