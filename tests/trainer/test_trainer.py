@@ -198,6 +198,7 @@ def test_evaluation_logs_the_same_names(tmp_path: Path):
     metrics = ours.evaluate()
     assert metrics["eval_loss"] > 0 and ours.model.training is False
     assert ours.state.log_history[-1].keys() >= {f"eval_{name}" for name in NAMES}
+    assert logged(ours, "eval_num_tokens") == [0], "of training, as in TRL"
     assert len(ours.predict(ours.eval_dataset)) == 3  # no logits, no crash
 
 
