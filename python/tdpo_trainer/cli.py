@@ -56,10 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _training(command: str, argv: list[str]) -> int:
-    from . import run
-    from .cache import CacheError
-    from .head import UnsupportedModel
-
+    try:
+        from . import run
+        from .cache import CacheError
+        from .head import UnsupportedModel
+    except ModuleNotFoundError as error:
+        if error.name not in TRAINING_PACKAGES:
+            raise
+        return _wrong(f"{command} needs {error.name}, which is not installed: pip install 'tdpo-kernels[train]'")
     try:
         return getattr(run, command)(argv)
     except (run.UsageError, CacheError, UnsupportedModel) as error:

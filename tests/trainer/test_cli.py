@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tdpo_trainer
 from datasets import Dataset
 from runs import saved_llama, text_pairs, worst
 from safetensors.torch import load_file
@@ -48,6 +49,15 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses_of(said: str) -> list[float]:
     lines = [line for line in said.splitlines() if line.startswith("{'loss'")]
     return [float(line.split("'loss': '")[1].split("'")[0]) for line in lines]
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.delattr(tdpo_trainer, "run", raising=False)
+    monkeypatch.delitem(sys.modules, "tdpo_trainer.run", raising=False)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert cli.main(["train"]) == 2
+    said = "tdpo: train needs trl, which is not installed: pip install 'tdpo-kernels[train]'\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("share, held", [(0.25, 3), (5.0, 5)])
