@@ -189,7 +189,9 @@ def _ceilings(rows: list[Row]) -> list[str]:
                 f"{ceiling.bytes / 1e9:.1f} GB/s; at these rates a step takes {_time((best,) * 3, False)} or more"
             )
             if row.seconds and row.seconds[0] < best and not row.partial:
-                beaten[row.dtype] = ", which was beaten: they were measured in a slow moment"
+                beaten[row.dtype] = (
+                    ", which was beaten: they were of `torch.mm`, which is not the fastest here, or had a slow moment"
+                )
     return [f"{said}{beaten.get(dtype, '')}." for dtype, said in told.items()]
 
 
