@@ -377,3 +377,21 @@ def test_a_rank_that_dies_ends_the_others_with_a_message():
     begun = time.monotonic()
     run(one_of_them_dies, 3, reached, world=3)
     assert reached.tolist() == [True, False, True] and time.monotonic() - begun < 60
+
+
+def a_group_of_the_same_name(rank: int, world: int, met: str) -> None:
+    """Names are given anew once groups are destroyed."""
+    call = call_of(37, 3, torch.float32)
+    for life in range(2):
+        if life:
+            dist.destroy_process_group()
+            dist.init_process_group("gloo", init_method=met, rank=rank, world_size=world)
+        head = vocab_parallel(cut(call["head"], rows_of(37, world, "even")[rank]))
+        if not life:
+            token_stats(**call | {"head": head})
+    with pytest.raises(ValueError, match="^head.softcap: .*wanted the same"):
+        token_stats(**call | {"head": replace(head, softcap=5.0 + rank)})
+
+
+def test_a_group_of_the_same_name_is_asked_anew(tmp_path):
+    run(a_group_of_the_same_name, 2, (tmp_path / "met").as_uri(), world=2)

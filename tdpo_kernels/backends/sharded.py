@@ -17,6 +17,8 @@ stay where they are. Every rank merges alike, in rank order: all have the same b
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ from ..collectives import gathered, position, same, summed_, told
 from ..types import Backend, Forward, Gradients, Inputs, Needs
 from .regroup import reference_part
 from .tile_math import LOWEST, STATE, Part, RowState, is_lowest, merge, to_infinity, within
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SENT = (*STATE, "kl", "logp", "ref_logp")  # by each rank of each row; then extras
 
@@ -70,14 +75,14 @@ class Sharded:
         return replace(inputs, reference=reference_part(inputs.reference, head), rows=rows, partial=True)
 
 
-_agreed: set[str] = set()
+_agreed: WeakSet[ProcessGroup] = WeakSet()  # a name is given again once its group is destroyed
 
 
 def _agree_once(inputs: Inputs, needs: Needs) -> None:
     """Ranks that have different tokens or heads would be answered with nonsense, or hang. Asked at a group's first
     call, as it takes the host."""
     group, rows = inputs.policy.head.group, inputs.rows
-    if group.group_name in _agreed:
+    if group in _agreed:
         return
     checksum = int((rows.labels_T * torch.arange(1, rows.count + 1).to(rows.labels_T)).sum())
     facts = {"labels: how many count": rows.count, "labels: a checksum": checksum, "extras": inputs.extras}
@@ -93,7 +98,7 @@ def _agree_once(inputs: Inputs, needs: Needs) -> None:
             f"{name}.softcap": head.softcap,
         }
     same(told(tuple(map(str, facts.values())), group), tuple(facts))
-    _agreed.add(group.group_name)
+    _agreed.add(group)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
