@@ -44,10 +44,11 @@ def narrow(request, monkeypatch):
 
 def part(z: Tensor, r: Tensor) -> tuple[tile_math.Part, Tensor, Tensor, Tensor, bool]:
     """The part, its p, q and y, and whether it is narrow."""
-    z, r = z.clone(), r.clone()
-    p, q, y = (torch.empty_like(z) for _ in range(3))
-    ends_z, ends_r = tile_math.softmax_(z, out=p), tile_math.softmax_(r, out=q)
-    found, is_narrow = tile_math.divergence_(z, r, p, q, y, ends_z, ends_r)
+    tiles = torch.stack([z, r])
+    pair = torch.empty_like(tiles)
+    ends = tile_math.softmax_(tiles, out=pair)
+    (z, y), (p, q) = tiles, pair
+    found, is_narrow = tile_math.divergence_(z, y, p, q, ends)
     return found, p, q, y, is_narrow
 
 
@@ -259,8 +260,7 @@ def test_tile_weights_make_p_and_q_of_a_part_those_of_the_whole(split, kind):
     z, r = rows(kind)
     tiles = [staged(z[:, list(c)], r[:, list(c)]) for c in split]
     whole = tile_math.merge([found for *_, found in tiles])
-    none = torch.zeros(len(z))
-    weights = tile_math.tile_weights([found._replace(excess=none) for *_, found in tiles], [], whole)
+    weights = tile_math.tile_weights([found for *_, found in tiles], [], whole)
     p, q = z.double().softmax(-1), r.double().softmax(-1)
     for columns, (p_k, t_k, _), (weight, ref_weight, ratio) in zip(split, tiles, weights.unbind(1), strict=True):
         found_q = (ref_weight.double()[:, None] * p_k) * (-t_k - ratio[:, None]).double().exp()

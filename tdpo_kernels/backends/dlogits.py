@@ -110,12 +110,12 @@ class LabelColumn:
         """The tile's value at each row's label; anything where the label is elsewhere."""
         return tile.gather(1, self.index)[:, 0]
 
-    def pick(self, tiles: list[Tensor], otherwise: list[Tensor] | None) -> list[Tensor]:
-        """Each tile's value at the labels, and `otherwise` (None: anything) in rows whose label is elsewhere."""
-        found = [self.read(tile) for tile in tiles]
-        if self.inside is None or otherwise is None:
-            return found
-        return [torch.where(self.inside, new_R, old_R) for new_R, old_R in zip(found, otherwise, strict=True)]
+    def pick(self, tiles_2RC: Tensor, otherwise_2R: Tensor | None) -> Tensor:
+        """Both tiles' values at the labels, and `otherwise` (None: anything) in rows whose label is elsewhere."""
+        found_2R = tiles_2RC.gather(2, self.index.expand(2, -1, 1))[..., 0]
+        if self.inside is None or otherwise_2R is None:
+            return found_2R
+        return torch.where(self.inside, found_2R, otherwise_2R)
 
     def take_(self, tile: Tensor) -> Tensor:
         """The tile's value at each row's label, and 0 left there; 0 where the label is elsewhere."""
@@ -132,14 +132,14 @@ class LabelColumn:
 
 def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, label: LabelColumn, dz: Tensor) -> Tensor:
     """dz of a staged tile into `dz`."""
-    b = c.b[rows] * staged.weight
+    (p, t), b = staged.pair, c.b[rows] * staged.weight
     if kind is Kind.ONLY_P:
-        torch.mul(staged.p, b[:, None], out=dz)
+        torch.mul(p, b[:, None], out=dz)
     else:
         a = c.a[rows] * staged.ref_weight
         b = torch.addcmul(b, c.a[rows], staged.ref_weight - staged.weight)
-        torch.sub(-staged.ratio[:, None], staged.t, out=dz).expm1_()
-        torch.addcmul(b[:, None], a[:, None], dz, out=dz).mul_(staged.p)
+        torch.sub(-staged.ratio[:, None], t, out=dz).expm1_()
+        torch.addcmul(b[:, None], a[:, None], dz, out=dz).mul_(p)
     label.write_(dz, c.label[rows])
     return dz if staged.slope is None else dz.mul_(staged.slope)
 

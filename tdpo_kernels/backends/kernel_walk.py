@@ -133,7 +133,7 @@ def backward(
         if c.kinds[i] is Kind.NOTHING:
             return None
         R, C = rows.stop - rows.start, cols.stop - cols.start
-        out, coefficients_3R = call.work.get("dz", R, C, policy.operand_dtype), coefficients_3T[:, rows]
+        out, coefficients_3R = call.work.get("dz", policy.operand_dtype, R, C), coefficients_3T[:, rows]
         planes = stage.planes(i, k, R, C)
         if planes is None:
             made = maker.dz(call, rows, cols, c.kinds[i], values_T[:, rows], coefficients_3R, out)

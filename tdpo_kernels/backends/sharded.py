@@ -142,7 +142,7 @@ class _Whole:
             for *four, diff in zip(z_top, r_top, lse_z, lse_r, lse_diff, strict=True)
         ]
         state = merge(columns)
-        (u, near_w), ratio = within(columns, state)
+        u, near_w, ratio = within(columns, state)
         return _Whole(
             inputs, parts, state,
             u=u, w=near_w * torch.exp(-ratio), more=near_w - u + near_w * torch.expm1(-ratio),

@@ -3,6 +3,7 @@ forward to backward."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,7 +49,8 @@ def _even(length: int, most: int, multiple: int) -> int:
 
 
 def make_grid(inputs: Inputs) -> Grid:
-    """For tiles of fp32 (float64) logits in memory, and everything that is done to them."""
+    """For tiles of fp32 (float64) logits in memory, and everything that is done to them: both models', their softmaxes,
+    and what a library returns a product in; a softcap's slope."""
     stats = inputs.stats_dtype
     per_tile = stats.itemsize * (5 if inputs.policy.head.softcap is None else 6)
     if inputs.policy.dtype in SIXTEEN_BIT:
@@ -111,18 +113,18 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.buffers: dict[str, Tensor] = {}
-        self.views: dict[tuple[str, int, int, torch.dtype], Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
 
-    def get(self, name: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-        """A contiguous ``(rows, cols)`` view of the buffer `name`, grown if need be; its content is whatever was
-        there."""
-        view = self.views.get((name, rows, cols, dtype))
+    def get(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """A contiguous view of the buffer `name`, grown if need be; its content is whatever was there."""
+        view = self.views.get((name, dtype, shape))
         if view is None:
-            have = self.buffers.get(name)
-            if have is None or have.numel() < rows * cols or have.dtype != dtype:
+            have, size = self.buffers.get(name), math.prod(shape)
+            if have is None or have.numel() < size or have.dtype != dtype:
                 self.views = {key: x for key, x in self.views.items() if key[0] != name}
-                have = self.buffers[name] = torch.empty(rows * cols, dtype=dtype, device=self.device)
-            view = self.views[name, rows, cols, dtype] = have[: rows * cols].view(rows, cols)
+                have = self.buffers[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            view = have if have.shape == shape else have.view(-1)[:size].view(shape)
+            self.views[name, dtype, shape] = view
         return view
 
 
@@ -147,11 +149,11 @@ class Operand:
         n, width = rows.stop - rows.start, self.source.shape[1]
         x = self.source[rows] if self.index is None else None
         if x is None:
-            x = self.work.get(f"{self.name} gathered", n, width, self.source.dtype)
+            x = self.work.get(f"{self.name} gathered", self.source.dtype, n, width)
             torch.index_select(self.source, 0, self.index[rows], out=x)
         for step in dict.fromkeys((self.compute, dtype)):  # round first, then widen
             if x.dtype != step:
-                x = self.work.get(f"{self.name} {step}", n, width, step).copy_(x)
+                x = self.work.get(f"{self.name} {step}", step, n, width).copy_(x)
         return x
 
 
@@ -165,10 +167,12 @@ class Side:
         self.weight = Operand(work, f"{name} weight", model.head.weight, None, model.dtype)
         self.operand_dtype = operand_dtype(model.dtype, stats, device)
 
-    def products(self, rows: slice, cols: slice) -> Tensor:
-        """``h W^T`` of one tile, in the statistics' dtype: the caller's until the next one of this side."""
-        out = self.work.get(self.name, rows.stop - rows.start, cols.stop - cols.start, self.stats)
+    def products(self, rows: slice, cols: slice, out: Tensor | None = None) -> Tensor:
+        """``h W^T`` of one tile, in the statistics' dtype; without `out`, the caller's until the next one of this
+        side."""
         dtype = self.operand_dtype
+        if out is None:
+            out = self.work.get(self.name, self.stats, rows.stop - rows.start, cols.stop - cols.start)
         return logits_(out, self.hidden.block(rows, dtype), self.weight.block(cols, dtype))
 
     def gradient_operand(self, dz_RC: Tensor) -> Tensor:
@@ -177,7 +181,7 @@ class Side:
             (self.model.dtype if self.model.dtype in SIXTEEN_BIT else dz_RC.dtype, self.operand_dtype)
         ):
             if dz_RC.dtype != step:
-                dz_RC = self.work.get(f"dz {step}", *dz_RC.shape, step).copy_(dz_RC)
+                dz_RC = self.work.get(f"dz {step}", step, *dz_RC.shape).copy_(dz_RC)
         return dz_RC
 
 
@@ -192,12 +196,11 @@ def sides_of(inputs: Inputs, work: Workspace) -> tuple[Side, Side]:
 @dataclass(frozen=True)
 class StagedTile:
     """One tile as backward wants it: p within the tile, and t, such that ``p e^-t`` is q within the tile
-    (`tile_math.weigh_`); the softcap's slope, if any; and each row's weights and ratio, with which p is
-    ``weight * p`` in the whole vocabulary, and q ``ref_weight * p e^-(t + ratio)`` (`tile_math.tile_weights`).
+    (`tile_math.weigh_`), one after the other; the softcap's slope, if any; and each row's weights and ratio, with which
+    p is ``weight * p`` in the whole vocabulary, and q ``ref_weight * p e^-(t + ratio)`` (`tile_math.tile_weights`).
     """
 
-    p: Tensor
-    t: Tensor
+    pair: Tensor  # (2, R, C): p and t
     slope: Tensor | None
     weight: Tensor
     ref_weight: Tensor
@@ -227,8 +230,8 @@ class Stage:
         if slot >= self.flat.shape[0]:
             return None
         planes = self.flat[slot][: self.planes * rows * cols].view(self.planes, rows, cols)
-        p, t, *slope = planes.unbind()
-        return StagedTile(p, t, slope[0] if slope else None, *self.row_values[:, slot, :rows].unbind())
+        slope = None if self.planes == 2 else planes[2]
+        return StagedTile(planes[:2], slope, *self.row_values[:, slot, :rows].unbind())
 
     def rows_of(self, i: int, rows: int) -> Tensor:
         """``(3, k, rows)``: weights and ratio of the tiles of row block i that are staged."""

@@ -101,7 +101,7 @@ class SlabSums:
         hidden, self.weight, index = inputs.policy.hidden, inputs.policy.head.weight, inputs.rows.hidden_T
         self.grid, self.policy, self.index = grid, policy, index
         self.whole = needs.hidden and not inputs.partial and hidden.element_size() * grid.T * grid.V <= spare
-        self.slab = policy.work.get("slab", grid.T, grid.V if self.whole else grid.C, hidden.dtype)
+        self.slab = policy.work.get("slab", hidden.dtype, grid.T, grid.V if self.whole else grid.C)
         self.hidden_TD = hidden if index is None else hidden.index_select(0, index)
         self.bias_sum = hidden.new_zeros(grid.V, dtype=inputs.stats_dtype) if needs.bias else None
         self.dw = torch.empty_like(self.weight)

@@ -85,11 +85,11 @@ def largest_exponent(dtype: torch.dtype) -> float:
 
 
 def softmax_(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Anchors each row of the part, and puts its softmax into `out`. Returns its top, and its log-sum-exp relative to
-    that: the top's probability is 1 / sum exp(x - top)."""
+    """Anchors each row of the part, ``(..., C)``, and puts its softmax into `out`. Returns its top, and its log-sum-exp
+    relative to that: the top's probability is 1 / sum exp(x - top)."""
     top = x.amax(-1)
-    torch.softmax(x.sub_(top[:, None]), -1, out=out)
-    return top, -out.amax(-1).log()
+    torch.softmax(x.sub_(top[..., None]), -1, out=out)
+    return top, out.amax(-1).log_().neg_()
 
 
 class Part(NamedTuple):
@@ -106,17 +106,15 @@ class Part(NamedTuple):
     excess: Tensor  # what y is above log(p / q) within the part
 
 
-def divergence_(
-    z: Tensor, r: Tensor, p: Tensor, q: Tensor, y: Tensor, ends_z: tuple[Tensor, Tensor], ends_r: tuple[Tensor, Tensor]
-) -> tuple[Part, bool]:
-    """The part, and whether it `is_narrow`; leaves in y ``z - r``, centred by about mu or, if that is more, by -FAR.
-    z is scratch. The ends are what `softmax_` returned.
+def divergence_(z: Tensor, r: Tensor, p: Tensor, q: Tensor, ends_2: tuple[Tensor, Tensor]) -> tuple[Part, bool]:
+    """The part, and whether it `is_narrow`; leaves in r ``y = z - r``, centred by about mu or, if that is more, by
+    -FAR. z is scratch. The ends, of both, are what `softmax_` returned.
 
     Centring twice leaves no trace of q's sum not being 1. A narrow tile is centred once, and its M, then taken about
     ``mu - rest``, is moved by (9): ``e^-rest (M - (expm1(rest) - rest))``, rest being of the order of rounding.
     """
-    (z_top, lse_z), (r_top, lse_r) = ends_z, ends_r
-    torch.sub(z, r, out=y)
+    (z_top, r_top), (lse_z, lse_r) = ends_2
+    y = torch.sub(z, r, out=r)
     centre = torch.mul(q, y, out=z).sum(-1).clamp_(min=-FAR)
     y.sub_(centre[:, None])
     rest = torch.mul(q, y, out=z).sum(-1)
@@ -202,25 +200,26 @@ def tile_weights(parts: list[Part], roundings: list[Rounding], whole: RowState) 
     """``(3, K, R)``: of each part its P and Q within the whole, and the ratio ``log(P / Q)`` that added to a column's t
     makes its log(p / q) within the whole. Where P and Q are far apart, and the sum would have fewer digits than t,
     the ratio is 0; where they are not, it tells them apart, and P stands for both."""
-    weights_2k, ratio_k = within(parts, whole)
-    if not roundings:
-        return torch.cat([weights_2k, (ratio_k - torch.stack([part.excess for part in parts]))[None]])
-    factor_k, moved_k = _made_up(roundings)
-    return torch.cat([weights_2k.mul_(factor_k), (ratio_k + moved_k)[None]])
+    weights_3k = within(parts, whole)
+    if roundings:
+        factor_k, moved_k = _made_up(roundings)
+        weights_3k[:2] *= factor_k
+        weights_3k[2] += moved_k
+    return weights_3k
 
 
-def within(parts: list[Part], whole: RowState) -> tuple[Tensor, Tensor]:
-    """``(2, K, R)`` and ``(K, R)``: P and Q, and their log-ratio where they are near one another."""
+def within(parts: list[Part], whole: RowState) -> Tensor:
+    """``(3, K, R)``: P, Q, and their log-ratio where they are near one another, else 0."""
     if whole.lse_z is parts[0].lse_z:  # `merge` of one part: that part
-        one = torch.ones_like(whole.lse_z)
-        return one.expand(2, 1, -1).clone(), torch.zeros_like(one)[None]
+        weights_31 = whole.lse_z.new_zeros(3, 1, len(whole.lse_z))
+        weights_31[:2].fill_(1.0)
+        return weights_31
     tops_2k, lse_2k = _stacked(parts)[:4].split(2)
     lse_2k, gap_k = rebase(tops_2k, torch.stack([whole.z_top, whole.r_top]), lse_2k)
     ratio_k = torch.stack([part.lse_diff for part in parts]) + gap_k - whole.lse_diff
     weight_k, ref_weight_k = (lse_2k - torch.stack([whole.lse_z, whole.lse_r])[:, None]).exp_()
     near_k = ratio_k.abs() < 1
-    weights_2k = torch.stack([weight_k, torch.where(near_k, weight_k, ref_weight_k)])
-    return weights_2k, torch.where(near_k, ratio_k, 0.0)
+    return torch.stack([weight_k, torch.where(near_k, weight_k, ref_weight_k), torch.where(near_k, ratio_k, 0.0)])
 
 
 def weigh_(p: Tensor, q: Tensor, t: Tensor, scratch: Tensor) -> None:
@@ -278,10 +277,11 @@ class Extras:
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []  # top, lse and E_p[z], the latter two relative to it
         self.total: Tensor | float = 0.0
 
-    def add(self, z: Tensor, p: Tensor, ends: tuple[Tensor, Tensor]) -> None:
-        """An anchored part, its softmax, and what `softmax_` returned."""
-        self.parts.append((*ends, torch.linalg.vecdot(p, z)))
-        self.total = torch.add(z.sum(-1), ends[0], alpha=z.shape[1]) + self.total
+    def add(self, z: Tensor, p: Tensor, ends_2: tuple[Tensor, Tensor]) -> None:
+        """An anchored part, its softmax, and what `softmax_` returned of both models."""
+        top, lse = ends_2[0][0], ends_2[1][0]
+        self.parts.append((top, lse, torch.linalg.vecdot(p, z)))
+        self.total = torch.add(z.sum(-1), top, alpha=z.shape[1]) + self.total
 
     def results(self, whole: RowState, z_y: Tensor, vocab: int) -> dict[str, Tensor]:
         entropy = 0.0

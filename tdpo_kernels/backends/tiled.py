@@ -62,57 +62,61 @@ def _row_block(
     """Every statistic of one block of rows, over the whole vocabulary."""
     labels_R = inputs.rows.labels_T[rows]
     R, columns = labels_R.numel(), grid.col_blocks()
+    work, dtype = sides[0].work, inputs.stats_dtype
     parts: list[tile_math.Part] = []
-    staged_parts: list[tile_math.Part] = []
     roundings: list[tile_math.Rounding] = []
     extras = tile_math.Extras() if inputs.extras else None
-    labels = None
+    labels_2R, staged_count = None, 0
     for k, cols, C in blocks(columns):
-        tiles = [_tile(side, rows, cols) for side in sides]
+        tiles_2RC = work.get("tiles", dtype, 2, R, C)
+        for side, out in zip(sides, tiles_2RC, strict=True):
+            _tile(side, rows, cols, out)
         staged = stage.tile(i, k, R, C) if stage else None
         if staged is not None and staged.slope is not None:
-            softcap = inputs.policy.head.softcap
-            staged.slope.copy_(_softcap_slope(tiles[0], softcap, sides[0].work.get("slope", R, C, tiles[0].dtype)))
+            slope = _softcap_slope(tiles_2RC[0], inputs.policy.head.softcap, work.get("slope", dtype, R, C))
+            staged.slope.copy_(slope)
         label = LabelColumn(labels_R, cols, grid.V)
-        labels = label.pick(tiles, labels)
-        part, excess, rounding = _part(tiles, staged, label, sides[0].work, extras)
+        labels_2R = label.pick(tiles_2RC, labels_2R)
+        part, rounding = _part(tiles_2RC, staged, label, work, extras)
         parts.append(part)
-        if staged is not None:
-            staged_parts.append(part._replace(excess=excess))
+        staged_count += staged is not None
         if rounding is not None:
             roundings.append(rounding)
     state = tile_math.merge(parts)
-    if staged_parts:
-        stage.rows_of(i, R).copy_(tile_math.tile_weights(staged_parts, roundings, state))
-    z_y, r_y = labels[0] - state.z_top, labels[1] - state.r_top
+    if staged_count:
+        stage.rows_of(i, R).copy_(tile_math.tile_weights(parts[:staged_count], roundings, state))
+    z_y, r_y = labels_2R[0] - state.z_top, labels_2R[1] - state.r_top
     found = dict(logp=z_y - state.lse_z, ref_logp=r_y - state.lse_r, label_ratio=state.lse_diff - (z_y - r_y))
     found |= vars(state)
-    return found if extras is None else found | extras.results(state, labels[0], grid.V)
+    return found if extras is None else found | extras.results(state, labels_2R[0], grid.V)
 
 
 def _part(
-    tiles: list[Tensor],
+    tiles_2RC: Tensor,
     staged: StagedTile | None,
     label: LabelColumn,
     work: Workspace,
     extras: tile_math.Extras | None,
-) -> tuple[tile_math.Part, Tensor, tile_math.Rounding | None]:
-    """The part; what the staged t is too large by; what 16 bits do to it. The tiles are used up."""
-    z, r = tiles
-    direct = staged is not None and staged.p.dtype == z.dtype
-    p, y = (staged.p, staged.t) if direct else (work.get(name, *z.shape, z.dtype) for name in ("p", "y"))
-    q = work.get("q", *z.shape, z.dtype)
-    ends_z, ends_r = tile_math.softmax_(z, out=p), tile_math.softmax_(r, out=q)
+) -> tuple[tile_math.Part, tile_math.Rounding | None]:
+    """The part, and what 16 bits do to what is staged of it. The tiles are used up."""
+    direct = staged is not None and staged.pair.dtype == tiles_2RC.dtype
+    pair = staged.pair if direct else work.get("pair", tiles_2RC.dtype, *tiles_2RC.shape)
+    ends_2 = tile_math.softmax_(tiles_2RC, out=pair)
+    (z, y), (p, q) = tiles_2RC, pair  # y once there is one
     if extras is not None:
-        extras.add(z, p, ends_z)
-    part, narrow = tile_math.divergence_(z, r, p, q, y, ends_z, ends_r)
-    if staged is None or (direct and narrow):
-        return part, part.excess, None
+        extras.add(z, p, ends_2)
+    part, narrow = tile_math.divergence_(z, y, p, q, ends_2)
+    if staged is None:
+        return part, None
+    if direct and narrow:
+        torch.sub(y, part.excess[:, None], out=q)  # t
+        return part, None
     tile_math.subtract_(y, part.excess)
     if not direct:
-        return part, part.excess, _round_(p, q, y, staged, label, scratch=z)
+        return part, _round_(p, q, y, staged, label, scratch=z)
     tile_math.weigh_(p, q, y, scratch=z)
-    return part, torch.zeros_like(part.excess), None
+    q.copy_(y)
+    return part, None
 
 
 def _round_(
@@ -122,9 +126,10 @@ def _round_(
     entry by entry, the tile's weights for what then is left of both in each row's sums."""
     of_label = label.take_(p), label.take_(q), -label.read(t)
     kept = p.sum(-1)
-    t.copy_(staged.t.copy_(t))
+    staged_p, staged_t = staged.pair
+    t.copy_(staged_t.copy_(t))
     tile_math.weigh_(p, q, t, scratch)
-    p.copy_(staged.p.copy_(p))
+    p.copy_(staged_p.copy_(p))
     return tile_math.rounding(p, t, kept, of_label, scratch)
 
 
@@ -168,26 +173,30 @@ def _dz(
     """The gradient at the outputs of ``h W^T + b`` for one tile: eq. (6), through softcap and logit_scale."""
     policy, reference = sides
     label = LabelColumn(inputs.rows.labels_T[rows], cols, inputs.policy.head.weight.shape[0])
+    R, C = rows.stop - rows.start, cols.stop - cols.start
+
+    def tile(name: str) -> Tensor:
+        return policy.work.get(name, inputs.stats_dtype, R, C)
+
     if staged is not None:
-        dz = policy.work.get("z", *staged.p.shape, c.a.dtype)
-        return dlogits.from_stage(c, kind, rows, staged, label, dz)
+        return dlogits.from_stage(c, kind, rows, staged, label, tile("z"))
     if kind is Kind.ONLY_Q:
-        return dlogits.from_q(c, rows, _tile(reference, rows, cols).sub_(c.r_top[rows, None]), label)
-    z = _tile(policy, rows, cols)
+        return dlogits.from_q(c, rows, _tile(reference, rows, cols, tile("r")).sub_(c.r_top[rows, None]), label)
+    z = _tile(policy, rows, cols, tile("z"))
     softcap = inputs.policy.head.softcap
-    slope = None if softcap is None else _softcap_slope(z, softcap, policy.work.get("slope", *z.shape, z.dtype))
+    slope = None if softcap is None else _softcap_slope(z, softcap, tile("slope"))
     z.sub_(c.z_top[rows, None])
     if kind is Kind.ONLY_P:
         dz = dlogits.from_p(c, rows, z, label)
     else:
-        r = _tile(reference, rows, cols).sub_(c.r_top[rows, None])
-        dz = dlogits.from_both(c, rows, z, r, label, policy.work.get("y", *z.shape, z.dtype))
+        r = _tile(reference, rows, cols, tile("r")).sub_(c.r_top[rows, None])
+        dz = dlogits.from_both(c, rows, z, r, label, tile("y"))
     return dz if slope is None else dz.mul_(slope)
 
 
-def _tile(side: Side, rows: slice, cols: slice) -> Tensor:
+def _tile(side: Side, rows: slice, cols: slice, out: Tensor) -> Tensor:
     """One tile of one model's logits, in the statistics' dtype."""
-    return _apply_head_(side.products(rows, cols), side.model.head, cols, side.model.dtype)
+    return _apply_head_(side.products(rows, cols, out), side.model.head, cols, side.model.dtype)
 
 
 def _apply_head_(out: Tensor, head: LMHead, cols: slice, compute: torch.dtype) -> Tensor:
