@@ -52,7 +52,8 @@ def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
         raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted one that {computed} holds")
     if isinstance(head, VocabParallelHead):
         _check_split(head, name)
-    return replace(head, logit_scale=logit_scale, softcap=softcap)
+    floats = logit_scale is head.logit_scale and softcap is head.softcap
+    return head if floats else replace(head, logit_scale=logit_scale, softcap=softcap)
 
 
 def _check_split(head: VocabParallelHead, name: str) -> None:

@@ -14,42 +14,46 @@ DEFAULT_ALPHA = 0.5
 
 
 def sequence_sums(per_token: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """``(..., S, L) -> (..., S)``, or ``(..., N) -> (..., S)`` between the offsets. Deterministic; an empty sequence
-    sums to 0.
+    """``(..., S, L) -> (..., S)``, or ``(..., N) -> (..., S)`` between the offsets, in float64. Deterministic; an empty
+    sequence sums to 0.
 
     Packed sequences may be summed one token after the other: in fp32 that is nats off at 10^5 tokens.
     """
+    wide = per_token.dtype if per_token.device.type == "mps" else torch.float64  # MPS has no float64
     if cu_seqlens is None:
-        return per_token.sum(-1)
+        return per_token.sum(-1, dtype=wide)
     lengths = cu_seqlens.diff().long().expand(*per_token.shape[:-1], -1)
-    return torch.segment_reduce(per_token, "sum", lengths=lengths, axis=per_token.dim() - 1, initial=0.0, unsafe=True)
+    axis = per_token.dim() - 1
+    return torch.segment_reduce(per_token.to(wide), "sum", lengths=lengths, axis=axis, initial=0.0, unsafe=True)
 
 
 def preference_loss(
     stats: TokenStats, *, beta: float, alpha: float, variant: str, reduction: str, cu_seqlens: Tensor | None = None
 ) -> TDPOOutput:
     """Everything between the tokens and the loss in float64; returned in the statistics' dtype."""
-    tokens_3 = _wide(torch.stack((stats.logp, stats.ref_logp, stats.kl)))
-    sums_3S = sequence_sums(tokens_3, cu_seqlens)
-    return sums_loss(sums_3S, stats.logp.dtype, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
+    sums = (sequence_sums(x, cu_seqlens) for x in (stats.logp, stats.ref_logp, stats.kl))
+    return sums_loss(*sums, stats.logp.dtype, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
 
 
 def sums_loss(
-    sums_3S: Tensor, dtype: torch.dtype, *, beta: float, alpha: float, variant: str, reduction: str
+    logp_S: Tensor,
+    ref_S: Tensor,
+    kl_S: Tensor,
+    dtype: torch.dtype,
+    *,
+    beta: float,
+    alpha: float,
+    variant: str,
+    reduction: str,
 ) -> TDPOOutput:
-    """From each sequence's sums of logp, ref_logp and kl; returned in `dtype`."""
-    logp_S, ref_S, kl_S = sums_3S
+    """From each sequence's sums; returned in `dtype`."""
     margin_S = logp_S - ref_S  # in fp32 two sums of hundreds of nats would cancel
     (m_w, m_l), (k_w, k_l) = margin_S.chunk(2), kl_S.chunk(2)
     loss_P = -F.logsigmoid(beta * ((m_w - m_l) - _kl_difference(k_w, k_l, alpha, variant)))
     loss = loss_P if reduction == "none" else getattr(loss_P, reduction)()
     rewards_S = beta * (margin_S + kl_S)
-    shown_8P = torch.cat((sums_3S, rewards_S[None])).detach().to(dtype).view(8, -1)
+    shown_8P = torch.stack((logp_S, ref_S, kl_S, rewards_S)).detach().to(dtype).view(8, -1)
     return TDPOOutput(loss.to(dtype), *shown_8P.unbind())
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.device.type == "mps" else x.double()  # MPS has no float64
 
 
 def _kl_difference(k_w: Tensor, k_l: Tensor, alpha: float, variant: str) -> Tensor | float:

@@ -132,13 +132,14 @@ class LabelColumn:
 
 def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, label: LabelColumn, dz: Tensor) -> Tensor:
     """dz of a staged tile into `dz`."""
-    (p, t), b = staged.pair, c.b[rows] * staged.weight
+    (p, t), (weight, ref_weight, ratio) = staged.pair, staged.row_values
+    b = c.b[rows] * weight
     if kind is Kind.ONLY_P:
         torch.mul(p, b[:, None], out=dz)
     else:
-        a = c.a[rows] * staged.ref_weight
-        b = torch.addcmul(b, c.a[rows], staged.ref_weight - staged.weight)
-        torch.sub(-staged.ratio[:, None], t, out=dz).expm1_()
+        a = c.a[rows] * ref_weight
+        b = torch.addcmul(b, c.a[rows], ref_weight - weight)
+        torch.sub(-ratio[:, None], t, out=dz).expm1_()
         torch.addcmul(b[:, None], a[:, None], dz, out=dz).mul_(p)
     label.write_(dz, c.label[rows])
     return dz if staged.slope is None else dz.mul_(staged.slope)

@@ -196,15 +196,13 @@ def sides_of(inputs: Inputs, work: Workspace) -> tuple[Side, Side]:
 @dataclass(frozen=True)
 class StagedTile:
     """One tile as backward wants it: p within the tile, and t, such that ``p e^-t`` is q within the tile
-    (`tile_math.weigh_`), one after the other; the softcap's slope, if any; and each row's weights and ratio, with which
-    p is ``weight * p`` in the whole vocabulary, and q ``ref_weight * p e^-(t + ratio)`` (`tile_math.tile_weights`).
+    (`tile_math.weigh_`); the softcap's slope, if any; and each row's weights and ratio, with which p is ``weight * p``
+    in the whole vocabulary, and q ``ref_weight * p e^-(t + ratio)`` (`tile_math.tile_weights`).
     """
 
     pair: Tensor  # (2, R, C): p and t
     slope: Tensor | None
-    weight: Tensor
-    ref_weight: Tensor
-    ratio: Tensor
+    row_values: Tensor  # (3, R): weight, ref_weight and ratio
 
 
 class Stage:
@@ -229,9 +227,11 @@ class Stage:
         slot = k * self.row_count + i
         if slot >= self.flat.shape[0]:
             return None
-        planes = self.flat[slot][: self.planes * rows * cols].view(self.planes, rows, cols)
-        slope = None if self.planes == 2 else planes[2]
-        return StagedTile(planes[:2], slope, *self.row_values[:, slot, :rows].unbind())
+        size, strides = rows * cols, (rows * cols, cols, 1)
+        begin = self.flat.storage_offset() + slot * self.flat.shape[1]
+        pair = self.flat.as_strided((2, rows, cols), strides, begin)
+        slope = None if self.planes == 2 else self.flat.as_strided((rows, cols), strides[1:], begin + 2 * size)
+        return StagedTile(pair, slope, self.row_values[:, slot, :rows])
 
     def rows_of(self, i: int, rows: int) -> Tensor:
         """``(3, k, rows)``: weights and ratio of the tiles of row block i that are staged."""

@@ -61,8 +61,8 @@ def sequence_parallel_loss(
     total = _Summed.apply(own, group)
     if found := int(total[-1]):  # on every rank, or those without would wait for the others
         raise ValueError(f"sequence_ids: got {found} outside [0, {2 * pairs}) where labels count, wanted none")
-    sums_3S = total[:-1].view(3, -1)
-    return sums_loss(sums_3S, stats.logp.dtype, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
+    sums = total[:-1].view(3, -1)
+    return sums_loss(*sums, stats.logp.dtype, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
 
 
 def _own_sums(stats: TokenStats, sequence_ids: Tensor, count: int) -> Tensor:
@@ -70,7 +70,7 @@ def _own_sums(stats: TokenStats, sequence_ids: Tensor, count: int) -> Tensor:
     ids_N = sequence_ids.reshape(-1).long().clamp(0, count - 1)
     order_N = ids_N.argsort(stable=True)
     ends_S = torch.searchsorted(ids_N[order_N], torch.arange(count, device=ids_N.device), right=True)
-    tokens_3N = torch.stack([x.reshape(-1).double() for x in (stats.logp, stats.ref_logp, stats.kl)])
+    tokens_3N = torch.stack([x.reshape(-1) for x in (stats.logp, stats.ref_logp, stats.kl)])
     return sequence_sums(tokens_3N[:, order_N], torch.nn.functional.pad(ends_S, (1, 0)))
 
 
