@@ -132,7 +132,7 @@ class LabelColumn:
 
 def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, label: LabelColumn, dz: Tensor) -> Tensor:
     """dz of a staged tile into `dz`."""
-    (p, t), (weight, ref_weight, ratio) = staged.pair, staged.row_values
+    (p, t), (weight, ref_weight, ratio) = staged.pair.unbind(), staged.row_values.unbind()
     b = c.b[rows] * weight
     if kind is Kind.ONLY_P:
         torch.mul(p, b[:, None], out=dz)

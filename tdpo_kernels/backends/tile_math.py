@@ -113,7 +113,7 @@ def divergence_(z: Tensor, r: Tensor, p: Tensor, q: Tensor, ends_2: tuple[Tensor
     Centring twice leaves no trace of q's sum not being 1. A narrow tile is centred once, and its M, then taken about
     ``mu - rest``, is moved by (9): ``e^-rest (M - (expm1(rest) - rest))``, rest being of the order of rounding.
     """
-    (z_top, r_top), (lse_z, lse_r) = ends_2
+    (z_top, r_top), (lse_z, lse_r) = (x_2R.unbind() for x_2R in ends_2)
     y = torch.sub(z, r, out=r)
     centre = torch.mul(q, y, out=z).sum(-1).clamp_(min=-FAR)
     y.sub_(centre[:, None])

@@ -69,7 +69,7 @@ def _row_block(
     labels_2R, staged_count = None, 0
     for k, cols, C in blocks(columns):
         tiles_2RC = work.get("tiles", dtype, 2, R, C)
-        for side, out in zip(sides, tiles_2RC, strict=True):
+        for side, out in zip(sides, tiles_2RC.unbind(), strict=True):
             _tile(side, rows, cols, out)
         staged = stage.tile(i, k, R, C) if stage else None
         if staged is not None and staged.slope is not None:
@@ -102,7 +102,7 @@ def _part(
     direct = staged is not None and staged.pair.dtype == tiles_2RC.dtype
     pair = staged.pair if direct else work.get("pair", tiles_2RC.dtype, *tiles_2RC.shape)
     ends_2 = tile_math.softmax_(tiles_2RC, out=pair)
-    (z, y), (p, q) = tiles_2RC, pair  # y once there is one
+    (z, y), (p, q) = tiles_2RC.unbind(), pair.unbind()  # y once there is one
     if extras is not None:
         extras.add(z, p, ends_2)
     part, narrow = tile_math.divergence_(z, y, p, q, ends_2)
@@ -126,7 +126,7 @@ def _round_(
     entry by entry, the tile's weights for what then is left of both in each row's sums."""
     of_label = label.take_(p), label.take_(q), -label.read(t)
     kept = p.sum(-1)
-    staged_p, staged_t = staged.pair
+    staged_p, staged_t = staged.pair.unbind()
     t.copy_(staged_t.copy_(t))
     tile_math.weigh_(p, q, t, scratch)
     p.copy_(staged_p.copy_(p))
