@@ -8,6 +8,7 @@ need only p; rows with a = b need only q = p e^delta'. The label's entry is writ
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from enum import Enum
 
 import torch
@@ -49,12 +50,12 @@ class Coefficients:
         self.kinds, self.scale = [Kind.ONLY_P if g_kl_T is None else Kind.GENERAL] * len(grid.row_blocks()), 1.0
         if self.kinds and not (logp.is_cuda and torch.cuda.is_current_stream_capturing()):
             fp16, no_q = inputs.policy.dtype == torch.float16, g_kl == 0
-            nothing, sizes_T = no_q & only_q, g_logp.abs() + g_kl.abs() if fp16 else None
+            spared, sizes_T = [no_q, only_q], g_logp.abs() + g_kl.abs() if fp16 else None
             if g_label_T is not None:
-                nothing &= g_label_T == 0
+                spared.append(g_label_T == 0)
                 sizes_T = sizes_T.add_(g_label_T.abs()) if fp16 else None
-            spared, largest = _read(grid, torch.stack([no_q, only_q, nothing]), sizes_T)
-            self.kinds = [_kind(*block, head.softcap is not None) for block in spared]
+            blocks, largest = _read(grid, torch.stack(spared), sizes_T)
+            self.kinds = [_kind(*block, softcap=head.softcap is not None) for block in blocks]
             self.scale = _fp16_scale(largest * abs(head.logit_scale)) if fp16 else 1.0
         factor = self.scale * head.logit_scale
         self.a, self.b = g_kl * -factor, g_logp * -factor
@@ -69,26 +70,27 @@ class Coefficients:
             self.label.add_(g_label_T, alpha=factor)
 
 
-def _read(grid: Grid, spared_3T: Tensor, sizes_T: Tensor | None) -> tuple[list[tuple[bool, bool, bool]], float]:
-    """Of each row block, whether q, p and everything are spared; and the largest of `sizes_T`. One read of the
+def _read(grid: Grid, spared_FT: Tensor, sizes_T: Tensor | None) -> tuple[Iterable[tuple[bool, ...]], float]:
+    """Of each row block, which of the F facts hold of all its rows; and the largest of `sizes_T`. One read of the
     device."""
-    count = len(grid.row_blocks())
+    fields, count = len(spared_FT), len(grid.row_blocks())
     if grid.T < count * grid.R:
-        spared_3T = F.pad(spared_3T, (0, count * grid.R - grid.T), value=True)
-    facts = spared_3T.view(3, count, grid.R).all(-1).view(-1)
+        spared_FT = F.pad(spared_FT, (0, count * grid.R - grid.T), value=True)
+    facts = spared_FT.view(fields, count, grid.R).all(-1).view(-1)
     if sizes_T is None:
         facts, largest = facts.tolist(), 0.0
     else:
         *facts, largest = torch.cat([facts.to(sizes_T.dtype), sizes_T.amax()[None]]).tolist()
-    return list(zip(facts[:count], facts[count : 2 * count], facts[2 * count :], strict=True)), largest
+    return zip(*(facts[i * count : (i + 1) * count] for i in range(fields)), strict=True), largest
 
 
-def _kind(no_q: bool, no_p: bool, nothing: bool, softcap: bool) -> Kind:
-    if nothing:
+def _kind(no_q: bool, only_q: bool, no_label: bool = True, *, softcap: bool) -> Kind:
+    """From what holds of all rows of a block: g_kl is 0; g_kl is g_logp; the label's own cotangent is 0."""
+    if no_q and only_q and no_label:
         return Kind.NOTHING
     if no_q:
         return Kind.ONLY_P
-    return Kind.ONLY_Q if no_p and not softcap else Kind.GENERAL  # a softcap's slope needs z whatever else is spared
+    return Kind.ONLY_Q if only_q and not softcap else Kind.GENERAL  # a softcap's slope needs z whatever else is spared
 
 
 def _fp16_scale(largest: float) -> float:
@@ -131,16 +133,19 @@ class LabelColumn:
 
 
 def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, label: LabelColumn, dz: Tensor) -> Tensor:
-    """dz of a staged tile into `dz`."""
-    (p, t), (weight, ref_weight, ratio) = staged.pair.unbind(), staged.row_values.unbind()
-    b = c.b[rows] * weight
+    """dz of a staged tile into `dz`. Torch's addcmul does not vectorise rows' values."""
+    (p, t), a, b = staged.pair.unbind(), c.a[rows], c.b[rows]
+    if staged.row_values is None:
+        ratio = None
+    else:
+        weight, ref_weight, ratio = staged.row_values.unbind()
+        b = torch.addcmul(b * weight, a, ref_weight - weight)
+        a = a * ref_weight
     if kind is Kind.ONLY_P:
         torch.mul(p, b[:, None], out=dz)
     else:
-        a = c.a[rows] * ref_weight
-        b = torch.addcmul(b, c.a[rows], ref_weight - weight)
-        torch.sub(-ratio[:, None], t, out=dz).expm1_()
-        torch.addcmul(b[:, None], a[:, None], dz, out=dz).mul_(p)
+        log_ratio = torch.neg(t, out=dz) if ratio is None else torch.sub(-ratio[:, None], t, out=dz)
+        log_ratio.expm1_().mul_(a[:, None]).add_(b[:, None]).mul_(p)
     label.write_(dz, c.label[rows])
     return dz if staged.slope is None else dz.mul_(staged.slope)
 

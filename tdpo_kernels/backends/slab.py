@@ -197,12 +197,13 @@ def sides_of(inputs: Inputs, work: Workspace) -> tuple[Side, Side]:
 class StagedTile:
     """One tile as backward wants it: p within the tile, and t, such that ``p e^-t`` is q within the tile
     (`tile_math.weigh_`); the softcap's slope, if any; and each row's weights and ratio, with which p is ``weight * p``
-    in the whole vocabulary, and q ``ref_weight * p e^-(t + ratio)`` (`tile_math.tile_weights`).
+    in the whole vocabulary, and q ``ref_weight * p e^-(t + ratio)`` (`tile_math.tile_weights`). None: it is the whole
+    vocabulary, as it was.
     """
 
     pair: Tensor  # (2, R, C): p and t
     slope: Tensor | None
-    row_values: Tensor  # (3, R): weight, ref_weight and ratio
+    row_values: Tensor | None  # (3, R): weight, ref_weight and ratio
 
 
 class Stage:
@@ -215,12 +216,14 @@ class Stage:
         self.planes = 2 if inputs.policy.head.softcap is None else 3
         self.dtype = torch.bfloat16 if inputs.policy.dtype in SIXTEEN_BIT else inputs.stats_dtype
         self.flat, self.row_values = flat, row_values
+        columns, stats = len(grid.col_blocks()), inputs.stats_dtype
+        self.weighed = columns > 1 or self.dtype != stats
         if flat is None:
             slot = self.planes * grid.R * grid.C
-            per_tile = slot * self.dtype.itemsize + 3 * grid.R * inputs.stats_dtype.itemsize
-            count = min(inputs.memory_budget // per_tile, self.row_count * len(grid.col_blocks()))
+            per_tile = slot * self.dtype.itemsize + 3 * grid.R * stats.itemsize
+            count = min(inputs.memory_budget // per_tile, self.row_count * columns)
             self.flat = inputs.keep(count, slot, dtype=self.dtype)
-            self.row_values = inputs.keep(3, count, grid.R, dtype=inputs.stats_dtype)
+            self.row_values = inputs.keep(3, count if self.weighed else 0, grid.R, dtype=stats)
 
     def tile(self, i: int, k: int, rows: int, cols: int) -> StagedTile | None:
         """Where row block i and column block k are staged, or None if they are to be recomputed."""
@@ -231,7 +234,7 @@ class Stage:
         begin = self.flat.storage_offset() + slot * self.flat.shape[1]
         pair = self.flat.as_strided((2, rows, cols), strides, begin)
         slope = None if self.planes == 2 else self.flat.as_strided((rows, cols), strides[1:], begin + 2 * size)
-        return StagedTile(pair, slope, self.row_values[:, slot, :rows])
+        return StagedTile(pair, slope, self.row_values[:, slot, :rows] if self.weighed else None)
 
     def rows_of(self, i: int, rows: int) -> Tensor:
         """``(3, k, rows)``: weights and ratio of the tiles of row block i that are staged."""

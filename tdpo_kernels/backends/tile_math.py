@@ -210,10 +210,6 @@ def tile_weights(parts: list[Part], roundings: list[Rounding], whole: RowState) 
 
 def within(parts: list[Part], whole: RowState) -> Tensor:
     """``(3, K, R)``: P, Q, and their log-ratio where they are near one another, else 0."""
-    if whole.lse_z is parts[0].lse_z:  # `merge` of one part: that part
-        weights_31 = whole.lse_z.new_zeros(3, 1, len(whole.lse_z))
-        weights_31[:2].fill_(1.0)
-        return weights_31
     tops_2k, lse_2k = _stacked(parts)[:4].split(2)
     lse_2k, gap_k = rebase(tops_2k, torch.stack([whole.z_top, whole.r_top]), lse_2k)
     ratio_k = torch.stack([part.lse_diff for part in parts]) + gap_k - whole.lse_diff

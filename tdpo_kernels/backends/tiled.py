@@ -83,7 +83,7 @@ def _row_block(
         if rounding is not None:
             roundings.append(rounding)
     state = tile_math.merge(parts)
-    if staged_count:
+    if staged_count and stage.weighed:
         stage.rows_of(i, R).copy_(tile_math.tile_weights(parts[:staged_count], roundings, state))
     z_y, r_y = labels_2R[0] - state.z_top, labels_2R[1] - state.r_top
     found = dict(logp=z_y - state.lse_z, ref_logp=r_y - state.lse_r, label_ratio=state.lse_diff - (z_y - r_y))
