@@ -35,7 +35,7 @@ from .head import (
     output_layer,
     run_backbone,
 )
-from .redirect import redirect
+from .redirect import evaluating, redirect
 
 __all__ = ["Loss", "Reference", "at_head", "pair_outputs", "redirect", "reference_side"]
 
@@ -103,7 +103,7 @@ def reference_side(
     unwrapped: nn.Module,
     policy_within: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Reference:
-    """The reference's hidden states and head, by its own forward.
+    """The reference's hidden states and head, by its own forward, without dropout also while the policy is trained.
 
     The head's weight is the model's own tensor where that is whole outside of its forward; a sharded one (FSDP, ZeRO-3)
     is copied while it is gathered, ``V x E`` elements until the loss's backward, which needs it once more.
@@ -126,7 +126,8 @@ def reference_side(
         with policy_within() if policy_within else nullcontext():
             return at_head(unwrapped, run_backbone(unwrapped, **inputs).last, keep)
 
-    redirect(wrapped, unwrapped, inside, **inputs)
+    with evaluating(unwrapped):
+        redirect(wrapped, unwrapped, inside, **inputs)
     return kept[0]
 
 

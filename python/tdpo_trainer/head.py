@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tdpo_kernels import LMHead
 from tdpo_kernels.parallel import VocabParallelHead, vocab_parallel
 
-from .redirect import instead, redirect
+from .redirect import evaluating, instead, redirect
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -164,7 +164,8 @@ def check_head(model: nn.Module, inputs: Mapping[str, Any], rows: int = 4, *, wr
         with instead(layer, "forward", both):
             return model.forward(**inputs).logits
 
-    theirs = redirect(wrapped or model, model, compare, **_few(model, inputs, rows))
+    with evaluating(model):  # no dropout: a resumed run, which checks anew, goes on with the same random numbers
+        theirs = redirect(wrapped or model, model, compare, **_few(model, inputs, rows))
     if not seen:
         raise UnsupportedModel(model, "its forward does not call its LM head", "a head that is called")
     ours, columns = seen[-1]

@@ -25,6 +25,19 @@ def instead(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             module.__dict__[name] = own
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` without dropout or other noise of training, and without a draw of random numbers; then as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def redirect(wrapped: nn.Module, inner: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`wrapped(*args, **kwargs)`, with `function` in the place of `inner`'s forward.
 

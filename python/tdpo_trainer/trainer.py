@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +185,7 @@ class TDPOTrainer(DPOTrainer):
                     "reference_cache: is incomplete under FSDP or DeepSpeed; wanted it written beforehand, by "
                     "`tdpo cache` with the same arguments in one process, or under DDP"
                 )
-            with self.accelerator.autocast(), _evaluating(model):
+            with self.accelerator.autocast():
                 return side(model if own else self.ref_model, model, batch)
 
         return side_of
@@ -220,16 +219,6 @@ class TDPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _output_dir(model: str | PreTrainedModel) -> str:

@@ -22,9 +22,10 @@ from runs import (
     trainer,
     worst,
 )
-from tdpo_trainer import metrics
+from tdpo_trainer import metrics, reference
 from tdpo_trainer.config import TDPOConfig
-from tdpo_trainer.step import LossOptions, pair_loss
+from tdpo_trainer.head import last_hidden
+from tdpo_trainer.step import LossOptions, model_inputs, pair_loss
 from tdpo_trainer.trainer import TDPOTrainer
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig
@@ -63,12 +64,18 @@ def test_default_is_the_initial_policy_as_reference(tmp_path: Path):
     assert logged(ours, "kl/chosen")[-1] > 0.0
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path):
-    whole = trainer(tmp_path / "whole", llama(), llama(1), optim="adamw_torch", max_steps=6, lr_scheduler_type="linear")
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_is_the_uninterrupted_one(dropout: float, tmp_path: Path):
+    """Also where the policy draws random numbers, which the check of the first batch must not."""
+
+    def run(folder: str, **changes) -> TDPOTrainer:
+        options = dict(optim="adamw_torch", lr_scheduler_type="linear", max_steps=6)
+        return trainer(tmp_path / folder, llama(attention_dropout=dropout), llama(1), **options, **changes)
+
+    whole = run("whole")
     whole.train()
-    options = dict(optim="adamw_torch", lr_scheduler_type="linear", save_strategy="steps", save_steps=3)
-    trainer(tmp_path / "half", llama(), llama(1), max_steps=6, **options).train()
-    resumed = trainer(tmp_path / "half", llama(), llama(1), max_steps=6, **options)
+    run("half", save_strategy="steps", save_steps=3).train()
+    resumed = run("half", save_strategy="steps", save_steps=3)
     resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
     assert losses(resumed) == losses(whole)
     assert worst(parameters(resumed.model), parameters(whole.model)) == 0.0
@@ -92,6 +99,24 @@ def test_under_lora_the_reference_is_what_training_began_with(adapter: str, tmp_
     assert losses(ours) == pytest.approx(expected, rel=1e-6)
     seen, wanted = (get_peft_model_state_dict(model) for model in (ours.model, theirs))
     assert worst(seen, wanted) < 1e-6 < worst(seen, get_peft_model_state_dict(began))
+
+
+@pytest.mark.parametrize("own", ["model", "adapter"])
+def test_the_reference_has_no_dropout(own: str, tmp_path: Path):
+    """Nor where it is an argument of a function, which `disable_dropout` leaves as it is."""
+    noisy = llama(attention_dropout=0.9).train()
+    if own == "model":
+        ours = trainer(tmp_path, llama(), noisy, max_steps=1)
+        ours.train()
+        assert logged(ours, "kl/chosen") == [0.0] and noisy.training
+        return
+    ours = trainer(tmp_path, noisy, peft_config=LoraConfig(**LORA))
+    batch = next(iter(ours.get_train_dataloader()))
+    layer = ours.model.train().get_base_model().model.layers[0].eval()
+    seen = reference.from_adapter(ours.model, ours.model, batch).hidden
+    with ours.model.disable_adapter(), torch.no_grad():
+        assert ours.model.training and not layer.training and ours.model.get_base_model().model.layers[1].training
+        torch.testing.assert_close(seen, last_hidden(ours.model.eval(), **model_inputs(batch)))
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path):
