@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from .cache import CacheError
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+OF_LOADING = frozenset(
+    {
+        "_name_or_path", "architectures", "base_model_name_or_path", "dtype", "inference_mode", "peft_version",
+        "revision", "torch_dtype", "transformers_version", "use_cache",
+    }
+)  # fmt: skip
 
 
 def of_dataset(dataset: Dataset) -> str:
@@ -46,6 +54,25 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapters = set(getattr(model, "peft_config", {})) - {"ref"}
     every = [*model.named_parameters(), *model.named_buffers()]
     return ((name, x) for name, x in sorted(every, key=lambda item: item[0]) if not adapters & set(name.split(".")))
+
+
+def of_config(model: nn.Module) -> str:
+    """Of what its weights do not say: its class, its configuration, and the scaling of a "ref" adapter."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    adapter = getattr(model, "peft_config", {}).get("ref")
+    parts = [type(base).__name__, _lasting(base.config.to_dict()), _lasting(adapter.to_dict()) if adapter else None]
+    return of_strings([json.dumps(parts, sort_keys=True, default=_plain)])
+
+
+def _lasting(config: Any) -> Any:
+    """Without where it was loaded from and by what, at every depth."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _lasting(x) for name, x in config.items() if name not in OF_LOADING}
+
+
+def _plain(x: object) -> Any:
+    return sorted(map(str, x)) if isinstance(x, set) else str(x)
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

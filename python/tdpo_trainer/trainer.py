@@ -74,9 +74,9 @@ class TDPOTrainer(DPOTrainer):
         self._caches: dict[str, ReferenceCache] = {}
         self._ref_head: LMHead | None = None
         self._heads_checked = self._initialised = self._ref_model_left = False
-        self._model_digest: str | None = None
+        self._model_digests: dict[str, str] | None = None
         if args.reference_cache is not None and ref_model is not None and args.process_index == 0:
-            self._model_digest = fingerprint.of_model(ref_model)  # before it is sharded
+            self._model_digests = _model_digests(ref_model)  # before it is sharded
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         check_parallelism(self.accelerator.parallelism_config, self.model, self.ref_model)
         if args.reference_cache is not None:
@@ -198,12 +198,12 @@ class TDPOTrainer(DPOTrainer):
 
     def _own_fingerprint(self, dataset: Dataset) -> dict[str, str]:
         args = self.args
-        if self._model_digest is None:
-            self._model_digest = fingerprint.of_model(self.model)
+        if self._model_digests is None:
+            self._model_digests = _model_digests(self.model)
         return {
             "dataset": fingerprint.of_dataset(dataset),
             "truncation": f"max_length={args.max_length}, {args.truncation_mode}",
-            "model": self._model_digest,
+            **self._model_digests,
             "precision": f"mixed precision {self.accelerator.mixed_precision}",
             "tokenizer": fingerprint.of_tokenizer(getattr(self.processing_class, "tokenizer", self.processing_class)),
             "template": fingerprint.of_strings([str(getattr(self.processing_class, "chat_template", None))]),
@@ -219,6 +219,10 @@ class TDPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
+
+
+def _model_digests(model: nn.Module) -> dict[str, str]:
+    return {"model": fingerprint.of_model(model), "config": fingerprint.of_config(model)}
 
 
 def _output_dir(model: str | PreTrainedModel) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from runs import TEMPLATE, config, llama, losses, pairs, parameters, saved_llama, tokenizer, trainer, worst
 from safetensors.torch import load_file
 from tdpo_trainer import fill
@@ -195,7 +195,7 @@ def test_a_shard_of_another_cache_is_refused(written: Path, model_folder: Path):
         again(written, model_folder)
 
 
-@pytest.mark.parametrize("part", ["dataset", "truncation", "model", "tokenizer", "template", "precision"])
+@pytest.mark.parametrize("part", ["dataset", "truncation", "model", "config", "tokenizer", "template", "precision"])
 def test_a_stale_cache_is_refused_with_what_changed(part: str, written: Path, model_folder: Path, tmp_path: Path):
     changes, model, reader = {"reference_cache": str(written.parent)}, llama(), tokenizer()
     data = pairs()
@@ -206,6 +206,8 @@ def test_a_stale_cache_is_refused_with_what_changed(part: str, written: Path, mo
     if part == "model":
         with torch.no_grad():
             model.model.norm.weight[3] += 1e-3
+    if part == "config":
+        model = llama(rms_norm_eps=0.5)
     if part == "tokenizer":
         reader.add_tokens("<new>")
     if part == "template":
@@ -214,6 +216,19 @@ def test_a_stale_cache_is_refused_with_what_changed(part: str, written: Path, mo
         changes["bf16"] = True
     with pytest.raises(CacheError, match=f"made from another {part}: got .*, wanted .*; delete the directory"):
         TDPOTrainer(model, None, config(tmp_path, **changes), processing_class=reader, train_dataset=data)
+
+
+def test_a_reference_adapter_of_another_scaling_is_another_reference(tmp_path: Path):
+    """Its weights are the same."""
+
+    def run(alpha: int) -> None:
+        torch.manual_seed(3)
+        lora = LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        trainer(tmp_path, get_peft_model(llama(), lora), reference_cache=str(tmp_path / "cache"))
+
+    run(8), run(8)
+    with pytest.raises(CacheError, match="made from another config"):
+        run(16)
 
 
 def test_a_missing_shard_is_written_again(written: Path, model_folder: Path):
