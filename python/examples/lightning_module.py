@@ -12,7 +12,7 @@ import lightning
 import torch
 from tdpo_trainer.forward import pair_outputs, reference_side
 from tdpo_trainer.head import check_head
-from tdpo_trainer.metrics import NAMES
+from tdpo_trainer.metrics import means_of
 from tdpo_trainer.step import Batch, LossOptions, model_inputs, pair_loss
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class TDPOModule(lightning.LightningModule):
         theirs = reference_side(self.reference, inputs, unwrapped=self.reference)
         out = pair_outputs(self.policy, theirs, inputs, pair_loss(batch, self.options), unwrapped=self.policy)
         pairs = len(batch["input_ids"]) // 2
-        means = dict(zip(NAMES, (out["sums"][:, 0] / out["sums"][:, 1].clamp(min=1)).float(), strict=True))
+        means = means_of(out["sums"].sum(0))
         self.log_dict({"loss": out["loss"].detach()} | means, batch_size=pairs, sync_dist=True, prog_bar=False)
         return out["loss"]
 

@@ -1,4 +1,5 @@
-"""What a run logs, as sums and counts: they add up over processes, and their quotients are means over pairs or tokens.
+"""What a run logs, as sums and counts: they add up over batches and processes, and their quotients are means over pairs
+or tokens, however these were batched.
 
 Rewards are the paper's, ``beta * (log-ratio + KL)``: unlike DPO's they include the sequence's KL.
 """
@@ -23,8 +24,8 @@ NAMES = (*OVER_PAIRS, *OVER_TOKENS, TOKENS_SEEN)
 
 
 @torch.no_grad()
-def batch_sums(out: TDPOOutput, stats: TokenStats, completion: Tensor, attention_mask: Tensor) -> Tensor:
-    """``(len(NAMES), 2)``: the sum and the count of each name over the pairs or the completion tokens of a batch.
+def pair_sums(out: TDPOOutput, stats: TokenStats, completion: Tensor, attention_mask: Tensor) -> Tensor:
+    """``(P, len(NAMES), 2)``: what each pair of a batch adds to the sum and to the count of each name.
 
     Args:
         completion: ``(2P, L)`` bool. The first column has no predictor, and does not count.
@@ -32,28 +33,43 @@ def batch_sums(out: TDPOOutput, stats: TokenStats, completion: Tensor, attention
     chosen, rejected = out.chosen_rewards, out.rejected_rewards
     margin = chosen - rejected
     kl_margin = out.chosen_kl - out.rejected_kl
-    pairs = (
+    of_pairs = (
         chosen, rejected, (margin > 0).to(margin), margin, out.chosen_logps, out.rejected_logps,
         out.chosen_kl, out.rejected_kl, kl_margin,
     )  # fmt: skip
     counted = completion.clone()
     counted[:, 0] = False
-    (tokens_w, tokens_l), (logit_w, logit_l) = counted.chunk(2), stats.extras["mean_logit"].chunk(2)
-    right_w = stats.extras["is_argmax"].chunk(2)[0]
-    tokens = ((stats.extras["entropy"], counted), (logit_w, tokens_w), (logit_l, tokens_l), (right_w, tokens_w))
-    rows = [_sum_and_count(x, x.numel()) for x in pairs]
-    rows += [_sum_and_count(x, mask.sum()) for x, mask in tokens]
-    rows.append(_sum_and_count(attention_mask, 1))
-    return torch.stack(rows)
+    counts = counted.sum(-1)
+    of_rows = {name: stats.extras[name].sum(-1, dtype=_wide(margin)) for name in EXTRAS}
+    (logit_w, logit_l), (tokens_w, tokens_l) = of_rows["mean_logit"].chunk(2), counts.chunk(2)
+    of_tokens = (
+        (_of_pair(of_rows["entropy"]), _of_pair(counts)), (logit_w, tokens_w), (logit_l, tokens_l),
+        (of_rows["is_argmax"].chunk(2)[0], tokens_w), (_of_pair(attention_mask.sum(-1)), torch.ones_like(tokens_w)),
+    )  # fmt: skip
+    columns = [*((x, torch.ones_like(x)) for x in of_pairs), *of_tokens]
+    return torch.stack([torch.stack([x.to(_wide(margin)) for x in pair], -1) for pair in columns], 1)
 
 
-def _sum_and_count(x: Tensor, count: Tensor | int) -> Tensor:
-    wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-    return torch.stack([x.sum(dtype=wide), torch.as_tensor(count, dtype=wide, device=x.device)])
+def _of_pair(rows: Tensor) -> Tensor:
+    chosen, rejected = rows.chunk(2)
+    return chosen + rejected
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def total_over_processes(sums: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """``(len(NAMES), 2)`` on the CPU: `pair_sums` of one batch over its pairs and all processes, in one gather."""
+    return gather(sums.sum(0)[None]).sum(0).cpu().double()
+
+
+def means_of(total: Tensor) -> dict[str, float]:
+    """Means by name (``num_tokens``: the sum), of totals of any number of batches. Nothing counted: 0, as in TRL."""
+    means = {name: value / count if count else 0.0 for name, (value, count) in zip(NAMES, total.tolist(), strict=True)}
+    return means | {TOKENS_SEEN: float(total[-1, 0])}
 
 
 def over_processes(sums: Tensor, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Means by name (``num_tokens``: the sum) over all processes, in one gather. Nothing counted gives 0, as in TRL."""
-    total = gather(sums[None]).sum(0).tolist()
-    means = {name: value / count if count else 0.0 for name, (value, count) in zip(NAMES, total, strict=True)}
-    return means | {TOKENS_SEEN: total[-1][0]}
+    """`means_of` one batch, over all processes."""
+    return means_of(total_over_processes(sums, gather))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 
 
@@ -31,3 +32,16 @@ def check_parallelism(config: Any, *models: nn.Module | None) -> None:
 def copies_of_a_batch(config: Any, model: nn.Module) -> int:
     """How many processes have the same pairs: those that share the model by tensor parallelism."""
     return getattr(model, "_tp_size", None) or getattr(config, "tp_size", None) or 1
+
+
+def pairs_that_count(accelerator: Accelerator, pairs: int, copies: int) -> int:
+    """How many of this process's `pairs`, the first ones, are no repetitions that even out an evaluation's last batch.
+
+    Args:
+        copies: `copies_of_a_batch`.
+    """
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return pairs
+    before = accelerator.process_index // copies * pairs
+    return min(max(state.remainder - before, 0), pairs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,8 +13,8 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from . import reference
 from .forward import Reference, pair_outputs
 from .head import check_head
-from .metrics import TOKENS_SEEN, over_processes
-from .parallelism import check_parallelism, copies_of_a_batch
+from .metrics import TOKENS_SEEN, means_of, total_over_processes
+from .parallelism import check_parallelism, copies_of_a_batch, pairs_that_count
 from .step import Batch, LossOptions, model_inputs, pair_loss
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -71,7 +70,7 @@ class PlainTDPOTrainer(Trainer):
         if ref_model is not None:
             ref_model.requires_grad_(False).eval()
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        self._kept: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._totals: dict[str, Tensor] = {}
         self._heads_checked = False
         self._tokens_seen = 0
         self.accelerator.print(self.options.describe(self.accelerator.device), flush=True)
@@ -93,11 +92,18 @@ class PlainTDPOTrainer(Trainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to `logs` itself, as TRL does: `evaluate` returns it, and ``metric_for_best_model`` finds it."""
         mode = "train" if self.model.training else "eval"
         prefix = "eval_" if mode == "eval" else ""
-        means = {f"{prefix}{name}": sum(values) / len(values) for name, values in self._kept[mode].items()}
-        self._kept[mode].clear()
-        super().log(logs | means | {f"{prefix}{TOKENS_SEEN}": self._tokens_seen}, start_time)
+        means = means_of(self._totals.pop(mode)) if mode in self._totals else {}
+        means = {f"{prefix}{name}": value for name, value in (means | {TOKENS_SEEN: self._tokens_seen}).items()}
+        logs.update(means)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Without what an earlier `predict` left unlogged."""
+        self._totals.pop("eval", None)
+        return super().evaluation_loop(*args, **kwargs)
 
     def _reference_side(self, model: nn.Module, policy: nn.Module, inputs: Batch) -> Reference:
         if self.ref_model is None:
@@ -111,11 +117,12 @@ class PlainTDPOTrainer(Trainer):
         self._heads_checked = True
 
     def _record(self, mode: str, sums: Tensor) -> None:
-        means = over_processes(sums, self.accelerator.gather)
-        tokens = int(means.pop(TOKENS_SEEN)) // copies_of_a_batch(self.accelerator.parallelism_config, self.model)
-        self._tokens_seen += tokens if mode == "train" else 0
-        for name, value in means.items():
-            self._kept[mode][name].append(value)
+        copies = copies_of_a_batch(self.accelerator.parallelism_config, self.model)
+        counted = len(sums) if mode == "train" else pairs_that_count(self.accelerator, len(sums), copies)
+        total = total_over_processes(sums[:counted], self.accelerator.gather)
+        if mode == "train":
+            self._tokens_seen += int(means_of(total)[TOKENS_SEEN]) // copies
+        self._totals[mode] = self._totals.get(mode, 0) + total
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[Mapping[str, str]]) -> list[dict[str, list[int]]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .forward import Loss
 from .kernels import LMHead, TDPOLoss, explain_backend, loss_of, token_stats
-from .metrics import EXTRAS, batch_sums
+from .metrics import EXTRAS, pair_sums
 
 IGNORED = -100
 NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_hidden", "ref_chosen_logps", "ref_rejected_logps"})
@@ -55,7 +55,7 @@ def pair_loss(batch: Batch, options: LossOptions) -> Loss:
 
     Returns:
         A function of ``(hidden, head, ref_hidden, ref_head)`` to ``loss``, a scalar, the mean over the P pairs, and
-        ``sums``, those of `metrics.batch_sums`, detached.
+        ``sums``, those of `metrics.pair_sums`, detached.
     """
     labels = labels_of(batch)
 
@@ -65,6 +65,6 @@ def pair_loss(batch: Batch, options: LossOptions) -> Loss:
             backend=options.backend, memory_budget=options.memory_budget,
         )  # fmt: skip
         out = loss_of(stats, options.beta, options.alpha, options.variant)
-        return {"loss": out.loss, "sums": batch_sums(out, stats, labels != IGNORED, batch["attention_mask"])}
+        return {"loss": out.loss, "sums": pair_sums(out, stats, labels != IGNORED, batch["attention_mask"])}
 
     return loss

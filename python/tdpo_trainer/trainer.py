@@ -23,8 +23,8 @@ from .fill import Source, write_cache
 from .forward import Reference, pair_outputs
 from .head import check_head
 from .kernels import LMHead, on_device
-from .metrics import TOKENS_SEEN, over_processes
-from .parallelism import check_parallelism, copies_of_a_batch
+from .metrics import TOKENS_SEEN, means_of, total_over_processes
+from .parallelism import check_parallelism, copies_of_a_batch, pairs_that_count
 from .step import Batch, model_inputs, pair_loss
 
 
@@ -71,6 +71,7 @@ class TDPOTrainer(DPOTrainer):
         self.options = args.loss_options()
         if args.process_index == 0:
             print(self.options.describe(args.device), flush=True)
+        self._totals: dict[str, Tensor] = {}
         self._caches: dict[str, ReferenceCache] = {}
         self._ref_head: LMHead | None = None
         self._heads_checked = self._initialised = self._ref_model_left = False
@@ -129,13 +130,25 @@ class TDPOTrainer(DPOTrainer):
         self._heads_checked = True
 
     def _record(self, mode: str, sums: Tensor) -> None:
-        means = over_processes(sums, self.accelerator.gather)
-        tokens = int(means.pop(TOKENS_SEEN))
+        copies = copies_of_a_batch(self.accelerator.parallelism_config, self.model)
+        counted = len(sums) if mode == "train" else pairs_that_count(self.accelerator, len(sums), copies)
+        total = total_over_processes(sums[:counted], self.accelerator.gather)
         if mode == "train":
-            self._total_train_tokens += tokens // copies_of_a_batch(self.accelerator.parallelism_config, self.model)
-        for name, value in means.items():
-            self._metrics[mode][name].append(value)
-        self._metrics[mode][TOKENS_SEEN] = [self._total_train_tokens]
+            self._total_train_tokens += int(means_of(total)[TOKENS_SEEN]) // copies
+        self._totals[mode] = self._totals.get(mode, 0) + total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if mode in self._totals:
+            means = means_of(self._totals.pop(mode)) | {TOKENS_SEEN: self._total_train_tokens}
+            self._metrics[mode].update({name: [value] for name, value in means.items()})
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Without what an earlier `predict` left unlogged."""
+        self._totals.pop("eval", None)
+        self._metrics["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss only: there are no logits to return."""

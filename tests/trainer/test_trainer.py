@@ -213,9 +213,32 @@ def test_the_first_token_has_no_predictor_and_is_not_counted():
     hidden, ref_hidden, weight, everything = *torch.randn(2, 4, 5, 6), torch.randn(9, 6), torch.ones(4, 5)
     batch = {"input_ids": torch.randint(9, (4, 5)), "attention_mask": everything, "completion_mask": everything}
     sums = pair_loss(batch, LossOptions())(hidden, LMHead(weight), ref_hidden, LMHead(weight))["sums"]
-    counts = dict(zip(metrics.NAMES, sums[:, 1].tolist(), strict=True))
+    counts = dict(zip(metrics.NAMES, sums.sum(0)[:, 1].tolist(), strict=True))
     assert counts["entropy"] == 16 and counts["mean_token_accuracy"] == counts["logits/rejected"] == 8
     assert counts["kl/margin"] == 2
+
+
+def test_what_is_logged_does_not_depend_on_how_pairs_are_batched(tmp_path: Path):
+    """Pairs and tokens of an interval are counted alike, in evaluation and over accumulated micro-batches."""
+    evaluated, trained = [], []
+    for size in (1, 4, 5):
+        ours = trainer(tmp_path, llama(), llama(1), eval_dataset=pairs(9, seed=1), per_device_eval_batch_size=size)
+        evaluated.append(ours.evaluate())
+    for size in (1, 2, 4):
+        options = dict(per_device_train_batch_size=size, pairs_per_step=4, max_steps=1)
+        ours = trainer(tmp_path, llama(), llama(1), **options)
+        ours.train()
+        trained.append(ours.state.log_history[0])
+    for seen, prefix in ((evaluated, "eval_"), (trained, "")):
+        first, *others = ({name: x[prefix + name] for name in NAMES} for x in seen)
+        assert all(other == pytest.approx(first, rel=1e-4) for other in others)
+
+
+def test_what_predict_has_seen_is_not_logged_with_an_evaluation(tmp_path: Path):
+    ours = trainer(tmp_path, llama(), llama(1), eval_dataset=pairs(3, seed=1))
+    before = ours.evaluate()["eval_kl/chosen"]
+    ours.predict(ours.train_dataset)
+    assert ours.evaluate()["eval_kl/chosen"] == pytest.approx(before, rel=1e-6)
 
 
 def test_evaluation_logs_the_same_names(tmp_path: Path):

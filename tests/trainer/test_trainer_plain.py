@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from runs import eager_run, llama, logged, losses, parameters, text_pairs, tokenizer, worst
+from tdpo_trainer.metrics import NAMES
 from tdpo_trainer.plain import PlainTDPOTrainer, collate, tokenize
 from tdpo_trainer.step import LossOptions
 from torch import nn
@@ -70,6 +73,33 @@ def test_lora_is_trained_on_the_head_too(targets: list[str], tmp_path: Path):
 def test_evaluation(tmp_path: Path):
     metrics = run(tmp_path, llama(), llama(1)).evaluate()
     assert metrics["eval_loss"] > 0
+
+
+def test_what_is_logged_does_not_depend_on_how_pairs_are_batched(tmp_path: Path):
+    evaluated = [run(tmp_path, llama(), llama(1), per_device_eval_batch_size=size).evaluate for size in (1, 2, 3)]
+    first, *others = ({name: seen[f"eval_{name}"] for name in (*NAMES, "loss")} for seen in (x() for x in evaluated))
+    assert all(other == pytest.approx(first, rel=1e-4) for other in others)
+    trained = []
+    for size in (1, 4):
+        options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, max_steps=1)
+        ours = run(tmp_path, llama(), llama(1), **options)
+        ours.train()
+        trained.append({name: ours.state.log_history[0][name] for name in NAMES})
+    assert trained[1] == pytest.approx(trained[0], rel=1e-4)
+    ours.predict(ours.train_dataset)
+    assert ours.evaluate()["eval_kl/chosen"] == pytest.approx(ours.evaluate()["eval_kl/chosen"], rel=1e-6)
+
+
+def evaluated(rank: int, folder: Path, want: dict[str, float]) -> None:
+    """Three pairs, so that the last batch of two processes repeats one."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    seen = run(folder / str(rank), llama(), llama(1), per_device_eval_batch_size=1).evaluate()
+    assert {name: seen[f"eval_{name}"] for name in NAMES} == pytest.approx(want, rel=1e-4)
+
+
+def test_processes_evaluate_as_one_does(tmp_path: Path):
+    seen = run(tmp_path, llama(), llama(1)).evaluate()
+    processes.run(evaluated, tmp_path, {name: seen[f"eval_{name}"] for name in NAMES})
 
 
 def test_what_is_wrong_is_said(tmp_path: Path):
