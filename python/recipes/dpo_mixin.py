@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from tdpo_trainer import reference
 from tdpo_trainer.forward import Reference, pair_outputs
 from tdpo_trainer.head import check_head
@@ -52,8 +53,11 @@ class TDPOMixin:
 
     def start_tdpo(self, options: LossOptions) -> None:
         """Says what the run does. Raises ValueError where it cannot be right, naming the option."""
-        if self.ref_model is None and not hasattr(self.accelerator.unwrap_model(self.model), "peft_config"):
+        policy = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is None and not is_peft_model(policy):
             raise ValueError("ref_model: got None, wanted a reference model: only a PEFT model is its own")
+        if self.ref_model is None:
+            reference.check_own_reference(policy)
         check_parallelism(getattr(self.accelerator, "parallelism_config", None), self.model, self.ref_model)
         self.tdpo, self._heads_checked = options, False
         self.accelerator.print(options.describe(self.accelerator.device), flush=True)

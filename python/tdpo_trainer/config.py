@@ -16,6 +16,7 @@ FIXED = {  # options of DPOConfig that would be silently without effect, at the 
     "ld_alpha": None,
     "f_divergence_type": "reverse_kl",
     "label_smoothing": 0.0,
+    "label_smoothing_factor": 0.0,
     "use_weighting": False,
     "use_liger_kernel": False,
     "padding_free": False,

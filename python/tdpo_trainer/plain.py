@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
@@ -15,7 +16,7 @@ from .forward import Reference, pair_outputs
 from .head import check_head
 from .metrics import TOKENS_SEEN, means_of, total_over_processes
 from .parallelism import check_parallelism, copies_of_a_batch, pairs_that_count
-from .step import Batch, LossOptions, model_inputs, pair_loss
+from .step import Batch, LossOptions, model_inputs, pair_loss, refuse_functions_of_logits
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -52,10 +53,11 @@ class PlainTDPOTrainer(Trainer):
             raise ValueError(
                 "ref_model: got the model itself, wanted another instance (copy.deepcopy), or None with PEFT"
             )
-        if ref_model is None and not hasattr(model, "peft_config"):
+        if ref_model is None and not is_peft_model(model):
             raise ValueError("ref_model: got None, wanted a model: only a PEFT model is its own reference")
-        if kwargs.get("compute_metrics") is not None:
-            raise ValueError("compute_metrics: got a function of logits, wanted None: TDPO never makes them")
+        if ref_model is None:
+            reference.check_own_reference(model)
+        _refuse_what_has_no_effect(args, kwargs)
         tokenizer = kwargs.get("processing_class")
         if getattr(tokenizer, "pad_token_id", None) is None:
             raise ValueError(f"processing_class: got {type(tokenizer).__name__}, wanted a tokenizer with a pad token")
@@ -123,6 +125,12 @@ class PlainTDPOTrainer(Trainer):
         if mode == "train":
             self._tokens_seen += int(means_of(total)[TOKENS_SEEN]) // copies
         self._totals[mode] = self._totals.get(mode, 0) + total
+
+
+def _refuse_what_has_no_effect(args: Any, others: Mapping[str, Any]) -> None:
+    refuse_functions_of_logits(others)
+    if seen := getattr(args, "label_smoothing_factor", 0.0):
+        raise ValueError(f"label_smoothing_factor: got {seen:g}, wanted 0.0: TDPO's loss has none")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[Mapping[str, str]]) -> list[dict[str, list[int]]]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import nn
 
+from .adapters import names_of_adapters
 from .forward import Reference, reference_side
 from .kernels import LMHead
 from .step import Batch, model_inputs
+
+OWN = "ref"  # the adapter that TRL makes of one that was trained before
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings of such init_lora_weights
 
 
 def from_model(wrapped: nn.Module, model: nn.Module, batch: Batch) -> Reference:
@@ -31,13 +36,50 @@ def from_cache(batch: Batch, head: LMHead | None) -> Reference:
 @contextmanager
 def adapter_of_reference(policy: nn.Module) -> Iterator[None]:
     """A PEFT policy as its own reference: its ``"ref"`` adapter where there is one, else no adapter at all."""
-    if "ref" not in policy.peft_config:
+    if OWN not in policy.peft_config:
         with policy.disable_adapter():
             yield
         return
     active = policy.active_adapter
-    policy.set_adapter("ref")
+    policy.set_adapter(OWN)
     try:
         yield
     finally:
         policy.set_adapter(active)
+
+
+def check_own_reference(policy: nn.Module) -> None:
+    """That a PEFT policy, under its adapter, is and stays what training begins with.
+
+    Raises:
+        ValueError: it is not, naming the option or the weight, and a way out.
+    """
+    adapters, active = policy.peft_config, list(policy.active_adapters)
+    if OWN in active:
+        raise ValueError(f"model: got an adapter in training named {OWN!r}, the reference's; wanted another name")
+    if OWN in adapters and len(active) > 1:
+        raise ValueError(
+            f"model: got the active adapters {', '.join(active)} beside {OWN!r}, wanted one, or a ref_model"
+        )
+    for name in [OWN] if OWN in adapters else adapters:
+        if option := _changes_base(adapters[name]):
+            raise ValueError(
+                f"{option} of adapter {name!r}: it changes the weights under the adapter, so that the model without it "
+                f"is not what training begins with; wanted a ref_model, or (PlainTDPOTrainer) an adapter {OWN!r}, made "
+                "with init_lora_weights=True, that the trained one's weights were copied into"
+            )
+    of_adapters, prefix = names_of_adapters(policy), getattr(policy.base_model, "prefix", None) or " "
+    for name, x in policy.named_parameters():
+        if x.requires_grad and name not in of_adapters and prefix not in name:
+            raise ValueError(
+                f"model: {name} is trained beside the adapter (bias, requires_grad), and the reference with it; wanted "
+                "it frozen, in modules_to_save, or a ref_model"
+            )
+
+
+def _changes_base(adapter: Any) -> str:
+    """The option of a LoRA that changes the weights it is put on, as it is written; empty if there is none."""
+    how = getattr(adapter, "init_lora_weights", None)
+    if isinstance(how, str) and how.lower().startswith(CHANGES_BASE):
+        return f"init_lora_weights={how!r}"
+    return "kasa_config" if getattr(adapter, "kasa_config", None) is not None else ""

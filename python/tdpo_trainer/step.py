@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,3 +69,13 @@ def pair_loss(batch: Batch, options: LossOptions) -> Loss:
         return {"loss": out.loss, "sums": pair_sums(out, stats, labels != IGNORED, batch["attention_mask"])}
 
     return loss
+
+
+def refuse_functions_of_logits(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for a trainer's argument that would be called with logits, or in place of the loss."""
+    for name, what in (
+        ("compute_metrics", "a function of logits"), ("preprocess_logits_for_metrics", "a function of logits"),
+        ("compute_loss_func", "a loss of logits"),
+    ):  # fmt: skip
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name}: got {what}, wanted None: TDPO never makes them")

@@ -25,7 +25,7 @@ from .head import check_head
 from .kernels import LMHead, on_device
 from .metrics import TOKENS_SEEN, means_of, total_over_processes
 from .parallelism import check_parallelism, copies_of_a_batch, pairs_that_count
-from .step import Batch, model_inputs, pair_loss
+from .step import Batch, model_inputs, pair_loss, refuse_functions_of_logits
 
 
 class TDPOTrainer(DPOTrainer):
@@ -68,6 +68,8 @@ class TDPOTrainer(DPOTrainer):
     ) -> None:
         args = TDPOConfig(output_dir=_output_dir(model)) if args is None else args
         _check_arguments(args, kwargs)
+        if ref_model is None and isinstance(model, nn.Module) and is_peft_model(model):
+            reference.check_own_reference(model)  # before TRL adds a copy of its adapter
         self.options = args.loss_options()
         if args.process_index == 0:
             print(self.options.describe(args.device), flush=True)
@@ -80,6 +82,8 @@ class TDPOTrainer(DPOTrainer):
             self._model_digests = _model_digests(ref_model)  # before it is sharded
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         check_parallelism(self.accelerator.parallelism_config, self.model, self.ref_model)
+        if self.ref_model is None and is_peft_model(self.model):
+            reference.check_own_reference(self.model)
         if args.reference_cache is not None:
             self._leave_reference_model()
         self._initialised = True
@@ -190,7 +194,9 @@ class TDPOTrainer(DPOTrainer):
         """The reference's side of a batch before training has begun, when the policy is still what it was."""
         own = self.ref_model is None
         model = self.model if own else self.accelerator.unwrap_model(self.ref_model)
-        side = reference.from_adapter if own and is_peft_model(self.model) else reference.from_model
+        if under_adapter := own and is_peft_model(model):
+            reference.check_own_reference(model)
+        side = reference.from_adapter if under_adapter else reference.from_model
 
         def side_of(batch: Batch) -> Reference:
             if own and self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -246,8 +252,7 @@ def _output_dir(model: str | PreTrainedModel) -> str:
 def _check_arguments(args: TDPOConfig, kwargs: dict[str, Any]) -> None:
     if not isinstance(args, TDPOConfig):
         raise TypeError(f"args: got a {type(args).__name__}, wanted a TDPOConfig")
-    if kwargs.get("compute_metrics") is not None:
-        raise ValueError("compute_metrics: got a function of logits, wanted None: TDPO never makes them")
+    refuse_functions_of_logits(kwargs)
     if args.reference_cache is not None:
         evaluated = kwargs.get("eval_dataset")
         for dataset in (

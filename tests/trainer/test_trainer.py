@@ -281,6 +281,7 @@ def test_a_trl_that_does_not_call_the_hook_is_refused(tmp_path: Path, monkeypatc
     "option, value",
     [
         ("loss_type", "ipo"), ("loss_type", ["sigmoid", "sft"]), ("label_smoothing", 0.1), ("ld_alpha", 0.5),
+        ("label_smoothing_factor", 0.1),
         ("use_weighting", True), ("f_divergence_type", "js_divergence"), ("use_liger_kernel", True),
         ("variant", "tdpo3"), ("beta", 0.0), ("alpha", -1.0), ("backend", "fast"), ("memory_budget", -1),
         ("pairs_per_step", 3),

@@ -112,6 +112,17 @@ def test_what_is_wrong_is_said(tmp_path: Path):
         LossOptions(beta=-1.0)
 
 
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
+def test_functions_that_would_not_be_called_are_refused_by_name(name: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=f"^{name}: got a .* of logits, wanted None"):
+        PlainTDPOTrainer(llama(), llama(1), processing_class=tokenizer(), **{name: print})
+
+
+def test_smoothed_labels_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="^label_smoothing_factor: got 0.1, wanted 0.0"):
+        run(tmp_path, llama(), llama(1), label_smoothing_factor=0.1)
+
+
 def test_rows_are_padded_and_cut_on_the_right():
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 9, 9, 1]}]
     batch = collate(rows, pad=0, max_length=5)
