@@ -43,7 +43,8 @@ class Coefficients:
         g_kl_T: Tensor | None,
         g_label_T: Tensor | None = None,
     ) -> None:
-        self.lse_z, self.lse_r, self.lse_diff, self.z_top, self.r_top, ratio, logp, ref_logp = row_values
+        self.tops_2T, self.lse_2T, logps_2T, self.lse_diff, ratio = row_values
+        logp, ref_logp = logps_2T.unbind()
         g_logp = torch.zeros_like(logp) if g_logp_T is None else g_logp_T.to(logp.dtype)
         g_kl = torch.zeros_like(logp) if g_kl_T is None else g_kl_T.to(logp.dtype)
         only_q, head = g_kl == g_logp, inputs.policy.head
@@ -59,7 +60,7 @@ class Coefficients:
             self.scale = _fp16_scale(largest * abs(head.logit_scale)) if fp16 else 1.0
         factor = self.scale * head.logit_scale
         self.a, self.b = g_kl * -factor, g_logp * -factor
-        p_y, q_y = logp.exp(), ref_logp.exp()
+        p_y, q_y = logps_2T.exp().unbind()
         log_y = torch.where(only_q, ref_logp, logp)
         without_kl, own_T = torch.expm1(log_y), inputs.rows.own_T
         if own_T is not None:  # elsewhere an entry like the others
@@ -151,11 +152,11 @@ def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, lab
 
 
 def from_p(c: Coefficients, rows: slice, z: Tensor, label: LabelColumn) -> Tensor:
-    return _softmax_only_(z, c.lse_z[rows], c, rows, label)
+    return _softmax_only_(z, c.lse_2T[0, rows], c, rows, label)
 
 
 def from_q(c: Coefficients, rows: slice, r: Tensor, label: LabelColumn) -> Tensor:
-    return _softmax_only_(r, c.lse_r[rows], c, rows, label)
+    return _softmax_only_(r, c.lse_2T[1, rows], c, rows, label)
 
 
 def _softmax_only_(x: Tensor, lse: Tensor, c: Coefficients, rows: slice, label: LabelColumn) -> Tensor:
@@ -170,7 +171,7 @@ def from_both(c: Coefficients, rows: slice, z: Tensor, r: Tensor, label: LabelCo
     ``q - p = p expm1(min(delta', 1)) + relu(q - e p)``: right where p and q agree, and where q is far above p.
     """
     ratio = torch.sub(r, z, out=scratch).add_(c.lse_diff[rows, None]).clamp_(max=1.0).expm1_()
-    p, q = z.sub_(c.lse_z[rows, None]).exp_(), r.sub_(c.lse_r[rows, None]).exp_()
+    p, q = (x.sub_(lse_R[:, None]).exp_() for x, lse_R in zip((z, r), c.lse_2T[:, rows], strict=True))
     difference = ratio.mul_(p).add_(q.sub_(p, alpha=math.e).clamp_(min=0.0))
     dz = difference.mul_(c.a[rows, None]).add_(p.mul_(c.b[rows, None]))
     label.write_(dz, c.label[rows])

@@ -123,8 +123,7 @@ def backward(
     values_T, flat, weights = saved
     call = _call(maker, inputs, _Stage.cut(inputs, flat, weights))
     stage, policy = _Stage(call, flat, weights), call.sides[0]
-    z_top, r_top, lse_z, lse_r, lse_diff, _, logp, ref_logp, label_ratio = values_T[:9]
-    rows_T = (lse_z, lse_r, lse_diff, z_top, r_top, label_ratio, logp, ref_logp)
+    rows_T = (values_T[:2], values_T[2:4], values_T[6:8], values_T[4], values_T[8])  # as `tiled.ROW_VALUES`
     c = Coefficients(inputs, call.grid, rows_T, g_logp_T, g_kl_T, g_label_T)
     coefficients_3T = torch.stack([c.a, c.b, c.label])
     check = selfcheck.Slabs(inputs, call.grid, (g_logp_T, g_kl_T, g_label_T), c.scale)

@@ -16,6 +16,11 @@ CPUINFO = Path("/proc/cpuinfo")
 ONEDNN_LEAST = 2**23  # multiplications; a smaller product costs more to hand to oneDNN than it saves
 
 
+def block_of(x: Tensor, rows: slice) -> Tensor:
+    """``x[rows]``, without asking torch where that is all of it."""
+    return x if rows.stop - rows.start == x.shape[0] else x[rows]
+
+
 def operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
     """CUDA multiplies 16-bit operands into fp32 tiles; elsewhere a 16-bit product would come back in 16 bits, so
     operands are widened: of logits, and of gradients, where rounding would drown what is left when tiles cancel."""
@@ -92,7 +97,7 @@ class GradientSum:
         if self.acc is not None:
             accumulate_(self.acc[self._within(block)], a, b, alpha, keep)
         elif self.index is None:
-            accumulate_(self.grad[block], a, b, alpha, keep)
+            accumulate_(block_of(self.grad, block), a, b, alpha, keep)
         else:
             partial = self.grad.new_empty(a.shape[0], b.shape[1])
             accumulate_(partial, a, b, alpha, 0)

@@ -26,11 +26,12 @@ from torch import Tensor
 from ..collectives import gathered, position, same, summed_, told
 from ..types import Backend, Forward, Gradients, Inputs, Needs
 from .regroup import reference_part
-from .tile_math import LOWEST, STATE, Part, RowState, is_lowest, merge, to_infinity, within
+from .tile_math import LOWEST, Part, RowState, is_lowest, merge, to_infinity, within
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+STATE = ("z_top", "r_top", "lse_z", "lse_r", "lse_diff")  # as `Forward.state`: what parts are merged by
 SENT = (*STATE, "kl", "logp", "ref_logp")  # by each rank of each row; then extras
 
 
@@ -135,18 +136,19 @@ class _Whole:
     @staticmethod
     def of(sent_WFT: Tensor, inputs: Inputs) -> _Whole:
         parts = dict(zip((*SENT, *inputs.extras), sent_WFT.unbind(1), strict=True))
-        z_top, r_top, lse_z, lse_r, lse_diff = (parts[name] for name in STATE)
-        zero = torch.zeros_like(lse_z[0])
+        tops_2W, lse_2W = (torch.stack([parts[z], parts[r]]) for z, r in (STATE[:2], STATE[2:4]))
+        zero = torch.zeros_like(sent_WFT[0, 0])
         columns = [
-            Part(*four, mean=diff, phi=zero, kl=zero, lse_diff=diff, excess=zero)
-            for *four, diff in zip(z_top, r_top, lse_z, lse_r, lse_diff, strict=True)
+            Part(tops_2R, lse_2R, mean=diff, phi=zero, kl=zero, lse_diff=diff, excess=zero)
+            for tops_2R, lse_2R, diff in zip(*(x.unbind(1) for x in (tops_2W, lse_2W)), parts["lse_diff"], strict=True)
         ]
         state = merge(columns)
         u, near_w, ratio = within(columns, state)
+        log_u, log_w = (tops_2W - state.tops_2R[:, None]) + lse_2W - state.lse_2R[:, None]
         return _Whole(
             inputs, parts, state,
             u=u, w=near_w * torch.exp(-ratio), more=near_w - u + near_w * torch.expm1(-ratio),
-            log_u=(z_top - state.z_top) + lse_z - state.lse_z, log_w=(r_top - state.r_top) + lse_r - state.lse_r,
+            log_u=log_u, log_w=log_w,
         )  # fmt: skip
 
     def masses(self, rank: int) -> tuple[Tensor, ...]:
@@ -176,7 +178,7 @@ class _Whole:
         return self.parts["mean_logit"].sum(0) / self.inputs.policy.head.vocab
 
     def _is_argmax(self) -> Tensor:
-        return self._of_owner(self.parts["is_argmax"].where(self.parts["z_top"] >= self.state.z_top, 0.0))
+        return self._of_owner(self.parts["is_argmax"].where(self.parts["z_top"] >= self.state.tops_2R[0], 0.0))
 
 
 # --- backward --------------------------------------------------------------------------------------------------------

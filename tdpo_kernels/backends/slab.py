@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..types import Inputs, Model
-from .products import SIXTEEN_BIT, logits_, operand_dtype
+from .products import SIXTEEN_BIT, block_of, logits_, operand_dtype
 
 WORKSPACE = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # bytes of tiles and gathered operands held at once
 TILE = {"cpu": (1024, 1024), "cuda": (2048, 4096)}  # rows x columns where the workspace allows
@@ -147,8 +147,9 @@ class Operand:
 
     def _load(self, rows: slice, dtype: torch.dtype) -> Tensor:
         n, width = rows.stop - rows.start, self.source.shape[1]
-        x = self.source[rows] if self.index is None else None
-        if x is None:
+        if self.index is None:
+            x = block_of(self.source, rows)
+        else:
             x = self.work.get(f"{self.name} gathered", self.source.dtype, n, width)
             torch.index_select(self.source, 0, self.index[rows], out=x)
         for step in dict.fromkeys((self.compute, dtype)):  # round first, then widen

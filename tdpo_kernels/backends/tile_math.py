@@ -42,18 +42,15 @@ LARGE = 1e12  # terms of (9) above it are summed in their second form
 FAR = 48.0  # a part of mean below -FAR is centred there: its M is LARGE, and finite, about either
 ROUNDING = 0.125  # more than staging in 16 bits moves a sum of probabilities by, of itself
 _MOVED = (math.log1p(-ROUNDING), math.log1p(ROUNDING))  # q, with both factors held, is right still
-STATE = ("z_top", "r_top", "lse_z", "lse_r", "lse_diff")  # of a `RowState`, what parts of it are merged by
 LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
 
 
 @dataclass(frozen=True)
 class RowState:
-    """The whole vocabulary's parts merged, each ``(R,)``: the tops, and the others relative to them."""
+    """The whole vocabulary's parts merged, ``(R,)``; a pair ``(2, R)`` is the policy's and the reference's."""
 
-    z_top: Tensor
-    r_top: Tensor
-    lse_z: Tensor
-    lse_r: Tensor
+    tops_2R: Tensor
+    lse_2R: Tensor  # relative to the tops, as the others are
     kl: Tensor
     lse_diff: Tensor  # L - L', without cancellation
 
@@ -93,16 +90,14 @@ def softmax_(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Part(NamedTuple):
-    """Of each row of a part, ``(R,)`` each; all but the tops are relative to them."""
+    """Of each row of a part, ``(R,)``, or of both models, ``(2, R)``; all but the tops are relative to them."""
 
-    z_top: Tensor
-    r_top: Tensor
-    lse_z: Tensor
-    lse_r: Tensor
+    tops_2R: Tensor
+    lse_2R: Tensor
     mean: Tensor
     phi: Tensor  # M
     kl: Tensor
-    lse_diff: Tensor  # lse_z - lse_r, without cancellation
+    lse_diff: Tensor  # of lse_2R, without cancellation
     excess: Tensor  # what y is above log(p / q) within the part
 
 
@@ -111,9 +106,9 @@ def divergence_(z: Tensor, r: Tensor, p: Tensor, q: Tensor, ends_2: tuple[Tensor
     -FAR. z is scratch. The ends, of both, are what `softmax_` returned.
 
     Centring twice leaves no trace of q's sum not being 1. A narrow tile is centred once, and its M, then taken about
-    ``mu - rest``, is moved by (9): ``e^-rest (M - (expm1(rest) - rest))``, rest being of the order of rounding.
+    ``mu - rest``, is moved by (9): ``e^-rest (M - (expm1(rest) - rest))``. The log-ratios of both tops lie on either
+    side of 0, so a narrow tile's centre is below NARROW, and rest, its rounding, too small for its square to count.
     """
-    (z_top, r_top), (lse_z, lse_r) = (x_2R.unbind() for x_2R in ends_2)
     y = torch.sub(z, r, out=r)
     centre = torch.mul(q, y, out=z).sum(-1).clamp_(min=-FAR)
     y.sub_(centre[:, None])
@@ -121,20 +116,21 @@ def divergence_(z: Tensor, r: Tensor, p: Tensor, q: Tensor, ends_2: tuple[Tensor
     mean = centre + rest
     if is_narrow(y):
         phi = torch.expm1(y, out=z).sub_(y).mul_(q).sum(-1)
-        phi = torch.addcmul(phi, rest, phi + 0.5 * rest, value=-1.0).clamp_(min=0.0)
+        phi = torch.addcmul(phi, rest, phi, value=-1.0).clamp_(min=0.0)
         kl = phi.log1p()
-        return Part(z_top, r_top, lse_z, lse_r, mean, phi, kl, mean + kl, kl + rest), True
+        return Part(*ends_2, mean, phi, kl, mean + kl, kl + rest), True
     held = rest.clamp(min=-1.0)  # all of it, unless the mean is far
     centre += held
     y.sub_(held[:, None])
     terms = torch.clamp(y, max=CUT, out=z).expm1_().sub_(y).mul_(q)
     phi = terms.sum(-1)
+    lse_z, lse_r = ends_2[1]
     mass = (lse_z - lse_r - centre).exp_()
     torch.mul(p, mass[:, None], out=terms)
     missing = terms.sub_(q, alpha=math.exp(CUT)).clamp_(min=0.0).sum(-1)
     phi = (phi + missing).clamp_(min=0.0)
     excess = _kl(lse_z, lse_r, centre, phi)
-    return Part(z_top, r_top, lse_z, lse_r, mean, phi, excess - (rest - held), centre + excess, excess), False
+    return Part(*ends_2, mean, phi, excess - (rest - held), centre + excess, excess), False
 
 
 def is_narrow(y: Tensor) -> bool:
@@ -154,12 +150,13 @@ def merge(parts: list[Part]) -> RowState:
     """Eq. (9) over K parts, then (8)."""
     if len(parts) == 1:
         only = parts[0]
-        return RowState(only.z_top, only.r_top, only.lse_z, only.lse_r, only.kl, only.lse_diff)
-    tops_2K, lse_2K, (mean_K, phi_K) = _stacked(parts)[:6].split(2)
-    tops = tops_2K.amax(1)
-    lse_2K, gap_K = rebase(tops_2K, tops, lse_2K)
+        return RowState(only.tops_2R, only.lse_2R, only.kl, only.lse_diff)
+    tops_2K, lse_2K, mean_K, phi_K = (_stacked(parts, name) for name in ("tops_2R", "lse_2R", "mean", "phi"))
+    tops_2R = tops_2K.amax(1)
+    lse_2K, gap_K = rebase(tops_2K, tops_2R, lse_2K)
     mean_K = mean_K + gap_K
-    (lse_z_K, lse_r_K), (lse_z, lse_r) = lse_2K, lse_2K.logsumexp(1)
+    lse_2R = lse_2K.logsumexp(1)
+    (lse_z_K, lse_r_K), (lse_z, lse_r) = lse_2K, lse_2R
     w_K = lse_r_K.softmax(0)
     mean = (w_K * mean_K).sum(0)
     y_K = mean_K - mean
@@ -170,19 +167,19 @@ def merge(parts: list[Part]) -> RowState:
     by_mass = (lse_z_K - lse_r - mean).exp() - w_K * (1 + y_K)
     phi = torch.where(small, accurate, by_mass).sum(0).clamp_(min=0.0)
     kl = _kl(lse_z, lse_r, mean, phi)
-    return RowState(*tops, lse_z, lse_r, kl, torch.where(phi < LARGE, mean + kl, lse_z - lse_r))
+    return RowState(tops_2R, lse_2R, kl, torch.where(phi < LARGE, mean + kl, lse_z - lse_r))
 
 
-def rebase(tops_2K: Tensor, tops_2: Tensor, lse_2K: Tensor) -> tuple[Tensor, Tensor]:
+def rebase(tops_2K: Tensor, tops_2R: Tensor, lse_2K: Tensor) -> tuple[Tensor, Tensor]:
     """Both models' log-sum-exps of the parts, relative to the row's tops instead of the parts', and what that adds to
     a difference z - r. Tops near one another differ exactly."""
-    shift_2K = tops_2K - tops_2[:, None]
+    shift_2K = tops_2K - tops_2R[:, None]
     return lse_2K + shift_2K, shift_2K[0] - shift_2K[1]
 
 
-def _stacked(parts: Sequence[tuple[Tensor, ...]]) -> Tensor:
-    """``(fields, K, R)``."""
-    return torch.stack([x_R for part in parts for x_R in part]).unflatten(0, (len(parts), -1)).transpose(0, 1)
+def _stacked(parts: Sequence[NamedTuple], name: str) -> Tensor:
+    """One field of K parts, ``(..., K, R)``."""
+    return torch.stack([getattr(part, name) for part in parts], -2)
 
 
 def to_infinity(x: Tensor) -> Tensor:
@@ -210,10 +207,9 @@ def tile_weights(parts: list[Part], roundings: list[Rounding], whole: RowState) 
 
 def within(parts: list[Part], whole: RowState) -> Tensor:
     """``(3, K, R)``: P, Q, and their log-ratio where they are near one another, else 0."""
-    tops_2k, lse_2k = _stacked(parts)[:4].split(2)
-    lse_2k, gap_k = rebase(tops_2k, torch.stack([whole.z_top, whole.r_top]), lse_2k)
-    ratio_k = torch.stack([part.lse_diff for part in parts]) + gap_k - whole.lse_diff
-    weight_k, ref_weight_k = (lse_2k - torch.stack([whole.lse_z, whole.lse_r])[:, None]).exp_()
+    lse_2k, gap_k = rebase(_stacked(parts, "tops_2R"), whole.tops_2R, _stacked(parts, "lse_2R"))
+    ratio_k = _stacked(parts, "lse_diff") + gap_k - whole.lse_diff
+    weight_k, ref_weight_k = (lse_2k - whole.lse_2R[:, None]).exp_()
     near_k = ratio_k.abs() < 1
     return torch.stack([weight_k, torch.where(near_k, weight_k, ref_weight_k), torch.where(near_k, ratio_k, 0.0)])
 
@@ -254,7 +250,7 @@ def _made_up(roundings: list[Rounding]) -> tuple[Tensor, Tensor]:
     Entries that share a log-ratio round alike, and the rows of their dz would not sum to 0. Before, too, the sum of q
     is had as what it is above that of p: where they are equal, or nearly so, so are the moves.
     """
-    kept_k, p_k, q_k, ratio_k, total_k, more_k = _stacked(roundings)
+    kept_k, p_k, q_k, ratio_k, total_k, more_k = (_stacked(roundings, name) for name in Rounding._fields)
     tiny = torch.finfo(kept_k.dtype).tiny
     kept_k, total_k = kept_k.clamp_(min=tiny), total_k.clamp_(min=tiny)
     before_k = _log_more(-difference(p_k, q_k, ratio_k) / kept_k)
@@ -280,9 +276,9 @@ class Extras:
         self.total = torch.add(z.sum(-1), top, alpha=z.shape[1]) + self.total
 
     def results(self, whole: RowState, z_y: Tensor, vocab: int) -> dict[str, Tensor]:
-        entropy = 0.0
+        entropy, top, lse = 0.0, whole.tops_2R[0], whole.lse_2R[0]
         for top_k, lse_k, mean_k in self.parts:
-            shift_k = top_k - whole.z_top
-            entropy += (lse_k + shift_k - whole.lse_z).exp() * (whole.lse_z - (mean_k + shift_k))
-        is_argmax = (z_y >= whole.z_top).to(z_y.dtype)
+            shift_k = top_k - top
+            entropy += (lse_k + shift_k - lse).exp() * (lse - (mean_k + shift_k))
+        is_argmax = (z_y >= top).to(z_y.dtype)
         return {"entropy": entropy, "mean_logit": to_infinity(self.total) / vocab, "is_argmax": is_argmax}

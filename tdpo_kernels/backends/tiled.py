@@ -20,6 +20,9 @@ from .rowwise import Rowwise
 from .slab import Grid, Side, Stage, StagedTile, Workspace, blocks, make_grid, sides_of
 from .sums import gradients
 
+PAIRS = ("tops_2R", "lse_2R", "logps_2R")
+ROW_VALUES = (*PAIRS, "lse_diff", "label_ratio")  # what backward wants back of each row
+
 
 def forward(inputs: Inputs, needs: Needs) -> Forward:
     if _by_kernels(inputs):
@@ -33,16 +36,14 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
             collected.setdefault(name, []).append(value_R)
 
     def whole(name: str) -> Tensor:
-        parts = collected.get(name) or [inputs.policy.hidden.new_empty(0, dtype=inputs.stats_dtype)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = collected.get(name)
+        if parts is None:
+            return inputs.policy.hidden.new_empty((2, 0) if name in PAIRS else 0, dtype=inputs.stats_dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    logp, ref_logp = whole("logp"), whole("ref_logp")
-    saved = ()
-    if stage:
-        rows = [whole(name) for name in ("lse_z", "lse_r", "lse_diff", "z_top", "r_top", "label_ratio")]
-        saved = (*rows, logp, ref_logp, stage.flat, stage.row_values)
-    state = tuple(whole(name) for name in tile_math.STATE) if inputs.partial else ()
-    shown = [logp, ref_logp, whole("kl"), *(whole(name) for name in inputs.extras)]
+    saved = (*(whole(name) for name in ROW_VALUES), stage.flat, stage.row_values) if stage else ()
+    state = (*whole("tops_2R"), *whole("lse_2R"), whole("lse_diff")) if inputs.partial else ()
+    shown = [*whole("logps_2R"), whole("kl"), *(whole(name) for name in inputs.extras)]
     infinite = tile_math.kl_is_infinite(inputs.policy, inputs.reference)
     if infinite is not None:
         shown[2] = shown[2].masked_fill(infinite, math.inf)
@@ -85,9 +86,8 @@ def _row_block(
     state = tile_math.merge(parts)
     if staged_count and stage.weighed:
         stage.rows_of(i, R).copy_(tile_math.tile_weights(parts[:staged_count], roundings, state))
-    z_y, r_y = labels_2R[0] - state.z_top, labels_2R[1] - state.r_top
-    found = dict(logp=z_y - state.lse_z, ref_logp=r_y - state.lse_r, label_ratio=state.lse_diff - (z_y - r_y))
-    found |= vars(state)
+    y_2R = labels_2R - state.tops_2R
+    found = vars(state) | dict(logps_2R=y_2R - state.lse_2R, label_ratio=state.lse_diff - torch.sub(*y_2R))
     return found if extras is None else found | extras.results(state, labels_2R[0], grid.V)
 
 
@@ -181,15 +181,15 @@ def _dz(
     if staged is not None:
         return dlogits.from_stage(c, kind, rows, staged, label, tile("z"))
     if kind is Kind.ONLY_Q:
-        return dlogits.from_q(c, rows, _tile(reference, rows, cols, tile("r")).sub_(c.r_top[rows, None]), label)
+        return dlogits.from_q(c, rows, _tile(reference, rows, cols, tile("r")).sub_(c.tops_2T[1, rows, None]), label)
     z = _tile(policy, rows, cols, tile("z"))
     softcap = inputs.policy.head.softcap
     slope = None if softcap is None else _softcap_slope(z, softcap, tile("slope"))
-    z.sub_(c.z_top[rows, None])
+    z.sub_(c.tops_2T[0, rows, None])
     if kind is Kind.ONLY_P:
         dz = dlogits.from_p(c, rows, z, label)
     else:
-        r = _tile(reference, rows, cols, tile("r")).sub_(c.r_top[rows, None])
+        r = _tile(reference, rows, cols, tile("r")).sub_(c.tops_2T[1, rows, None])
         dz = dlogits.from_both(c, rows, z, r, label, tile("y"))
     return dz if slope is None else dz.mul_(slope)
 
