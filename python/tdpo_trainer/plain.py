@@ -31,6 +31,7 @@ class PlainTDPOTrainer(Trainer):
         options: beta, alpha, variant, backend, memory_budget.
         train_dataset, eval_dataset: rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, as `tokenize` makes them.
         max_length: of prompt and completion together; what is longer loses its end.
+        router_aux_loss_coef: the weight of a mixture of experts' auxiliary loss; None: its config's own.
         kwargs: the other arguments of `transformers.Trainer`; ``processing_class`` is needed.
 
     Logged are the names of `metrics`: rewards are the paper's and include the KL.
@@ -47,6 +48,7 @@ class PlainTDPOTrainer(Trainer):
         *,
         options: LossOptions | None = None,
         max_length: int | None = 1024,
+        router_aux_loss_coef: float | None = None,
         **kwargs: Any,
     ) -> None:
         if ref_model is model:
@@ -72,20 +74,32 @@ class PlainTDPOTrainer(Trainer):
         if ref_model is not None:
             ref_model.requires_grad_(False).eval()
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self.router_aux_loss_coef = _router_aux_loss_coef(model, router_aux_loss_coef)
         self._totals: dict[str, Tensor] = {}
+        self._aux_losses: dict[str, list[float]] = {"train": [], "eval": []}
         self._heads_checked = False
         self._tokens_seen = 0
         self.accelerator.print(self.options.describe(self.accelerator.device), flush=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
         policy = self.accelerator.unwrap_model(model)
+        router = {"output_router_logits": True} if self.router_aux_loss_coef else {}
         with self.accelerator.autocast():
             self._check_heads(model, inputs)
             theirs = self._reference_side(model, policy, inputs)
             loss = pair_loss(inputs, self.options)
-            out = pair_outputs(model, theirs, model_inputs(inputs), loss, unwrapped=policy)
-        self._record("train" if self.model.training else "eval", out["sums"])
-        return (out["loss"], out) if return_outputs else out["loss"]
+            out = pair_outputs(model, theirs, model_inputs(inputs) | router, loss, unwrapped=policy)
+        self._record(mode, out["sums"])
+        total = out["loss"] + self._aux_loss(mode, out) if router else out["loss"]
+        return (total, out) if return_outputs else total
+
+    def _aux_loss(self, mode: str, out: dict[str, Tensor]) -> Tensor:
+        """What keeps a mixture's experts evenly used, times its coefficient."""
+        if "aux_loss" not in out:
+            raise ValueError("router_aux_loss_coef: the model gave no auxiliary loss, wanted 0.0 for such a model")
+        self._aux_losses[mode].append(self.accelerator.gather(out["aux_loss"].detach()).mean().item())
+        return self.router_aux_loss_coef * out["aux_loss"]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss only: there are no logits to return."""
@@ -98,6 +112,9 @@ class PlainTDPOTrainer(Trainer):
         mode = "train" if self.model.training else "eval"
         prefix = "eval_" if mode == "eval" else ""
         means = means_of(self._totals.pop(mode)) if mode in self._totals else {}
+        if aux := self._aux_losses[mode]:
+            means["aux_loss"] = sum(aux) / len(aux)
+            aux.clear()
         means = {f"{prefix}{name}": value for name, value in (means | {TOKENS_SEEN: self._tokens_seen}).items()}
         logs.update(means)
         super().log(logs, start_time)
@@ -105,6 +122,7 @@ class PlainTDPOTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Without what an earlier `predict` left unlogged."""
         self._totals.pop("eval", None)
+        self._aux_losses["eval"].clear()
         return super().evaluation_loop(*args, **kwargs)
 
     def _reference_side(self, model: nn.Module, policy: nn.Module, inputs: Batch) -> Reference:
@@ -125,6 +143,14 @@ class PlainTDPOTrainer(Trainer):
         if mode == "train":
             self._tokens_seen += int(means_of(total)[TOKENS_SEEN]) // copies
         self._totals[mode] = self._totals.get(mode, 0) + total
+
+
+def _router_aux_loss_coef(model: nn.Module, given: float | None) -> float:
+    config = model.config.get_text_config()
+    makes_one = hasattr(config, "output_router_logits")
+    if given and not makes_one:
+        raise ValueError(f"router_aux_loss_coef: got {given:g} for a {config.model_type}, which has no auxiliary loss")
+    return given if given is not None else getattr(config, "router_aux_loss_coef", 0.0) if makes_one else 0.0
 
 
 def _refuse_what_has_no_effect(args: Any, others: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from tdpo_trainer.config import TDPOConfig
 from tdpo_trainer.trainer import TDPOTrainer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 TEMPLATE = (
@@ -38,6 +38,13 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Llama
         initializer_range=0.3, **changes,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype)
+
+
+def mixtral(seed: int = 0) -> MixtralForCausalLM:
+    torch.manual_seed(seed)
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    more = dict(num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64, pad_token_id=0)
+    return MixtralForCausalLM(MixtralConfig(vocab_size=31, initializer_range=0.3, **shape, **more))
 
 
 def saved_llama(folder: Path, seed: int = 0) -> Path:

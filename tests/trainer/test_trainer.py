@@ -15,6 +15,7 @@ from runs import (
     llama,
     logged,
     losses,
+    mixtral,
     pairs,
     parameters,
     recorded,
@@ -27,7 +28,6 @@ from tdpo_trainer.config import TDPOConfig
 from tdpo_trainer.head import last_hidden
 from tdpo_trainer.step import LossOptions, model_inputs, pair_loss
 from tdpo_trainer.trainer import TDPOTrainer
-from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig
 
 from tdpo_kernels import LMHead
@@ -128,12 +128,6 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path):
 
 @pytest.mark.skipif("router_aux_loss_coef" not in TDPOConfig.__dataclass_fields__, reason="this TRL has none for DPO")
 def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path: Path):
-    def mixtral(seed: int = 0) -> MixtralForCausalLM:
-        torch.manual_seed(seed)
-        shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-        more = dict(num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64, pad_token_id=0)
-        return MixtralForCausalLM(MixtralConfig(vocab_size=31, initializer_range=0.3, **shape, **more))
-
     ours = trainer(tmp_path, mixtral(), mixtral(1), router_aux_loss_coef=0.3, max_steps=1)
     without = trainer(tmp_path, mixtral(), mixtral(1), router_aux_loss_coef=0.0, max_steps=1)
     steps = recorded(ours)

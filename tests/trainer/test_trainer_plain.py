@@ -10,7 +10,7 @@ import processes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import eager_run, llama, logged, losses, parameters, text_pairs, tokenizer, worst
+from runs import eager_run, llama, logged, losses, mixtral, parameters, text_pairs, tokenizer, worst
 from tdpo_trainer.metrics import NAMES
 from tdpo_trainer.plain import PlainTDPOTrainer, collate, tokenize
 from tdpo_trainer.step import LossOptions
@@ -18,7 +18,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 
-def run(folder: Path, model: nn.Module, ref_model: nn.Module | None, **changes) -> PlainTDPOTrainer:
+def run(
+    folder: Path, model: nn.Module, ref_model: nn.Module | None, aux: float | None = None, **changes
+) -> PlainTDPOTrainer:
     options = dict(
         output_dir=str(folder), per_device_train_batch_size=2, max_steps=4, learning_rate=0.05, optim="sgd",
         lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, logging_steps=1, save_strategy="no",
@@ -28,7 +30,7 @@ def run(folder: Path, model: nn.Module, ref_model: nn.Module | None, **changes) 
     rows = tokenize(reader, text_pairs())
     return PlainTDPOTrainer(
         model, ref_model, TrainingArguments(**(options | changes)), options=loss, train_dataset=rows,
-        eval_dataset=rows[:3], processing_class=reader,
+        eval_dataset=rows[:3], processing_class=reader, router_aux_loss_coef=aux,
     )  # fmt: skip
 
 
@@ -68,6 +70,22 @@ def test_lora_is_trained_on_the_head_too(targets: list[str], tmp_path: Path):
     theirs = eager_run(model, steps, lr=0.05, reference=reference, beta=0.5, alpha=None, variant="tdpo2")
     assert losses(ours) == pytest.approx(theirs, rel=1e-6)
     assert worst(parameters(ours.model), parameters(model)) < 1e-6
+
+
+def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path: Path):
+    """By its config's coefficient, 0.001 for a Mixtral, or one that is given."""
+    ours, own, without = (run(tmp_path, mixtral(), mixtral(1), aux, max_steps=1) for aux in (0.3, None, 0.0))
+    steps = recorded(ours, 1)
+    ours.train(), own.train(), without.train()
+    batch = {name: x for name, x in steps[0][0].items() if name != "completion_mask"}
+    aux = float(mixtral()(**batch, output_router_logits=True).aux_loss.detach())
+    assert logged(ours, "aux_loss") == logged(own, "aux_loss") == pytest.approx([aux], rel=1e-6)
+    assert losses(ours)[0] - losses(without)[0] == pytest.approx(0.3 * aux, rel=1e-4)
+    assert losses(own)[0] - losses(without)[0] == pytest.approx(0.001 * aux, rel=1e-2)
+    assert worst(parameters(ours.model), parameters(without.model)) > 1e-4
+    assert not logged(without, "aux_loss") and ours.evaluate()["eval_aux_loss"] > 0
+    with pytest.raises(ValueError, match="^router_aux_loss_coef: got 0.3 for a llama"):
+        run(tmp_path, llama(), llama(1), 0.3)
 
 
 def test_evaluation(tmp_path: Path):
