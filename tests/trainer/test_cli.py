@@ -128,6 +128,12 @@ def test_a_stale_cache_ends_with_its_reason(here: Path, tmp_path: Path, capsys: 
         (["--backend", "fused"], "backend: got 'fused', which does not run here"),
         (["--loss_type", "ipo"], "loss_type: got ['ipo'], wanted ['sigmoid']"),
         (["--reference_cache", "c", "--dataset_streaming"], "reference_cache: got a streaming dataset"),
+        (
+            ["--eval_dataset_name", "e.jsonl", "--test_split_size", "3"],
+            "test_split_size: got it with eval_dataset_name",
+        ),
+        (["--eval_dataset_config", "x"], "eval_dataset_config: got 'x' without eval_dataset_name"),
+        (["--ref_model_revision", "x"], "ref_model_revision: got 'x' without ref_model_name_or_path"),
         (["--pairs_per_step", "3"], "pairs_per_step: got 3, wanted a multiple of 2"),
     ],
 )
@@ -135,6 +141,27 @@ def test_what_is_wrong_is_said_in_one_line(flags: list[str], said: str, here: Pa
     status = cli.main(["train", "--config", str(here / "run.yaml"), "--output_dir", str(tmp_path), *flags])
     assert status == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_one_repository_s_is_not_another_s(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Revisions and configurations; how a model is held in memory is for both."""
+    import trl.trainer.utils
+    from tdpo_trainer import run
+
+    seen = {}
+    monkeypatch.setattr(run, "load_pairs", lambda name, split, config, streaming: seen.update({name: config}) or [name])
+    monkeypatch.setattr(trl.trainer.utils, "create_model_from_path", lambda name, **kwargs: seen.update({name: kwargs}))
+    monkeypatch.setattr(run, "TDPOTrainer", lambda **kwargs: seen.update({kwargs["model"]: dict(kwargs)}))
+    base = ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path), "--model_name_or_path", "m"]
+    base += ["--model_revision", "v2", "--dtype", "bfloat16", "--dataset_name", "d", "--dataset_config", "c"]
+    base += ["--ref_model_name_or_path", "r", "--eval_dataset_name", "e"]
+    run.make_trainer(base, "train")
+    assert seen["m"]["args"].model_init_kwargs["revision"] == "v2" and seen["d"] == "c" and seen["e"] is None
+    assert "revision" not in seen["r"] and seen["r"]["dtype"] == "bfloat16"
+    run.make_trainer([*base, "--ref_model_revision", "v3", "--eval_dataset_config", "x"], "train")
+    assert seen["r"]["revision"] == "v3" and seen["e"] == "x"
+    run.make_trainer([*base, "--eval_dataset_name", "d"], "train")
+    assert seen["d"] == "c", "the same repository"
 
 
 def test_other_columns_are_refused(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
