@@ -116,7 +116,7 @@ def _loading(args: TDPOConfig, model: ModelConfig) -> dict[str, object]:
 
 
 def _reference(data: DataArguments, args: TDPOConfig) -> nn.Module | None:
-    """Held in memory as the model is (dtype, attention, quantization); of another repository, with its own revisions."""
+    """Held in memory as the model is (dtype, attention, quantization), but with the revisions of its own repository."""
     if data.ref_model_name_or_path is None:
         return None
     from trl.trainer.utils import create_model_from_path
