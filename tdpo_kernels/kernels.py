@@ -70,7 +70,7 @@ def cases(products: Iterable[str]) -> Iterator[Case]:
                 yield Case("tile_stats", kind, staged=staged, extras=heavy, columns=columns, **bias)
             yield Case("tile_dz", kind, columns=columns, **bias)
         yield from (Case("staged_dz", kind, softcap=heavy, columns=columns) for columns in widths("staged_dz"))
-    yield Case("merge_states", "ieee", extras=True)
+    yield from (Case("merge_states", "ieee", extras=extras) for extras in (False, True))
 
 
 def shipped(target: Target, tables: Path = TABLES) -> list[Job]:
@@ -135,11 +135,12 @@ def _kernel(name: str) -> JITFunction:
 def _constexprs(job: Job) -> dict[str, Any]:
     case, config = job.case, job.config
     given = dict(
-        R=config.R, C=config.C, K=config.K, TMA=config.tma, PRECISION="ieee" if case.product == "ieee" else "tf32",
+        R=config.R, C=config.C, K=config.K, TMA=config.tma, PRECISION="tf32" if case.product == "tf32" else "ieee",
         ONE_HEAD=case.one_head, STAGE=case.staged, EXTRAS=case.extras, HAS_BIAS=case.bias, HAS_REF_BIAS=case.bias,
         HAS_SOFTCAP=case.softcap, HAS_REF_SOFTCAP=case.softcap, NEEDS_Z=job.needs[0], NEEDS_R=job.needs[1],
     )  # fmt: skip
     absent = () if case.bias else ("bias", "ref_bias")
+    absent += tuple(name for name, needed in zip(("z_tile", "r_tile"), job.needs, strict=True) if not needed)
     if case.kernel in ("fused_stats", "tile_stats") and not case.staged:
         absent += ("staged",)
     return given | dict.fromkeys(absent)
@@ -152,13 +153,13 @@ def _type(name: str, job: Job) -> str:
         return f"tensordesc<{operand}[{config.R if name in ('h', 'g') else config.C}, {config.K}]>"
     if name in (*MATRICES, "bias", "ref_bias", "dz", "staged"):
         return f"*{operand}"
-    return POINTERS.get(name) or ("fp32" if name in FLOATS else "i64" if name == "plane" else "i32")
+    return POINTERS.get(name) or ("fp32" if name in FLOATS else "i32")
 
 
 def _divisible(name: str, type_: str, job: Job) -> bool:
-    """Integers that a launch would not look at are whatever they are; all others are taken as multiples of 16."""
-    varying = (parameter.name for parameter in _kernel(job.case.kernel).params if parameter.do_not_specialize)
-    whole = type_.startswith(("*", "i")) and name not in varying
+    """What a launch would not look at is whatever it is; all others are taken as multiples of 16."""
+    (it,) = (parameter for parameter in _kernel(job.case.kernel).params if parameter.name == name)
+    whole = type_.startswith(("*", "i")) and not (it.do_not_specialize or it.do_not_specialize_on_alignment)
     return whole and (job.case.aligned or name not in OF_MATRICES)
 
 

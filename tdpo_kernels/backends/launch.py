@@ -132,6 +132,7 @@ class Traits:
     extras: bool
     ieee: bool
     aligned: bool
+    lies: tuple[bool, ...]  # `_lies` of both models' hidden states and weights
 
     def config(self, kernel: str, staged: bool = False) -> TileConfig:
         return choose(
@@ -162,6 +163,7 @@ def traits_of(inputs: Inputs, sides: tuple[Side, Side]) -> Traits:
         extras=bool(inputs.extras),
         ieee=precision(policy.dtype) == "ieee",
         aligned=all(_aligned(x) for side in sides for x in (side.hidden, side.weight)),
+        lies=tuple(lie for side in sides for x in (side.hidden, side.weight) for lie in _lies(x)),
     )
 
 
@@ -171,6 +173,14 @@ def _aligned(x: Operand) -> bool:
         return x.source.shape[1] * x.compute.itemsize % 16 == 0
     apart = x.source.stride(0)
     return apart >= x.source.shape[1] and (x.source.data_ptr() | apart * x.source.itemsize) % 16 == 0
+
+
+def _lies(x: Operand) -> tuple[bool, bool]:
+    """Whether base and row stride of what a kernel is given are multiples of 16, in bytes and in elements: a binary is
+    compiled for that, whatever its configuration."""
+    if x.needs_copy() or x.source.stride(1) != 1:
+        return True, x.source.shape[1] % 16 == 0
+    return x.source.data_ptr() % 16 == 0, x.source.stride(0) % 16 == 0
 
 
 def bias_block(side: Side, cols: slice) -> Tensor | None:
@@ -229,7 +239,7 @@ def fused_stats(
         F=largest_exponent(torch.float32), R=config.R, C=config.C, K=config.K, **flags,
         **config.options,
     )  # fmt: skip
-    return _launched("fused_stats", config, flags, policy.hidden, reference.hidden, staged)
+    return _launched("fused_stats", config, flags | dict(lies=traits.lies), policy.hidden, reference.hidden, staged)
 
 
 def fused_dz(
@@ -255,7 +265,7 @@ def fused_dz(
         coefficients=coefficients, dz=dz, stride_rows=row_values.stride(0), stride_dz=dz.stride(0),
         R=config.R, C=config.C, K=config.K, **flags, **config.options,
     )  # fmt: skip
-    return _launched("fused_dz", config, flags, policy.hidden, reference.hidden, dz)
+    return _launched("fused_dz", config, flags | dict(lies=traits.lies), policy.hidden, reference.hidden, dz)
 
 
 def staged_dz(
@@ -318,7 +328,7 @@ def tile_stats(
         plane=0 if staged is None else staged.stride(0), **_scalars(*heads), F=largest_exponent(torch.float32),
         R=config.R, C=config.C, **flags, **config.options,
     )  # fmt: skip
-    return _launched("tile_stats", config, flags, z, staged)
+    return _launched("tile_stats", config, flags | _whole(z), z, staged, *biases)
 
 
 def tile_dz(
@@ -346,7 +356,12 @@ def tile_dz(
         stride_rows=row_values.stride(0), stride_dz=dz.stride(0), **_scalars(*heads),
         R=config.R, C=config.C, **flags, **config.options,
     )  # fmt: skip
-    return _launched("tile_dz", config, flags, some, dz)
+    return _launched("tile_dz", config, flags | _whole(some), some, dz, *biases)
+
+
+def _whole(tile: Tensor) -> dict[str, bool]:
+    """A vocabulary's last columns may lie otherwise: they have a binary of their own."""
+    return dict(whole=tile.stride(0) % 16 == 0)
 
 
 def _launched(kernel: str, config: TileConfig, flags: dict[str, Any], *tensors: Tensor | None) -> Launch:

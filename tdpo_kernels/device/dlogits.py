@@ -53,7 +53,7 @@ def fused_dz(
     store_dz(dz, out, rows, T, col - first_col, last_col - first_col, stride_dz, C)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=["weights"])  # a multiple of 12 T bytes in
 def staged_dz(
     staged, weights, labels, coefficients, dz,
     T, first_col, last_col, stride_p, plane, stride_rows, stride_dz, part,
