@@ -3,6 +3,7 @@ run's numbers go nowhere."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -79,6 +80,23 @@ def test_unknown_stages_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         command.main(["--out", str(tmp_path), "--stages", "env,nope"])
     assert exit.value.code == 2 and "unknown nope, wanted some of env," in capsys.readouterr().err
+
+
+def test_products_that_a_device_lacks_are_said_before_anything_leans_on_them(monkeypatch):
+    """A CPU has none into fp32, and `products.py` makes none there; were it to, that fails."""
+    env, device = importlib.import_module("bench.gpu.stages.env"), open_device(dry=True)
+    facts = env.products(device)
+    assert facts["products.py"] == "widens operands to fp32"
+    assert facts["torch.bfloat16 products into fp32"].startswith("NotImplementedError: Could not run 'aten::mm.dtype")
+    monkeypatch.setattr(env, "operand_dtype", lambda compute, *_: compute)
+    with pytest.raises(Failed, match="torch.bfloat16: NotImplementedError"):
+        env.products(device)
+    mm = lambda a, b, *, out_dtype, out=None: (a @ b).to(out_dtype) if out is None else out.copy_(a @ b)  # noqa: E731
+    monkeypatch.setattr(torch, "mm", mm)
+    with pytest.raises(Failed, match="off by .*rounded to 16 bits"):
+        env.products(device)
+    monkeypatch.setattr(torch, "mm", lambda a, b, **more: mm(a.float(), b.float(), **more))
+    assert env.products(device)["torch.float16 products into fp32"] == "ok"
 
 
 # --- workers that fail ------------------------------------------------------------------------------------------------

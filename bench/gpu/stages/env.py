@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from tdpo_kernels.backends.products import SIXTEEN_BIT, operand_dtype
+
 from ..device import Device, ask_driver, runnable
-from ..plan import Facts, Item, Settings
+from ..plan import Facts, Failed, Item, Settings
 
 TOOLS = ("compute-sanitizer", "nsys", "ncu", "cuobjdump", "nvdisasm")
 PACKAGES = ("numpy", "transformers", "pytest", "hypothesis")
@@ -22,7 +24,11 @@ DRIVER = (
 
 
 def items(device: Device, settings: Settings) -> list[Item]:
-    return [Item("machine", lambda: machine(device, settings)), Item("ceilings", lambda: ceilings(device))]
+    return [
+        Item("machine", lambda: machine(device, settings)),
+        Item("products", lambda: products(device)),
+        Item("ceilings", lambda: ceilings(device)),
+    ]
 
 
 def machine(device: Device, settings: Settings) -> Facts:
@@ -48,6 +54,30 @@ def machine(device: Device, settings: Settings) -> Facts:
             "free": device.free(),
         }
     return facts
+
+
+def products(device: Device) -> Facts:
+    """Whether 16-bit operands multiply into fp32, as `products.py` takes for granted where it does not widen them."""
+    found = {dtype: into_fp32(device, dtype) for dtype in SIXTEEN_BIT}
+    facts: Facts = {f"{dtype} products into fp32": said for dtype, said in found.items()}
+    widens = operand_dtype(torch.bfloat16, torch.float32, device.torch) == torch.float32
+    facts["products.py"] = "widens operands to fp32" if widens else "multiplies 16-bit operands into fp32"
+    if not widens and set(found.values()) != {"ok"}:
+        raise Failed("; ".join(f"{dtype}: {said}" for dtype, said in found.items()), facts)
+    return facts
+
+
+def into_fp32(device: Device, dtype: torch.dtype) -> str:
+    """``ok``, or what is wrong with products made as `logits_` and `accumulate_` make them, of rows that lie apart."""
+    a, b = (torch.randn(n, 72, device=device.torch).to(dtype)[:, :65] for n in (96, 80))
+    out = torch.empty(96, 80, device=device.torch)
+    try:
+        torch.mm(a, b.T, out_dtype=out.dtype, out=out)
+        pairs = (out, a.double() @ b.double().T), (torch.mm(a.T, a, out_dtype=out.dtype), a.double().T @ a.double())
+    except (RuntimeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+    off = max(float((x.double() - y).norm() / y.norm()) for x, y in pairs)
+    return "ok" if off < 1e-5 else f"off by {off:.1e}, as what was rounded to 16 bits is"
 
 
 def ceilings(device: Device) -> Facts:
