@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .adapters import names_of_adapters
 from .cache import CacheError
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -51,9 +52,9 @@ def of_model(model: nn.Module) -> str:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    adapters = set(getattr(model, "peft_config", {})) - {"ref"}
+    left_out = names_of_adapters(model, but="ref")
     every = [*model.named_parameters(), *model.named_buffers()]
-    return ((name, x) for name, x in sorted(every, key=lambda item: item[0]) if not adapters & set(name.split(".")))
+    return ((name, x) for name, x in sorted(every, key=lambda item: item[0]) if name not in left_out)
 
 
 def of_config(model: nn.Module) -> str:

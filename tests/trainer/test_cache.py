@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from runs import TEMPLATE, config, llama, losses, pairs, parameters, saved_llama, tokenizer, trainer, worst
 from safetensors.torch import load_file
-from tdpo_trainer import fill
+from tdpo_trainer import fill, fingerprint
 from tdpo_trainer.cache import CacheError, open_cache, read_meta
 from tdpo_trainer.trainer import TDPOTrainer
 
@@ -231,6 +231,21 @@ def test_a_reference_adapter_of_another_scaling_is_another_reference(tmp_path: P
         run(16)
 
 
+@pytest.mark.parametrize("name", ["default", "model", "layers", "weight"])
+def test_weights_under_an_adapter_count_and_its_own_do_not(name: str):
+    """Whatever the adapter is called."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    policy = get_peft_model(llama(), lora, adapter_name=name)
+    before, seen = fingerprint.of_model(policy), set()
+    for key, x in policy.named_parameters():
+        own = x.detach().clone()
+        x.data.add_(1)
+        assert (fingerprint.of_model(policy) == before) == x.requires_grad, key
+        x.data.copy_(own)
+        seen.add(x.requires_grad)
+    assert seen == {True, False}
+
+
 def test_a_missing_shard_is_written_again(written: Path, model_folder: Path):
     before = files(written)
     (written / "shard-00001.safetensors").unlink()
@@ -267,7 +282,7 @@ TWO = """
 import sys, torch
 sys.path[:0] = [{here!r}]
 from runs import trainer
-from tdpo_trainer import fill
+from tdpo_trainer import fill, fingerprint
 fill.SHARD_BYTES = 3000
 own = fill._reference
 def together(*args):  # as a sharded reference: its forward takes every process
