@@ -127,7 +127,7 @@ def read_meta(directory: Path, fingerprint: dict[str, str]) -> CacheMeta:
         meta = CacheMeta(**fields)
     except (OSError, AttributeError, TypeError, json.JSONDecodeError) as error:
         raise CacheError(f"{path}: cannot be read: {error}; delete the directory, and it is written again") from error
-    for name in sorted(meta.fingerprint.keys() | fingerprint.keys()):
+    for name in {**fingerprint, **meta.fingerprint}:  # in the caller's order: what changed, before what follows from it
         seen, wanted = meta.fingerprint.get(name), fingerprint.get(name)
         if seen != wanted:
             raise CacheError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from .adapters import names_of_adapters
 from .cache import CacheError
 
+PROBED = 32  # pairs, about
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 OF_LOADING = frozenset(
     {
@@ -35,6 +36,32 @@ def of_dataset(dataset: Dataset) -> str:
             digest.update(np.asarray(column.value_lengths(), dtype=np.int64).tobytes())
             digest.update(np.asarray(column.flatten(), dtype=np.int64).tobytes())
     return digest.hexdigest()
+
+
+def of_layout(collate: Callable[[list[dict]], Mapping[str, Tensor]], dataset: Dataset) -> str:
+    """Of what the collator makes of pairs, on some of them and the longest: tokens, masks, and what else it adds.
+
+    Padding on the right does not count, for no state depends on it.
+    """
+    count = len(dataset)
+    rows = sorted({*range(0, count, -(-count // PROBED)), count - 1, _longest(dataset)})
+    digest = blake2b(digest_size=16)
+    for row in rows:
+        batch = collate([dataset[row]])
+        there = batch["attention_mask"].bool()
+        width = int(there.any(0).nonzero().max()) + 1 if there.any() else 0
+        for name, x in sorted(batch.items()):
+            x = x.masked_fill(~there, 0) if name == "input_ids" else x
+            x = x[:, :width] if x.shape[:2] == there.shape else x
+            digest.update(f"{name} {x.dtype} {tuple(x.shape)} {x.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def _longest(dataset: Dataset) -> int:
+    tables = dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(1024)
+    columns = ([table.column(name).combine_chunks().value_lengths() for name in COLUMNS] for table in tables)
+    lengths = [sum(map(np.asarray, three)) for three in columns]
+    return int(np.concatenate(lengths).argmax())
 
 
 def of_model(model: nn.Module) -> str:

@@ -180,11 +180,11 @@ class TDPOTrainer(DPOTrainer):
             raise CacheError(
                 "eval_dataset: got one without a cache once ref_model is gone, wanted it at initialisation"
             )
-        parts = self._fingerprint(dataset)
-        if self._initialised:  # a dataset given to evaluate(): its name says nothing
-            name = f"{name}-{fingerprint.of_strings(map(str, sorted(parts.items())))[:12]}"
         collator = self.data_collator
         collate = collator.collate if isinstance(collator, CachedCollator) else collator
+        parts = self._fingerprint(dataset, collate)
+        if self._initialised:  # a dataset given to evaluate(): its name says nothing
+            name = f"{name}-{fingerprint.of_strings(map(str, sorted(parts.items())))[:12]}"
         source = Source(dataset, collate, self._reference_beforehand(), parts)
         directory = Path(self.args.reference_cache) / name
         quiet = self.args.disable_tqdm
@@ -209,13 +209,13 @@ class TDPOTrainer(DPOTrainer):
 
         return side_of
 
-    def _fingerprint(self, dataset: Dataset) -> dict[str, str]:
+    def _fingerprint(self, dataset: Dataset, collate: Callable[[list[dict]], Batch]) -> dict[str, str]:
         """The main process's, for all: under FSDP the others may have no weights yet."""
-        shared = [self._own_fingerprint(dataset) if self.accelerator.is_main_process else None]
+        shared = [self._own_fingerprint(dataset, collate) if self.accelerator.is_main_process else None]
         broadcast_object_list(shared, from_process=0)
         return shared[0]
 
-    def _own_fingerprint(self, dataset: Dataset) -> dict[str, str]:
+    def _own_fingerprint(self, dataset: Dataset, collate: Callable[[list[dict]], Batch]) -> dict[str, str]:
         args = self.args
         if self._model_digests is None:
             self._model_digests = _model_digests(self.model)
@@ -226,6 +226,7 @@ class TDPOTrainer(DPOTrainer):
             "precision": f"mixed precision {self.accelerator.mixed_precision}",
             "tokenizer": fingerprint.of_tokenizer(getattr(self.processing_class, "tokenizer", self.processing_class)),
             "template": fingerprint.of_strings([str(getattr(self.processing_class, "chat_template", None))]),
+            "collator": fingerprint.of_layout(collate, dataset),
         }
 
     def _leave_reference_model(self) -> None:

@@ -76,8 +76,11 @@ def config(folder: Path, **changes) -> TDPOConfig:
     return TDPOConfig(**(options | changes))
 
 
+KEPT = ("peft_config", "eval_dataset", "train_dataset", "data_collator")
+
+
 def trainer(folder: Path, model: nn.Module, ref_model: nn.Module | None = None, **changes) -> TDPOTrainer:
-    more = {name: changes.pop(name) for name in ("peft_config", "eval_dataset", "train_dataset") if name in changes}
+    more = {name: changes.pop(name) for name in KEPT if name in changes}
     data = {"train_dataset": pairs()} | more
     return TDPOTrainer(model, ref_model, config(folder, **changes), processing_class=tokenizer(), **data)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tdpo_trainer import fill, fingerprint
 from tdpo_trainer.cache import CacheError, open_cache, read_meta
 from tdpo_trainer.trainer import TDPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 ALONE = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)  # a pair meets the same shapes in both runs
 HERE = Path(__file__).parent
@@ -195,10 +196,29 @@ def test_a_shard_of_another_cache_is_refused(written: Path, model_folder: Path):
         again(written, model_folder)
 
 
-@pytest.mark.parametrize("part", ["dataset", "truncation", "model", "config", "tokenizer", "template", "precision"])
+class Framed(DataCollatorForPreference):
+    """As many tokens of completions, and a token before every prompt."""
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        return super().torch_call([row | {"prompt_ids": [2, *row["prompt_ids"]]} for row in examples])
+
+
+def test_padding_is_not_what_a_collator_is_known_by(written: Path, model_folder: Path):
+    before = files(written)
+    collator = DataCollatorForPreference(0, max_length=1024, pad_to_multiple_of=8)
+    again(written, model_folder, data_collator=collator)
+    assert files(written) == before
+
+
+@pytest.mark.parametrize(
+    "part", ["collator", "dataset", "truncation", "model", "config", "tokenizer", "template", "precision"]
+)
 def test_a_stale_cache_is_refused_with_what_changed(part: str, written: Path, model_folder: Path, tmp_path: Path):
     changes, model, reader = {"reference_cache": str(written.parent)}, llama(), tokenizer()
+    collator = DataCollatorForPreference(0, max_length=1024)
     data = pairs()
+    if part == "collator":
+        collator = Framed(0, max_length=1024)
     if part == "dataset":
         data = pairs().select([1, 0, *range(2, 12)])
     if part == "truncation":
@@ -215,7 +235,14 @@ def test_a_stale_cache_is_refused_with_what_changed(part: str, written: Path, mo
     if part == "precision":
         changes["bf16"] = True
     with pytest.raises(CacheError, match=f"made from another {part}: got .*, wanted .*; delete the directory"):
-        TDPOTrainer(model, None, config(tmp_path, **changes), processing_class=reader, train_dataset=data)
+        TDPOTrainer(
+            model,
+            None,
+            config(tmp_path, **changes),
+            processing_class=reader,
+            train_dataset=data,
+            data_collator=collator,
+        )
 
 
 def test_a_reference_adapter_of_another_scaling_is_another_reference(tmp_path: Path):
