@@ -199,6 +199,11 @@ class TDPOTrainer(DPOTrainer):
         side = reference.from_adapter if under_adapter else reference.from_model
 
         def side_of(batch: Batch) -> Reference:
+            if own and not under_adapter and self.state.global_step:
+                raise CacheError(
+                    "eval_dataset: got one without a cache once training has begun, wanted it at initialisation, or a "
+                    "ref_model: the reference was the model that is trained now"
+                )
             if own and self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
                 raise CacheError(
                     "reference_cache: is incomplete under FSDP or DeepSpeed; wanted it written beforehand, by "

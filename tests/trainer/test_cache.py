@@ -90,6 +90,23 @@ def test_evaluation_has_caches_of_its_own(tmp_path: Path, model_folder: Path):
     assert fresh["eval_loss"] == pytest.approx(live.evaluate(pairs(3, 5))["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("reference", ["initial policy", "lora"])
+def test_a_policy_that_was_trained_writes_no_reference(reference: str, tmp_path: Path, model_folder: Path):
+    """Whether or not this TRL refuses such a dataset. A cache that is complete serves, and so does an adapter."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False) if reference == "lora" else None
+    ours = trainer(tmp_path, str(model_folder), reference_cache=str(tmp_path / "cache"), peft_config=lora)
+    seen, unseen = (ours._prepare_dataset(pairs(3, seed), tokenizer(), ours.args, "eval") for seed in (5, 6))
+    before = ours._precompute_ref_logps(seen, "eval", 2)
+    ours.train()
+    assert ours._precompute_ref_logps(seen, "eval", 2)["ref_cache"] == before["ref_cache"]
+    if reference == "lora":
+        ours._precompute_ref_logps(unseen, "eval", 2)
+        return
+    with pytest.raises(CacheError, match="^eval_dataset: got one without a cache once training has begun"):
+        ours._precompute_ref_logps(unseen, "eval", 2)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_a_second_run_finds_it_and_runs_no_reference(tmp_path: Path, model_folder: Path, monkeypatch):
     options = dict(reference_cache=str(tmp_path / "cache"))
     trainer(tmp_path, str(model_folder), **options)
