@@ -230,6 +230,10 @@ def planes(p: Problem, cols: int, dtype: torch.dtype) -> Tensor:
     return poisoned(2 if p.softcap is None else 3, p.T, cols + 8, dtype=dtype)
 
 
+def dz_of(p: Problem, cols: int, dtype: torch.dtype = F32) -> Tensor:
+    return poisoned(p.T, cols + 8, dtype=dtype)
+
+
 def fused_stats(
     p: Problem, staged: Tensor | None = None, cols: tuple[int, int] | None = None, tma: bool = False
 ) -> Tensor:
@@ -562,7 +566,7 @@ def fused_dz(
     p: Problem, values: Tensor, want: Backward, cols: tuple[int, int], tma: bool, dtype: torch.dtype = F32
 ) -> Tensor:
     first, last = cols
-    out = poisoned(p.T, last - first + 8, dtype=dtype)
+    out = dz_of(p, last - first, dtype)
     (h, w, g, u), strides = operands(p, tma)
     launch(
         dlogits.fused_dz, (-(-p.T // R), -(-(last - first) // C)), h, w, p.bias, g, u, p.ref_bias, p.labels, values,
@@ -576,7 +580,7 @@ def fused_dz(
 def tile_dz(p: Problem, values: Tensor, want: Backward, cols: tuple[int, int], needs_z: bool, needs_r: bool) -> Tensor:
     first, last = cols
     z, r = products(p, first, last)
-    out = poisoned(p.T, last - first + 8)
+    out = dz_of(p, last - first)
     launch(
         rows.tile_dz, (-(-p.T // R),), z if needs_z else None, p.bias, r if needs_r else None, p.ref_bias, p.labels,
         values, want.coefficients, out, p.T, p.V, first, last, z.stride(0), values.stride(0), out.stride(0),
@@ -637,7 +641,7 @@ def staged_dz(p: Problem, want: Backward, cols: tuple[int, int], dtype: torch.dt
     states = [fused_stats(p, staged, cols)]
     states += [fused_stats(p, cols=c) for c in ((0, first), (last, p.V)) if c[0] < c[1]]
     _, weights = merge_states(p, torch.cat(states), len(states[0]))
-    out = poisoned(p.T, last - first + 8)
+    out = dz_of(p, last - first)
     launch(
         dlogits.staged_dz, (-(-p.T // R), -(-(last - first) // C)), staged, weights, p.labels, want.coefficients, out,
         p.T, first, last, staged.stride(1), staged.stride(0), want.coefficients.stride(0), out.stride(0), C,
@@ -682,3 +686,34 @@ def test_equal_models_have_no_kl_gradient():
         staged_dz(p, want, (0, p.V), BF16),
     ):  # fmt: skip
         assert not found[:, : p.V].count_nonzero()
+
+
+# --- more than 2^31 elements ------------------------------------------------------------------------------------------
+
+
+def far_apart(x: Tensor, _: int = 0) -> Tensor:
+    """x, its last row 2^31 elements or more behind its first, in memory that is not there until it is touched."""
+    rows, cols = x.shape[-2:]
+    stride = (2**31 // max(rows - 1, 1) // 16 + 1) * 16
+    room = torch.empty((rows - 1) * stride + x.shape[:-2].numel() * cols, dtype=x.dtype)
+    return room.as_strided(x.shape, (*[cols] * (x.dim() - 2), stride, 1)).copy_(x)
+
+
+def test_matrices_of_more_than_two_to_the_31_elements(monkeypatch):
+    """Whatever is loaded, staged or written, by row: an offset in 32 bits would wrap around."""
+    p, want, cols = made("softcap"), made_backward("softcap", "general"), (20, 70)
+    values = row_values(p)
+
+    def everything() -> list[Tensor]:
+        staged = [planes(p, cols[1] - cols[0], F32) for _ in range(2)]
+        states = fused_stats(p, staged[0], cols), tile_stats(p, cols, staged[1])
+        dz = fused_dz(p, values, want, cols, False), tile_dz(p, values, want, cols, True, True)
+        return [*states, *staged, *dz, staged_dz(p, want, cols, F32)]
+
+    near, build_planes, build_dz = everything(), planes, dz_of
+    monkeypatch.setitem(globals(), "strided", far_apart)
+    monkeypatch.setitem(globals(), "planes", lambda *args: far_apart(build_planes(*args)))
+    monkeypatch.setitem(globals(), "dz_of", lambda *args: far_apart(build_dz(*args)))
+    far = everything()
+    assert all(torch.equal(x.nan_to_num(9.0), y.nan_to_num(9.0)) for x, y in zip(near, far, strict=True))
+    assert all(x.stride(-2) * (p.T - 1) >= 2**31 for x in far[2:])
