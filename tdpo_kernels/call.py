@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,21 +40,26 @@ class Call:
         g_logp_T, g_kl_T = (None if g is None else gather(g, self.inputs.rows) for g in (g_logp, g_kl))
         with _settled(self.inputs.policy.hidden):
             grads = self.backend.backward(self.inputs, needs, saved, g_logp_T, g_kl_T)
-        return grads if grads.hidden is None else replace(grads, hidden=unflatten(grads.hidden, self.shape, self.steps))
+        if grads.hidden is None:
+            return grads
+        return Gradients(unflatten(grads.hidden, self.shape, self.steps), grads.weight, grads.bias)
 
 
 def lay_out(backend: Backend, policy: Model, reference: Model, rows: Rows, memory_budget: int, **options: Any) -> Call:
     """The models' hidden states may have any number of axes; a backend gets matrices. `options`: others of `Inputs`."""
     hidden, ref_hidden, rows, steps = flatten(policy.hidden, reference.hidden, rows)
-    sides = replace(policy, hidden=hidden), replace(reference, hidden=ref_hidden)
+    sides = Model(hidden, policy.head, policy.dtype), Model(ref_hidden, reference.head, reference.dtype)
     return Call(backend, Inputs(*sides, rows, memory_budget, **options), policy.hidden.shape, steps)
 
 
 def _settled(x: Tensor) -> contextlib.AbstractContextManager:
     """The compute dtype was settled in `checks.compute_dtype`: nothing below may cast behind our back. Kernels are
     launched on the current device: it is made x's own."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not autocast and not x.is_cuda:
+        return contextlib.nullcontext()
     stack = contextlib.ExitStack()
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast:
         stack.enter_context(torch.autocast(x.device.type, enabled=False))
     if x.is_cuda:
         stack.enter_context(torch.cuda.device(x.device))

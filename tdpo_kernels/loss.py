@@ -49,15 +49,15 @@ def sums_loss(
     """From each sequence's sums; returned in `dtype`."""
     margin_S = logp_S - ref_S  # in fp32 two sums of hundreds of nats would cancel
     (m_w, m_l), (k_w, k_l) = margin_S.chunk(2), kl_S.chunk(2)
-    loss_P = -F.logsigmoid(beta * ((m_w - m_l) - _kl_difference(k_w, k_l, alpha, variant)))
+    loss_P = -F.logsigmoid(beta * _preference(m_w - m_l, k_w, k_l, alpha, variant))
     loss = loss_P if reduction == "none" else getattr(loss_P, reduction)()
     rewards_S = beta * (margin_S + kl_S)
     shown_8P = torch.stack((logp_S, ref_S, kl_S, rewards_S)).detach().to(dtype).view(8, -1)
     return TDPOOutput(loss.to(dtype), *shown_8P.unbind())
 
 
-def _kl_difference(k_w: Tensor, k_l: Tensor, alpha: float, variant: str) -> Tensor | float:
-    """d of eq. (4). DPO (alpha = 0) has none: 0 x (inf - inf) would be NaN."""
+def _preference(margin_P: Tensor, k_w: Tensor, k_l: Tensor, alpha: float, variant: str) -> Tensor:
+    """h of eq. (4). DPO (alpha = 0) has no d: 0 x (inf - inf) would be NaN."""
     if variant == "tdpo1":
-        return k_l - k_w
-    return alpha * (k_l - k_w.detach()) if alpha else 0.0
+        return margin_P - (k_l - k_w)
+    return margin_P.sub(k_l - k_w.detach(), alpha=alpha) if alpha else margin_P

@@ -71,7 +71,9 @@ def token_stats(
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, hidden)
     policy = Model(hidden, head, checks.compute_dtype(hidden, head, ""))
-    reference = Model(ref_hidden.detach(), _detached(ref_head), checks.compute_dtype(ref_hidden, ref_head, "ref_"))
+    reference = Model(
+        _detached(ref_hidden), _detached_head(ref_head), checks.compute_dtype(ref_hidden, ref_head, "ref_")
+    )
     compute = _statistics
     if torch.compiler.is_compiling():  # a graph ends before collectives of a group's own, and begins anew after them
         split = isinstance(head, VocabParallelHead)
@@ -92,7 +94,7 @@ def _statistics(
     if isinstance(policy.head, VocabParallelHead):
         implementation = Sharded(implementation)
     rows = pack(labels, cu_seqlens, policy.head.vocab, ignore_index=ignore_index, shift=shift)
-    detached = replace(policy, hidden=policy.hidden.detach())
+    detached = Model(_detached(policy.hidden), policy.head, policy.dtype)
     call = lay_out(implementation, detached, reference, rows, memory_budget, extras=extras)
     return _TokenStats.apply(call, torch.is_grad_enabled(), policy.hidden, policy.head.weight, policy.head.bias)
 
@@ -107,7 +109,7 @@ class _TokenStats(torch.autograd.Function):
         out = call.forward(needs)
         if needs:
             ctx.set_materialize_grads(False)
-            ctx.call = replace(call, inputs=_without_tensors(call.inputs))
+            ctx.call = _with_inputs(call, _without_tensors(call.inputs))
             _save(ctx, (*_tensors(call.inputs), *out.saved))
         logp, kl, *others = call.statistics(out)
         ctx.mark_non_differentiable(*others)
@@ -117,7 +119,7 @@ class _TokenStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g_logp: Tensor | None, g_kl: Tensor | None, *_: None):
         every = _saved(ctx)
-        call = replace(ctx.call, inputs=_with_tensors(ctx.call.inputs, every[:_TENSORS]))
+        call = _with_inputs(ctx.call, _with_tensors(ctx.call.inputs, every[:_TENSORS]))
         grads = call.backward(Needs(*ctx.needs_input_grad[2:]), every[_TENSORS:], g_logp, g_kl)
         return None, None, grads.hidden, grads.weight, grads.bias
 
@@ -129,7 +131,8 @@ def _save(ctx, tensors: tuple[Tensor | None, ...]) -> None:
 
 
 def _saved(ctx) -> tuple[Tensor | None, ...]:
-    return tuple(ctx.unversioned.get(i, x) for i, x in enumerate(ctx.saved_tensors))
+    saved = ctx.saved_tensors
+    return tuple(ctx.unversioned.get(i, x) for i, x in enumerate(saved)) if ctx.unversioned else saved
 
 
 _TENSORS = 9
@@ -158,5 +161,14 @@ def _without_tensors(inputs: Inputs) -> Inputs:
     return _with_tensors(inputs, (None,) * _TENSORS)
 
 
-def _detached(head: LMHead) -> LMHead:
-    return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+def _with_inputs(call: Call, inputs: Inputs) -> Call:
+    return Call(call.backend, inputs, call.shape, call.steps)
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return x.detach() if x is not None and x.requires_grad else x
+
+
+def _detached_head(head: LMHead) -> LMHead:
+    weight, bias = _detached(head.weight), _detached(head.bias)
+    return head if weight is head.weight and bias is head.bias else replace(head, weight=weight, bias=bias)

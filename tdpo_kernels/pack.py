@@ -56,7 +56,7 @@ def _valid(
 def _read(labels_N: Tensor, valid_N: Tensor | None, cu_seqlens: Tensor | None, vocab: int) -> int:
     """How many rows count, once the values are found to be in order: the one read."""
     counted_N = labels_N if valid_N is None else labels_N * valid_N
-    facts = torch.stack([*counted_N.aminmax(), *(() if valid_N is None else (valid_N.sum(),))])
+    facts = torch.stack([*counted_N.aminmax(), *(() if valid_N is None else (valid_N.count_nonzero(),))])
     lowest, highest, *rest = (facts if cu_seqlens is None else torch.cat([facts, cu_seqlens.long()])).tolist()
     left = labels_N.numel() if valid_N is None else rest.pop(0)
     if cu_seqlens is not None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import Inputs
+from .products import block_of
 from .slab import Grid, StagedTile
 from .tile_math import difference
 
@@ -135,7 +136,7 @@ class LabelColumn:
 
 def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, label: LabelColumn, dz: Tensor) -> Tensor:
     """dz of a staged tile into `dz`. Torch's addcmul does not vectorise rows' values."""
-    (p, t), a, b = staged.pair.unbind(), c.a[rows], c.b[rows]
+    (p, t), a, b = staged.pair.unbind(), block_of(c.a, rows), block_of(c.b, rows)
     if staged.row_values is None:
         ratio = None
     else:
@@ -147,7 +148,7 @@ def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, lab
     else:
         log_ratio = torch.neg(t, out=dz) if ratio is None else torch.sub(-ratio[:, None], t, out=dz)
         log_ratio.expm1_().mul_(a[:, None]).add_(b[:, None]).mul_(p)
-    label.write_(dz, c.label[rows])
+    label.write_(dz, block_of(c.label, rows))
     return dz if staged.slope is None else dz.mul_(staged.slope)
 
 

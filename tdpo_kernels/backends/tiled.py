@@ -16,6 +16,7 @@ from torch import Tensor
 from ..types import Forward, Gradients, Inputs, LMHead, Needs
 from . import dlogits, kernel_walk, rowwise, tile_math
 from .dlogits import Coefficients, Kind, LabelColumn
+from .products import block_of
 from .rowwise import Rowwise
 from .slab import Grid, Side, Stage, StagedTile, Workspace, blocks, make_grid, sides_of
 from .sums import gradients
@@ -61,7 +62,7 @@ def _row_block(
     inputs: Inputs, grid: Grid, sides: tuple[Side, Side], stage: Stage | None, i: int, rows: slice
 ) -> dict[str, Tensor]:
     """Every statistic of one block of rows, over the whole vocabulary."""
-    labels_R = inputs.rows.labels_T[rows]
+    labels_R = block_of(inputs.rows.labels_T, rows)
     R, columns = labels_R.numel(), grid.col_blocks()
     work, dtype = sides[0].work, inputs.stats_dtype
     parts: list[tile_math.Part] = []
@@ -172,7 +173,7 @@ def _dz(
 ) -> Tensor:
     """The gradient at the outputs of ``h W^T + b`` for one tile: eq. (6), through softcap and logit_scale."""
     policy, reference = sides
-    label = LabelColumn(inputs.rows.labels_T[rows], cols, inputs.policy.head.weight.shape[0])
+    label = LabelColumn(block_of(inputs.rows.labels_T, rows), cols, inputs.policy.head.weight.shape[0])
     R, C = rows.stop - rows.start, cols.stop - cols.start
 
     def tile(name: str) -> Tensor:
