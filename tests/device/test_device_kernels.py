@@ -7,6 +7,8 @@ what is off is row mathematics, an address or a mask. Inputs lie among NaN, and 
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -691,11 +693,17 @@ def test_equal_models_have_no_kl_gradient():
 # --- more than 2^31 elements ------------------------------------------------------------------------------------------
 
 
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # `mmap` has its name since Python 3.13
+
+
 def far_apart(x: Tensor, _: int = 0) -> Tensor:
-    """x, its last row 2^31 elements or more behind its first, in memory that is not there until it is touched."""
+    """x, its last row 2^31 elements or more behind its first, in memory that is not there until it is touched, nor
+    asked for: a small machine would not promise as much."""
     rows, cols = x.shape[-2:]
     stride = (2**31 // max(rows - 1, 1) // 16 + 1) * 16
-    room = torch.empty((rows - 1) * stride + x.shape[:-2].numel() * cols, dtype=x.dtype)
+    size = (rows - 1) * stride + x.shape[:-2].numel() * cols
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    room = torch.frombuffer(mmap.mmap(-1, size * x.itemsize, flags), dtype=x.dtype)
     return room.as_strided(x.shape, (*[cols] * (x.dim() - 2), stride, 1)).copy_(x)
 
 
