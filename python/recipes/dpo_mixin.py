@@ -84,7 +84,8 @@ class TDPOMixin:
 
     def _check_heads(self, model: nn.Module, inputs: Batch) -> None:
         """Once, on the first batch: that the models' logits are what the loss takes them for."""
-        for wrapped in () if self._heads_checked else filter(None, (model, self.ref_model)):
+        models = [x for x in (model, self.ref_model) if x is not None]  # a compiled one has no truth
+        for wrapped in [] if self._heads_checked else models:
             check_head(self.accelerator.unwrap_model(wrapped), inputs, wrapped=wrapped)
         self._heads_checked = True
 

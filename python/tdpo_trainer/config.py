@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from trl import DPOConfig
 
-from .step import LossOptions
+from .step import LossOptions, refuse_torch_compile
 
 FIXED = {  # options of DPOConfig that would be silently without effect, at the only value they may have
     "loss_type": ["sigmoid"],
@@ -66,6 +66,7 @@ class TDPOConfig(DPOConfig):
             self.gradient_accumulation_steps = self._accumulation(int(os.environ.get("WORLD_SIZE", "1")))
         super().__post_init__()
         self._refuse_what_has_no_effect()
+        refuse_torch_compile(self)
         self.loss_options()
         if self.reference_cache is not None:
             self.precompute_ref_log_probs = True

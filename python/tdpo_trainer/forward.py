@@ -35,7 +35,7 @@ from .head import (
     output_layer,
     run_backbone,
 )
-from .redirect import evaluating, redirect
+from .redirect import evaluating, redirect, refuse_compiled
 
 __all__ = ["Loss", "Reference", "at_head", "pair_outputs", "redirect", "reference_side"]
 
@@ -73,8 +73,9 @@ def pair_outputs(
     Raises:
         UnsupportedModel: as `head.run_backbone` and `head.head_pair`.
         ValueError: there is no `reference.head`, and the policy's own is trained.
-        TypeError, RuntimeError: as `redirect`.
+        TypeError, RuntimeError: as `redirect`; the model is compiled as a whole.
     """
+    refuse_compiled(wrapped, unwrapped)
     exact: dict[str, Tensor] = {}
     if reference.head is None:
         _check_frozen_head(unwrapped)
@@ -114,6 +115,7 @@ def reference_side(
             switches to another adapter. Its head is left to `pair_outputs`, unless an adapter is on it. The context is
             entered within the forward: outside, FSDP2 would take peft's switching of ``requires_grad`` for good.
     """
+    refuse_compiled(wrapped, unwrapped)
     kept: list[Reference] = []
     outside = _tensors(unwrapped)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tdpo_kernels import LMHead
 from tdpo_kernels.parallel import VocabParallelHead, vocab_parallel
 
-from .redirect import evaluating, instead, redirect
+from .redirect import evaluating, instead, redirect, refuse_compiled
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -149,7 +149,9 @@ def check_head(model: nn.Module, inputs: Mapping[str, Any], rows: int = 4, *, wr
 
     Raises:
         UnsupportedModel: naming the family, and by how much its logits differ.
+        TypeError: the model is compiled as a whole.
     """
+    refuse_compiled(model if wrapped is None else wrapped, model)
     seen: list[tuple[Tensor, slice | None]] = []
     layer = innermost(output_layer(model))
 
@@ -165,7 +167,7 @@ def check_head(model: nn.Module, inputs: Mapping[str, Any], rows: int = 4, *, wr
             return model.forward(**inputs).logits
 
     with evaluating(model):  # no dropout: a resumed run, which checks anew, goes on with the same random numbers
-        theirs = redirect(wrapped or model, model, compare, **_few(model, inputs, rows))
+        theirs = redirect(model if wrapped is None else wrapped, model, compare, **_few(model, inputs, rows))
     if not seen:
         raise UnsupportedModel(model, "its forward does not call its LM head", "a head that is called")
     ours, columns = seen[-1]

@@ -23,7 +23,7 @@ def check_parallelism(config: Any, *models: nn.Module | None) -> None:
                 f"parallelism_config.{name}: got {size}, wanted 1: the trainers take whole sequences; for a loop of "
                 "your own there is tdpo_kernels.parallel.sequence_parallel_loss"
             )
-    for model in filter(None, models):
+    for model in models:
         plan = getattr(getattr(model, "config", None), "distributed_config", None)
         if (size := getattr(plan, "pp_size", None) or 1) > 1:
             raise ValueError(f"distributed_config.pp_size: got {size}, wanted 1: the loss is within one forward")

@@ -16,7 +16,8 @@ from .forward import Reference, pair_outputs
 from .head import check_head
 from .metrics import TOKENS_SEEN, means_of, total_over_processes
 from .parallelism import check_parallelism, copies_of_a_batch, pairs_that_count
-from .step import Batch, LossOptions, model_inputs, pair_loss, refuse_functions_of_logits
+from .redirect import refuse_compiled
+from .step import Batch, LossOptions, model_inputs, pair_loss, refuse_functions_of_logits, refuse_torch_compile
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -57,6 +58,7 @@ class PlainTDPOTrainer(Trainer):
             )
         if ref_model is None and not is_peft_model(model):
             raise ValueError("ref_model: got None, wanted a model: only a PEFT model is its own reference")
+        refuse_compiled(*(x for x in (model, ref_model) if x is not None))
         if ref_model is None:
             reference.check_own_reference(model)
         _refuse_what_has_no_effect(args, kwargs)
@@ -132,7 +134,8 @@ class PlainTDPOTrainer(Trainer):
 
     def _check_heads(self, model: nn.Module, inputs: Batch) -> None:
         """Once, on the first batch: that the models' logits are what the loss takes them for."""
-        for wrapped in () if self._heads_checked else filter(None, (model, self.ref_model)):
+        models = [x for x in (model, self.ref_model) if x is not None]  # a compiled one has no truth
+        for wrapped in [] if self._heads_checked else models:
             check_head(self.accelerator.unwrap_model(wrapped), model_inputs(inputs), wrapped=wrapped)
         self._heads_checked = True
 
@@ -155,6 +158,7 @@ def _router_aux_loss_coef(model: nn.Module, given: float | None) -> float:
 
 def _refuse_what_has_no_effect(args: Any, others: Mapping[str, Any]) -> None:
     refuse_functions_of_logits(others)
+    refuse_torch_compile(args)
     if seen := getattr(args, "label_smoothing_factor", 0.0):
         raise ValueError(f"label_smoothing_factor: got {seen:g}, wanted 0.0: TDPO's loss has none")
 

@@ -51,14 +51,11 @@ def redirect(wrapped: nn.Module, inner: nn.Module, function: Callable[..., Any],
         inner: the model within.
 
     Raises:
-        TypeError: for `torch.nn.DataParallel`, which calls copies of `inner`, and for `torch.compile`d modules.
+        TypeError: for `torch.nn.DataParallel`, which calls copies of `inner`.
         RuntimeError: calling `wrapped` did not call `inner`.
     """
     if isinstance(wrapped, nn.DataParallel):
         raise TypeError("wrapped: got a DataParallel, which calls copies; wanted one process per device (torchrun)")
-    if hasattr(wrapped, "_orig_mod"):
-        kind = type(wrapped).__name__
-        raise TypeError(f"wrapped: got a {kind} of torch.compile; wanted a model that is not compiled as a whole")
     calls = []
 
     def once(*args: Any, **kwargs: Any) -> Any:
@@ -72,3 +69,22 @@ def redirect(wrapped: nn.Module, inner: nn.Module, function: Callable[..., Any],
     if not calls:
         raise RuntimeError(f"inner: calling the {type(wrapped).__name__} did not call the {type(inner).__name__}")
     return out
+
+
+def refuse_compiled(*modules: nn.Module) -> None:
+    """Raises TypeError for a model whose whole forward is compiled: nothing could be put in its place.
+
+    What it is made of may be compiled, its layers or its backbone.
+    """
+    for module in modules:
+        base = module.get_base_model() if hasattr(module, "get_base_model") else module
+        if any(map(_is_compiled, (module, base))):
+            raise TypeError(
+                f"model: got a {type(base).__name__} compiled as a whole (torch.compile, Module.compile), wanted its "
+                "parts compiled: model.model.compile(), or layer.compile() of each layer"
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    whole = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    return whole or hasattr(module.forward, "get_compiler_config")

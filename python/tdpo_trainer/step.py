@@ -79,3 +79,12 @@ def refuse_functions_of_logits(arguments: Mapping[str, Any]) -> None:
     ):  # fmt: skip
         if arguments.get(name) is not None:
             raise ValueError(f"{name}: got {what}, wanted None: TDPO never makes them")
+
+
+def refuse_torch_compile(args: Any) -> None:
+    """Raises ValueError for ``torch_compile`` in a trainer's arguments, which compiles the model as a whole."""
+    if getattr(args, "torch_compile", False):
+        raise ValueError(
+            "torch_compile: got True, wanted False: compiled as a whole, a model cannot be cut at its head; its parts "
+            "can be: model.model.compile(), or layer.compile() of each layer"
+        )

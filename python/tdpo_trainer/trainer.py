@@ -25,6 +25,7 @@ from .head import check_head
 from .kernels import LMHead, on_device
 from .metrics import TOKENS_SEEN, means_of, total_over_processes
 from .parallelism import check_parallelism, copies_of_a_batch, pairs_that_count
+from .redirect import refuse_compiled
 from .step import Batch, model_inputs, pair_loss, refuse_functions_of_logits
 
 
@@ -68,6 +69,7 @@ class TDPOTrainer(DPOTrainer):
     ) -> None:
         args = TDPOConfig(output_dir=_output_dir(model)) if args is None else args
         _check_arguments(args, kwargs)
+        refuse_compiled(*(x for x in (model, ref_model) if isinstance(x, nn.Module)))
         if ref_model is None and isinstance(model, nn.Module) and is_peft_model(model):
             reference.check_own_reference(model)  # before TRL adds a copy of its adapter
         self.options = args.loss_options()
@@ -129,7 +131,8 @@ class TDPOTrainer(DPOTrainer):
 
     def _check_heads(self, model: nn.Module, inputs: Batch) -> None:
         """Once, on the first batch: that the models' logits are what the loss takes them for."""
-        for wrapped in () if self._heads_checked else filter(None, (model, self.ref_model)):
+        models = [x for x in (model, self.ref_model) if x is not None]  # a compiled one has no truth
+        for wrapped in [] if self._heads_checked else models:
             check_head(self.accelerator.unwrap_model(wrapped), model_inputs(inputs), wrapped=wrapped)
         self._heads_checked = True
 

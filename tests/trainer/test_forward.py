@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from tdpo_trainer.forward import Reference, at_head, pair_outputs, redirect, reference_side
-from tdpo_trainer.head import UnsupportedModel, head_pair, last_hidden, lm_head, run_backbone
+from tdpo_trainer.head import UnsupportedModel, check_head, head_pair, last_hidden, lm_head, run_backbone
 from test_head import adapted
 from torch import nn
 
@@ -167,14 +167,6 @@ def test_redirect_gives_the_forward_back_also_after_an_error():
     assert policy(**inputs).logits.shape == (2 * tiny.P, tiny.L, tiny.V)
 
 
-class OptimizedModule(nn.Module):
-    """As torch.compile's, which takes seconds to import."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._orig_mod = module
-
-
 def test_wrappers_that_do_not_call_the_model_are_refused():
     policy, other = tiny.build("llama"), tiny.build("llama")
     inputs = tiny.inputs_of(tiny.batch())
@@ -182,8 +174,29 @@ def test_wrappers_that_do_not_call_the_model_are_refused():
         redirect(other, policy, lambda **inputs: None, **inputs)
     with pytest.raises(TypeError, match="got a DataParallel"):
         redirect(nn.DataParallel(policy), policy, lambda **inputs: None, **inputs)
-    with pytest.raises(TypeError, match="got a OptimizedModule of torch.compile"):
-        redirect(OptimizedModule(policy), policy, lambda **inputs: None, **inputs)
+
+
+COMPILED = {
+    "Module.compile": lambda model: model.compile(backend="eager") or model,
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "forward": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager")) or model,
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_model_compiled_as_a_whole_is_refused_and_one_of_compiled_parts_is_not(how: str):
+    policy, batch = COMPILED[how](tiny.build("llama")), tiny.batch()
+    inputs, refused = tiny.inputs_of(batch), pytest.raises(TypeError, match="^model: got a .* compiled as a whole")
+    side = Reference(torch.zeros(2 * tiny.P, tiny.L, 16, dtype=torch.float64), lm_head(tiny.build("llama")))
+    with refused:
+        check_head(policy, inputs)
+    with refused:
+        reference_side(policy, inputs, unwrapped=policy)
+    with refused:
+        pair_outputs(policy, side, inputs, loss_on(batch["labels"]), unwrapped=policy)
+    parts = tiny.build("llama")
+    parts.model.compile(backend="eager")
+    pair_outputs(parts, side, inputs, loss_on(batch["labels"]), unwrapped=parts)
 
 
 def test_at_head_gives_what_the_head_is_given():

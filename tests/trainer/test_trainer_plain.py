@@ -10,7 +10,7 @@ import processes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import eager_run, llama, logged, losses, mixtral, parameters, text_pairs, tokenizer, worst
+from runs import eager_run, llama, logged, losses, mixtral, parameters, text_pairs, tokenizer, trainer, worst
 from tdpo_trainer.metrics import NAMES
 from tdpo_trainer.plain import PlainTDPOTrainer, collate, tokenize
 from tdpo_trainer.step import LossOptions
@@ -139,6 +139,17 @@ def test_functions_that_would_not_be_called_are_refused_by_name(name: str, tmp_p
 def test_smoothed_labels_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="^label_smoothing_factor: got 0.1, wanted 0.0"):
         run(tmp_path, llama(), llama(1), label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize("run_of", [run, trainer])
+def test_a_compiled_model_is_refused_as_such(run_of, tmp_path: Path):
+    with pytest.raises(ValueError, match="^torch_compile: got True, wanted False"):
+        run_of(tmp_path, llama(), llama(1), torch_compile=True)
+    inside = llama()
+    inside.forward = torch.compile(inside.forward)
+    for models in ((torch.compile(llama()), llama(1)), (llama(), torch.compile(llama(1))), (inside, llama(1))):
+        with pytest.raises(TypeError, match="^model: got a .* compiled as a whole"):
+            run_of(tmp_path, *models)
 
 
 def test_rows_are_padded_and_cut_on_the_right():
