@@ -29,6 +29,20 @@ def check_parallelism(config: Any, *models: nn.Module | None) -> None:
             raise ValueError(f"distributed_config.pp_size: got {size}, wanted 1: the loss is within one forward")
 
 
+def keep_pairs_together(accelerator: Accelerator) -> None:
+    """Each process collates its own batches; also of streaming datasets, which accelerate would rather dispatch.
+
+    Raises:
+        ValueError: batches are to be cut up by rows, which would tear chosen ones from rejected ones.
+    """
+    if accelerator.dispatch_batches:
+        raise ValueError(
+            "accelerator_config.dispatch_batches: got True, wanted False: it splits a batch by rows, and a pair's rows "
+            "are half a batch apart"
+        )
+    accelerator.dataloader_config.dispatch_batches = False
+
+
 def copies_of_a_batch(config: Any, model: nn.Module) -> int:
     """How many processes have the same pairs: those that share the model by tensor parallelism."""
     return getattr(model, "_tp_size", None) or getattr(config, "tp_size", None) or 1

@@ -15,7 +15,7 @@ from . import reference
 from .forward import Reference, pair_outputs
 from .head import check_head
 from .metrics import TOKENS_SEEN, means_of, total_over_processes
-from .parallelism import check_parallelism, copies_of_a_batch, pairs_that_count
+from .parallelism import check_parallelism, copies_of_a_batch, keep_pairs_together, pairs_that_count
 from .redirect import refuse_compiled
 from .step import Batch, LossOptions, model_inputs, pair_loss, refuse_functions_of_logits, refuse_torch_compile
 
@@ -70,6 +70,7 @@ class PlainTDPOTrainer(Trainer):
         kwargs.setdefault("data_collator", partial(collate, pad=tokenizer.pad_token_id, max_length=max_length))
         super().__init__(model=model, args=args, **kwargs)
         check_parallelism(self.accelerator.parallelism_config, model, ref_model)
+        keep_pairs_together(self.accelerator)
         self.options = options or LossOptions()
         self.model_accepts_loss_kwargs = False  # so that the loss is divided by gradient_accumulation_steps
         self.ref_model = ref_model

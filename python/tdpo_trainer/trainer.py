@@ -24,7 +24,7 @@ from .forward import Reference, pair_outputs
 from .head import check_head
 from .kernels import LMHead, on_device
 from .metrics import TOKENS_SEEN, means_of, total_over_processes
-from .parallelism import check_parallelism, copies_of_a_batch, pairs_that_count
+from .parallelism import check_parallelism, copies_of_a_batch, keep_pairs_together, pairs_that_count
 from .redirect import refuse_compiled
 from .step import Batch, model_inputs, pair_loss, refuse_functions_of_logits
 
@@ -84,6 +84,7 @@ class TDPOTrainer(DPOTrainer):
             self._model_digests = _model_digests(ref_model)  # before it is sharded
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         check_parallelism(self.accelerator.parallelism_config, self.model, self.ref_model)
+        keep_pairs_together(self.accelerator)
         if self.ref_model is None and is_peft_model(self.model):
             reference.check_own_reference(self.model)
         if args.reference_cache is not None:

@@ -142,6 +142,14 @@ def test_smoothed_labels_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("run_of", [run, trainer])
+def test_batches_are_not_cut_up_by_rows(run_of, tmp_path: Path):
+    """The first half of the rows are chosen, the second rejected: accelerate would give each half to a process."""
+    with pytest.raises(ValueError, match="^accelerator_config.dispatch_batches: got True, wanted False"):
+        run_of(tmp_path, llama(), llama(1), accelerator_config={"dispatch_batches": True})
+    assert run_of(tmp_path, llama(), llama(1)).accelerator.dispatch_batches is False
+
+
+@pytest.mark.parametrize("run_of", [run, trainer])
 def test_a_compiled_model_is_refused_as_such(run_of, tmp_path: Path):
     with pytest.raises(ValueError, match="^torch_compile: got True, wanted False"):
         run_of(tmp_path, llama(), llama(1), torch_compile=True)
