@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PhiConfig,
+)
 
 V, P, L = 37, 4, 7
 SIZES = dict(
@@ -19,6 +27,7 @@ CONFIGS = {
     "gemma2": lambda: Gemma2Config(**SIZES, final_logit_softcapping=2.0),
     "cohere": lambda: CohereConfig(**WITHOUT_HEAD_DIM, logit_scale=0.25),
     "granite": lambda: GraniteConfig(**WITHOUT_HEAD_DIM, logits_scaling=4.0),
+    "phi": lambda: PhiConfig(**WITHOUT_HEAD_DIM),  # a bias on its head
     "mixtral": lambda: MixtralConfig(
         **SIZES, num_local_experts=3, num_experts_per_tok=2, output_router_logits=True, experts_implementation="eager"
     ),
