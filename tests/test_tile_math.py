@@ -101,8 +101,18 @@ def test_one_part_is_equation_8(kind):
     apart = (z.double() - z_top[:, None]) - (r.double() - r_top[:, None])
     want = (q * apart).masked_fill(~allowed, 0).sum(-1)
     assert torch.allclose(mean.double(), want, rtol=1e-6, atol=1e-6)
-    centred = (apart - want[:, None]).float()
-    assert torch.allclose(y[allowed], centred[allowed], rtol=1e-5, atol=1e-5)
+    ratio = z.double().log_softmax(-1) - r.double().log_softmax(-1)
+    assert torch.allclose((y - found.excess[:, None])[allowed].double(), ratio[allowed], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", (1e-5, 1e-3, 0.1))
+def test_the_difference_of_the_lses_has_the_digits_of_the_log_ratios(size):
+    """Themselves rounded to some 3e-7, they would leave no row of dz a sum of 0."""
+    z, noise = torch.randn(2, 64, 1000, generator=torch.Generator().manual_seed(0))
+    r = z + size * noise
+    state = tile_math.merge([part(z, r)[0]])
+    want = torch.sub(*(torch.stack([z, r]).double().logsumexp(-1) - state.tops_2R))
+    assert (state.lse_diff - want).abs().max() <= 3e-8
 
 
 SPLITS = (

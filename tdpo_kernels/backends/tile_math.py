@@ -102,29 +102,32 @@ class Part(NamedTuple):
 
 
 def divergence_(z: Tensor, r: Tensor, p: Tensor, q: Tensor, ends_2: tuple[Tensor, Tensor]) -> tuple[Part, bool]:
-    """The part, and whether it `is_narrow`; leaves in r ``y = z - r``, centred by about mu or, if that is more, by
-    -FAR. z is scratch. The ends, of both, are what `softmax_` returned.
+    """The part, and whether it `is_narrow`; leaves in r ``y = z - r``, centred. z is scratch. The ends, of both, are
+    what `softmax_` returned.
 
-    Centring twice leaves no trace of q's sum not being 1. A narrow tile is centred once, and its M, then taken about
-    ``mu - rest``, is moved by (9): ``e^-rest (M - (expm1(rest) - rest))``. The log-ratios of both tops lie on either
-    side of 0, so a narrow tile's centre is below NARROW, and rest, its rounding, too small for its square to count.
+    A narrow tile's centre is L - L', with which y is log(p / q), ``E_q[y] = -KL`` and eq. (2a) the KL. What is left over,
+    ``e = E_q[y] + KL``, is the rounding of L and L', and (2a) off by ``expm1(e) - e``: nothing. Any other tile is
+    centred by about mu, or by -FAR if that is more.
     """
-    y = torch.sub(z, r, out=r)
-    centre = torch.mul(q, y, out=z).sum(-1).clamp_(min=-FAR)
-    y.sub_(centre[:, None])
+    lse_z, lse_r = ends_2[1]
+    centre = lse_z - lse_r
+    y = torch.sub(z, r, out=r).sub_(centre[:, None])
     rest = torch.mul(q, y, out=z).sum(-1)
-    mean = centre + rest
     if is_narrow(y):
-        phi = torch.expm1(y, out=z).sub_(y).mul_(q).sum(-1)
-        phi = torch.addcmul(phi, rest, phi, value=-1.0).clamp_(min=0.0)
-        kl = phi.log1p()
-        return Part(*ends_2, mean, phi, kl, mean + kl, kl + rest), True
+        kl = torch.expm1(y, out=z).sub_(y).mul_(q).sum(-1)
+        kl.clamp_(min=0.0)
+        excess = rest + kl
+        return Part(*ends_2, centre + rest, kl.expm1(), kl, centre + excess, excess), True
+    shift = torch.maximum(rest, -FAR - centre)
+    centre += shift
+    y.sub_(shift[:, None])
+    rest = torch.mul(q, y, out=z).sum(-1)  # a second time leaves no trace of q's sum not being 1
+    mean = centre + rest
     held = rest.clamp(min=-1.0)  # all of it, unless the mean is far
     centre += held
     y.sub_(held[:, None])
     terms = torch.clamp(y, max=CUT, out=z).expm1_().sub_(y).mul_(q)
     phi = terms.sum(-1)
-    lse_z, lse_r = ends_2[1]
     mass = (lse_z - lse_r - centre).exp_()
     torch.mul(p, mass[:, None], out=terms)
     missing = terms.sub_(q, alpha=math.exp(CUT)).clamp_(min=0.0).sum(-1)
