@@ -105,8 +105,8 @@ def divergence_(z: Tensor, r: Tensor, p: Tensor, q: Tensor, ends_2: tuple[Tensor
     """The part, and whether it `is_narrow`; leaves in r ``y = z - r``, centred. z is scratch. The ends, of both, are
     what `softmax_` returned.
 
-    A narrow tile's centre is L - L', with which y is log(p / q), ``E_q[y] = -KL`` and eq. (2a) the KL. What is left over,
-    ``e = E_q[y] + KL``, is the rounding of L and L', and (2a) off by ``expm1(e) - e``: nothing. Any other tile is
+    A narrow tile's centre is L - L', with which y is log(p / q), ``E_q[y] = -KL`` and eq. (2a) the KL. What is left
+    over, ``e = E_q[y] + KL``, is the rounding of L and L', and (2a) off by ``expm1(e) - e``: nothing. Any other tile is
     centred by about mu, or by -FAR if that is more.
     """
     lse_z, lse_r = ends_2[1]
