@@ -161,3 +161,17 @@ def test_hidden_states_that_begin_elsewhere_are_another_launch(seen: Seen, maker
         call(maker, 64, 1008, 0, torch.float32, heavy=True, packed=packed, first=first)
     for made, binaries in seen.binaries.items():
         assert len(binaries) == 1, f"{made}: {_differing(binaries)}"
+
+
+@pytest.mark.parametrize("said, product", [("highest", "ieee"), ("high", "tf32")])
+def test_fp32_is_multiplied_as_torch_is_told_to(seen: Seen, said: str, product: str):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(said)
+    try:
+        call("fused", 64, 1008, 0, torch.float32, heavy=False)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    multiplying = [made for made in seen.binaries if made.kernel in ("fused_stats", "fused_dz")]
+    assert len(multiplying) == 2
+    for made in multiplying:
+        assert dict(made.flags)["PRECISION"] == seen.cases[made].product == product

@@ -54,6 +54,21 @@ def test_strides_change_nothing(backend: str, budget: int, change):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max(), name
 
 
+@pytest.mark.parametrize("wide", (False, True), ids=("cut", "the same"))
+def test_heads_at_one_address_are_one_head_only_if_they_are_the_same(wide: bool):
+    """A reference of fewer hidden features may have a part of the policy's weight."""
+    p = base(6).problem(F32)
+    E = p.hidden.shape[-1] - (0 if wide else 7)
+    ref_head, ref_hidden = replace(p.ref_head, weight=p.head.weight[:, :E]), p.ref_hidden[..., :E]
+    assert ref_head.weight.data_ptr() == p.head.weight.data_ptr()
+    shared = replace(p, ref_head=ref_head, ref_hidden=ref_hidden)
+    apart = replace(shared, ref_head=replace(ref_head, weight=ref_head.weight.clone()))
+    want, found = (stats_of(x, "fused", 0) for x in (apart, shared))
+    for name in ("logp", "ref_logp", "kl"):
+        a, b = getattr(want, name), getattr(found, name)
+        assert (a - b).abs().max() <= 1e-5 * a.abs().max(), name
+
+
 @pytest.mark.parametrize("budget", (0, EVERYTHING))
 @pytest.mark.parametrize("backend", KERNELS)
 def test_rows_of_no_cotangent_have_no_gradient_however_low_their_logits(backend: str, budget: int):

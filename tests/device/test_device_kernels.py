@@ -467,6 +467,30 @@ def test_weights_of_staged_tiles(name):
             assert close(ref_weight * math.exp(-ratio), math.exp(log_q), off, 1e-36), f"tile {k}, row {i}: {ref_weight}"
 
 
+@pytest.mark.parametrize("build", ("fused", "tile"))
+@pytest.mark.parametrize("name", ("plain", "near"))
+def test_what_sixteen_bits_took_from_a_row_is_made_up_for(name, build):
+    """In each tile, but for the label's entry, which backward has in full: the sum of p, and by how much that of q is
+    another."""
+    p, make, width = made(name), fused_stats, C
+    if build == "tile":
+        make, width = tile_stats, p.V
+    staged = planes(p, p.V, BF16)
+    states = make(p, staged=staged)
+    _, weights = merge_states(p, states, len(states))
+    true_p, true_q = (torch.tensor([getattr(t, x) for t in p.true], dtype=F64).exp() for x in ("log_p", "log_q"))
+    others = torch.arange(p.V) != p.labels[:, None]
+    for k, start in enumerate(range(0, p.V, width)):
+        cols = slice(start, min(start + width, p.V))
+        weight, ref_weight, ratio = weights[k, :, : p.T, None].double()
+        kept, t = staged[:2, :, cols].double()
+        found_p, found_q = weight * kept, ref_weight * kept * torch.exp(-t - ratio)
+        pairs = (found_p, true_p[:, cols]), (found_q - found_p, (true_q - true_p)[:, cols])
+        for found, true in pairs:
+            off = ((found - true) * others[:, cols]).sum(1).abs() / ((true_p + true_q) * others)[:, cols].sum(1)
+            assert off.max() <= 32 * EPS, f"tile {k}: {off.max()}"
+
+
 # --- backward ---------------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from harness import (
     on_grid,
     padded,
     poisoned,
+    power_of_2,
     row,
     rows,
 )  # fmt: skip
@@ -85,6 +86,26 @@ def check_each(function, x: Tensor, want, bound) -> None:
 def test_psi_series():
     x = spread(1e-6, NEAR)
     check_each(device.psi_series, x[x.abs() <= NEAR], exact_psi, lambda y, want: 4 * EPS * want)
+
+
+def in_float64(function, x: Tensor) -> Tensor:
+    """As if it were rounded nowhere: what is left is where a series ends."""
+    out = poisoned(power_of_2(len(x)), dtype=F64)
+    launch(_each, (1,), function, padded(x.double(), 0.0), out, len(out))
+    return out[: len(x)]
+
+
+def test_a_series_has_all_its_terms():
+    x = torch.linspace(-NEAR, NEAR, 101, dtype=F64)
+    for function, want, off in (
+        (device.psi_series, exact_psi, 4e-9),
+        (device.expm1, math.expm1, 4e-9),
+        (device.log1p, math.log1p, 2e-9),
+    ):
+        true = [want(v) for v in x.tolist()]
+        check_all(in_float64(function, x), true, lambda i, true=true, off=off: off * abs(true[i]))
+    ends = torch.tensor([-0.4999, -0.45, 0.5, 0.999], dtype=F64)
+    check_all(in_float64(device.log1p, ends), [math.log1p(v) for v in ends.tolist()], lambda i: 2e-9)
 
 
 def test_psi():
