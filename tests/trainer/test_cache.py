@@ -262,6 +262,16 @@ def test_a_stale_cache_is_refused_with_what_changed(part: str, written: Path, mo
         )
 
 
+def test_a_cache_that_says_less_or_more_than_is_asked_is_refused(written: Path):
+    """One of an older version, or a newer."""
+    knows = json.loads((written / "meta.json").read_text())["fingerprint"]
+    assert read_meta(written, knows).examples == 12
+    with pytest.raises(CacheError, match="made from another weather: got None, wanted fine"):
+        read_meta(written, knows | {"weather": "fine"})
+    with pytest.raises(CacheError, match="made from another template: got .*, wanted None"):
+        read_meta(written, {name: x for name, x in knows.items() if name != "template"})
+
+
 def test_a_reference_adapter_of_another_scaling_is_another_reference(tmp_path: Path):
     """Its weights are the same."""
 
