@@ -14,6 +14,7 @@ from runs import eager_run, llama, logged, losses, mixtral, parameters, text_pai
 from tdpo_trainer.metrics import NAMES
 from tdpo_trainer.plain import PlainTDPOTrainer, collate, tokenize
 from tdpo_trainer.step import LossOptions
+from tokenizers import processors
 from torch import nn
 from transformers import TrainingArguments
 
@@ -158,6 +159,17 @@ def test_a_compiled_model_is_refused_as_such(run_of, tmp_path: Path):
     for models in ((torch.compile(llama()), llama(1)), (llama(), torch.compile(llama(1))), (inside, llama(1))):
         with pytest.raises(TypeError, match="^model: got a .* compiled as a whole"):
             run_of(tmp_path, *models)
+
+
+def test_completions_end_and_prompts_do_not():
+    """Whether or not the tokenizer ends every text."""
+    reader, want = tokenizer(), {"prompt_ids": [3, 4], "chosen_ids": [5, 1], "rejected_ids": [6, 3, 1]}
+    text = {"prompt": "ab", "chosen": "c", "rejected": "da"}
+    assert tokenize(reader, [text]) == [want]
+    ends = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    reader.backend_tokenizer.post_processor = ends
+    assert reader("ab").input_ids == [3, 4, 1]
+    assert tokenize(reader, [text]) == [want]
 
 
 def test_rows_are_padded_and_cut_on_the_right():
