@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_memory import Ledger
 
 from tdpo_kernels import LMHead, kernels, offline, tuning
 from tdpo_kernels.backends import fused, kernel_walk, launch, products, selfcheck, slab
@@ -175,3 +176,16 @@ def test_fp32_is_multiplied_as_torch_is_told_to(seen: Seen, said: str, product: 
     assert len(multiplying) == 2
     for made in multiplying:
         assert dict(made.flags)["PRECISION"] == seen.cases[made].product == product
+
+
+@pytest.mark.parametrize("how", ("rounded", "stored sideways"))
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_weight_that_needs_a_copy_has_none_of_the_whole(seen: Seen, maker: str, how: str):
+    T, V, D, dtype = 32, 2048, 64, torch.float32 if how == "rounded" else torch.bfloat16
+    weight = torch.zeros(V, D, dtype=dtype) if how == "rounded" else torch.zeros(D, V, dtype=dtype).T
+    model = Model(torch.zeros(T, D, dtype=dtype), LMHead(weight), torch.bfloat16)
+    inputs, needs = Inputs(model, model, Rows(None, None, torch.arange(T)), 0), Needs(True, False, False)
+    with Ledger() as book:
+        out = kernel_walk.forward(MAKERS[maker](), inputs, needs)
+        kernel_walk.backward(MAKERS[maker](), inputs, needs, out.saved, torch.ones(T), torch.full((T,), 2.0))
+    assert seen.binaries and book.largest <= V * D * 2 / 4
