@@ -6,8 +6,9 @@ Triton's own specialisation, asked for without a device: no kernel runs, and no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -47,14 +48,18 @@ class Seen:
     case: Case | None = None
 
     def run(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **more: Any) -> None:
-        bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS[self.target].gpu()))
-        _, specialised, _ = bind(*args, **more)
+        _, specialised, _ = _binder(kernel, self.target)(*args, **more)
         self.last = kernel.fn.__name__, frozenset(map(_argument, kernel.arg_names, *zip(*specialised, strict=True)))
 
     def launched(self, made: Launch) -> Launch:
         self.binaries.setdefault(made, set()).add(self.last)
         self.cases[made] = self.case
         return made
+
+
+@cache
+def _binder(kernel: JITFunction, target: str) -> Callable:
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS[target].gpu()))
 
 
 def _argument(name: str, type_: str, what: Any) -> tuple[str, str]:
