@@ -16,7 +16,7 @@ from accelerate.utils import ParallelismConfig
 from processes import run
 from tdpo_trainer.forward import pair_outputs, reference_side
 from tdpo_trainer.head import UnsupportedModel, check_head, lm_head
-from tdpo_trainer.parallelism import check_parallelism
+from tdpo_trainer.parallelism import check_parallelism, pairs_that_count
 from test_forward import loss_on
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer
@@ -111,6 +111,18 @@ def test_a_run_without_trl_is_that_of_one_process(tmp_path: Path):
     alone = test_trainer_plain.run(tmp_path / "alone", model, reference)
     alone.train()
     run(training_without_trl, tmp_path, counted(alone))
+
+
+@pytest.mark.parametrize("copies, counted", [(1, [2, 2, 1, 0]), (2, [2, 2, 2, 2])])
+def test_repeated_pairs_of_the_last_batch_do_not_count(copies: int, counted: list[int]):
+    """Four processes with two pairs each; five pairs are left, and in groups of two, that share theirs, four are."""
+    state = SimpleNamespace(end_of_dataloader=True, remainder=5)
+    ranks = [SimpleNamespace(gradient_state=state, process_index=rank) for rank in range(4)]
+    assert [pairs_that_count(rank, 2, copies) for rank in ranks] == counted
+    state.remainder = 3
+    assert [pairs_that_count(rank, 2, 2) for rank in ranks] == [2, 2, 1, 1]
+    state.end_of_dataloader = False
+    assert [pairs_that_count(rank, 2, copies) for rank in ranks] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("size", ["cp_size", "sp_size"])
