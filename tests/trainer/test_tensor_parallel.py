@@ -71,12 +71,13 @@ def test_gradients_of_a_model_split_by_its_own_plan(tmp_path: Path):
     run(gradients, tmp_path)
 
 
-def training(rank: int, folder: Path, want: list[float], parameters: dict[str, Tensor]) -> None:
+def training(rank: int, folder: Path, want: list[float], tokens: list[int], parameters: dict[str, Tensor]) -> None:
     ParallelismConfig._validate_accelerator = lambda *_: None  # it wants GPUs; nothing after it does
     model, reference = (split(folder / "model", rank, 2, torch.float32) for _ in range(2))
     trainer = runs.trainer(folder / f"out{rank}", model, reference)
     trainer.train()
     torch.testing.assert_close(torch.tensor(runs.losses(trainer)), torch.tensor(want), rtol=2e-4, atol=2e-5)
+    assert runs.logged(trainer, "num_tokens") == tokens
     for name, x in model.named_parameters():
         torch.testing.assert_close(whole(x.detach()), parameters[name], rtol=0, atol=1e-4)
 
@@ -100,7 +101,7 @@ def test_a_run_of_the_trainer_is_that_of_one_process(tmp_path: Path):
     model, reference = (AutoModelForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
     alone = runs.trainer(tmp_path / "alone", model, reference)
     alone.train()
-    run(training, tmp_path, runs.losses(alone), runs.parameters(model))
+    run(training, tmp_path, runs.losses(alone), runs.logged(alone, "num_tokens"), runs.parameters(model))
 
 
 def test_a_run_without_trl_is_that_of_one_process(tmp_path: Path):
