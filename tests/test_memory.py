@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,6 +192,24 @@ def test_softcap_and_bias_stay_within_the_workspace(budget: int):
 def test_budgets_smaller_than_a_tile_stage_nothing():
     call = batch(512, 2048, 16)
     assert ledger(call, 2 * 512 * 2048 * 4 - 1).largest <= slab.WORKSPACE["cpu"] / 4
+
+
+@pytest.mark.parametrize(
+    "cache, D, want",
+    [
+        (50, 4096, (2048, 2048)),  # an H200's: a pair of fp32 tiles, 32 MiB
+        (126, 4096, (2048, 4096)),
+        (50, 896, (2048, 4096)),  # a smaller tile's product would be over before the next is launched
+        (4, 4096, (1024, 2048)),
+    ],
+)
+def test_on_a_gpu_both_models_tiles_fit_into_its_cache(cache, D, want, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(slab, "_cache_bytes", lambda device: cache * MIB)
+    hidden = SimpleNamespace(device=torch.device("cuda"), shape=(65536, D))
+    head = SimpleNamespace(weight=torch.empty(65536, D, device="meta"))
+    inputs = SimpleNamespace(rows=SimpleNamespace(count=65536), policy=SimpleNamespace(hidden=hidden, head=head))
+    grid = slab.cut(inputs, 0, 0, 0, pair=8)
+    assert (grid.R, grid.C) == want
 
 
 def test_memory_is_given_back_after_backward():

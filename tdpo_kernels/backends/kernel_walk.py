@@ -132,7 +132,7 @@ def backward(
         if c.kinds[i] is Kind.NOTHING:
             return None
         R, C = rows.stop - rows.start, cols.stop - cols.start
-        out = call.work.get("dz", policy.operand_dtype, R, _apart(C))[:, :C]
+        out = call.work.get("dz", policy.operand_dtype, R, apart(C))[:, :C]
         coefficients_3R = coefficients_3T[:, rows]
         planes = stage.planes(i, k, R, C)
         if planes is None:
@@ -187,14 +187,14 @@ class _Stage:
         if slot >= self.flat.shape[0]:
             return None
         count = self.flat.shape[1]
-        return self.flat[slot].view(-1)[: count * R * _apart(C)].view(count, R, _apart(C))[..., :C]
+        return self.flat[slot].view(-1)[: count * R * apart(C)].view(count, R, apart(C))[..., :C]
 
     def weights_of(self, cols: slice, rows: slice) -> Tensor:
         """``(parts, 3, R)`` of whole column blocks."""
         return self.weights.flatten(0, 1)[self.call.parts(cols), :, rows]
 
 
-def _apart(C: int) -> int:
+def apart(C: int) -> int:
     """How far apart rows of a tile lie: a multiple of 16, or a vocabulary's last columns would be a kernel's second
     binary, and one that loads them one by one."""
     return -(-C // 16) * 16

@@ -328,7 +328,7 @@ def tile_stats(
         plane=0 if staged is None else staged.stride(0), **_scalars(*heads), F=largest_exponent(torch.float32),
         R=config.R, C=config.C, **flags, **config.options,
     )  # fmt: skip
-    return _launched("tile_stats", config, flags | _whole(z), z, staged, *biases)
+    return _launched("tile_stats", config, flags, z, staged, *biases)
 
 
 def tile_dz(
@@ -356,12 +356,7 @@ def tile_dz(
         stride_rows=row_values.stride(0), stride_dz=dz.stride(0), **_scalars(*heads),
         R=config.R, C=config.C, **flags, **config.options,
     )  # fmt: skip
-    return _launched("tile_dz", config, flags | _whole(some), some, dz, *biases)
-
-
-def _whole(tile: Tensor) -> dict[str, bool]:
-    """A vocabulary's last columns may lie otherwise: they have a binary of their own."""
-    return dict(whole=tile.stride(0) % 16 == 0)
+    return _launched("tile_dz", config, flags, some, dz, *biases)
 
 
 def _launched(kernel: str, config: TileConfig, flags: dict[str, Any], *tensors: Tensor | None) -> Launch:

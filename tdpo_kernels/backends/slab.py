@@ -15,7 +15,10 @@ from ..types import Inputs, Model
 from .products import SIXTEEN_BIT, block_of, logits_, operand_dtype
 
 WORKSPACE = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # bytes of tiles and gathered operands held at once
-TILE = {"cpu": (1024, 1024), "cuda": (2048, 4096)}  # rows x columns where the workspace allows
+TILE = {"cpu": (1024, 1024), "cuda": (2048, 4096)}  # rows x columns, at most
+LAUNCHED = (
+    2**33
+)  # multiplications: a shorter product would not outlast its launch (20 us of an H200 at its data sheet's)
 SMALLEST = 64
 SLAB = 16 * 2**20  # bytes of a CPU's workspace that dz of all rows and one column block may take in bf16
 
@@ -58,7 +61,7 @@ def make_grid(inputs: Inputs) -> Grid:
     per_row, per_col = copied_bytes(inputs, widen=True)
     if has_slab(inputs):
         per_col += inputs.rows.count * inputs.policy.dtype.itemsize
-    return cut(inputs, per_tile, per_row, per_col)
+    return cut(inputs, per_tile, per_row, per_col, pair=2 * stats.itemsize)
 
 
 def has_slab(inputs: Inputs) -> bool:
@@ -71,20 +74,40 @@ def has_slab(inputs: Inputs) -> bool:
     return T * 2 * TILE["cpu"][1] + (0 if inputs.rows.hidden_T is None else T * 2 * policy.hidden.shape[1]) <= SLAB
 
 
-def cut(inputs: Inputs, per_tile: int, per_row: int, per_col: int, multiple: int = 16) -> Grid:
-    """The grid whose tiles, with this many bytes held per entry, row and column, fit into the workspace. Columns are
-    cut at multiples of `multiple`."""
-    device = inputs.policy.hidden.device.type
-    workspace = WORKSPACE.get(device, WORKSPACE["cpu"])
+def cut(inputs: Inputs, per_tile: int, per_row: int, per_col: int, multiple: int = 16, pair: int = 0) -> Grid:
+    """The grid whose tiles, with this many bytes held per entry, row and column, fit into the workspace; and of which
+    `pair` bytes per entry fit into a GPU's cache. Columns are cut at multiples of `multiple`."""
+    device = inputs.policy.hidden.device
+    workspace, tile = WORKSPACE.get(device.type, WORKSPACE["cpu"]), TILE.get(device.type, TILE["cpu"])
+    if pair and device.type == "cuda":
+        tile = in_cache(tile, pair, _cache_bytes(device), inputs.policy.hidden.shape[1])
     T, V = inputs.rows.count, inputs.policy.head.weight.shape[0]
-    return _grid(T, V, TILE.get(device, TILE["cpu"]), workspace, (per_tile, per_row, per_col), multiple)
+    return _grid(T, V, tile, workspace, (per_tile, per_row, per_col), multiple)
+
+
+def in_cache(tile: tuple[int, int], pair: int, cache: int, D: int) -> tuple[int, int]:
+    """Rows and columns, halved until `pair` bytes per entry fit into `cache`, or products would be as short as their
+    launches."""
+    R, C = tile
+    while pair * R * C > cache and R * C * D >= 2 * LAUNCHED:
+        R, C = _halved(R, C)
+    return R, C
+
+
+def _halved(R: int, C: int) -> tuple[int, int]:
+    return (R, C // 2) if C > R else (R // 2, C)
+
+
+@lru_cache
+def _cache_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 @lru_cache
 def _grid(T: int, V: int, tile: tuple[int, int], workspace: int, held: tuple[int, int, int], multiple: int) -> Grid:
     (R, C), (per_tile, per_row, per_col) = tile, held
     while per_tile * R * C + per_row * R + per_col * C > workspace and max(R, C) > SMALLEST:
-        R, C = (R, C // 2) if C > R else (R // 2, C)
+        R, C = _halved(R, C)
     aligned = 1 if T <= R else min(R, 16)  # a block's row values begin where a kernel takes them to be aligned
     return Grid(T, V, _even(T, R, aligned), _even(V, C, multiple))
 
@@ -168,12 +191,9 @@ class Side:
         self.weight = Operand(work, f"{name} weight", model.head.weight, None, model.dtype)
         self.operand_dtype = operand_dtype(model.dtype, stats, device)
 
-    def products(self, rows: slice, cols: slice, out: Tensor | None = None) -> Tensor:
-        """``h W^T`` of one tile, in the statistics' dtype; without `out`, the caller's until the next one of this
-        side."""
+    def products(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        """``h W^T`` of one tile, in the statistics' dtype."""
         dtype = self.operand_dtype
-        if out is None:
-            out = self.work.get(self.name, self.stats, rows.stop - rows.start, cols.stop - cols.start)
         return logits_(out, self.hidden.block(rows, dtype), self.weight.block(cols, dtype))
 
     def gradient_operand(self, dz_RC: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def products(device: Device) -> Facts:
 def into_fp32(device: Device, dtype: torch.dtype) -> str:
     """``ok``, or what is wrong with products made as `logits_` and `accumulate_` make them, of rows that lie apart."""
     a, b = (torch.randn(n, 72, device=device.torch).to(dtype)[:, :65] for n in (96, 80))
-    out = torch.empty(96, 80, device=device.torch)
+    out = torch.empty(96, 96, device=device.torch)[:, :80]
     try:
         torch.mm(a, b.T, out_dtype=out.dtype, out=out)
         pairs = (out, a.double() @ b.double().T), (torch.mm(a.T, a, out_dtype=out.dtype), a.double().T @ a.double())

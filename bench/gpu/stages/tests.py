@@ -14,8 +14,13 @@ from ..plan import ROOT, Facts, Failed, Item, Settings, Skipped
 
 NEEDED = ("pytest", "hypothesis")
 MARK = re.compile(r"mark\.gpu\b")
+KERNELS = ("float32", "bfloat16", "float16 and not bfloat16")  # dtypes that compile dozens of each backend's
 SPLIT = {  # files that take long, in parts
-    "test_laws.py": ("float64", "float32", "bfloat16", "float16 and not bfloat16", "not float"),
+    "test_laws.py": (
+        "float64",
+        *(f"{dtype} and {backend}" for dtype in KERNELS for backend in ("fused", "not fused")),
+        "not float",
+    ),
 }
 NOTHING_SELECTED = 5
 
