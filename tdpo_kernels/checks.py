@@ -47,9 +47,10 @@ def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
     softcap = None if head.softcap is None else _number(head.softcap, f"{name}.softcap")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted > 0, or None for no cap")
-    computed = torch.promote_types(head.weight.dtype, torch.float32)
-    if softcap is not None and not torch.finfo(computed).tiny <= softcap <= torch.finfo(computed).max:
-        raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted one that {computed} holds")
+    if softcap is not None:
+        computed = torch.promote_types(head.weight.dtype, torch.float32)
+        if not torch.finfo(computed).tiny <= softcap <= torch.finfo(computed).max:
+            raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted one that {computed} holds")
     if isinstance(head, VocabParallelHead):
         _check_split(head, name)
     floats = logit_scale is head.logit_scale and softcap is head.softcap

@@ -51,8 +51,9 @@ def sums_loss(
     (m_w, m_l), (k_w, k_l) = margin_S.chunk(2), kl_S.chunk(2)
     loss_P = -F.logsigmoid(beta * _preference(m_w - m_l, k_w, k_l, alpha, variant))
     loss = loss_P if reduction == "none" else getattr(loss_P, reduction)()
-    rewards_S = beta * (margin_S + kl_S)
-    shown_8P = torch.stack((logp_S, ref_S, kl_S, rewards_S)).detach().to(dtype).view(8, -1)
+    with torch.no_grad():
+        rewards_S = beta * (margin_S + kl_S)
+        shown_8P = torch.stack((logp_S, ref_S, kl_S, rewards_S)).to(dtype).view(8, -1)
     return TDPOOutput(loss.to(dtype), *shown_8P.unbind())
 
 

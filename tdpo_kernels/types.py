@@ -84,7 +84,7 @@ class Model:
 
 def stats_dtype(policy: Model, reference: Model) -> torch.dtype:
     """fp32, or float64 as soon as one side is float64."""
-    return torch.promote_types(torch.promote_types(policy.hidden.dtype, reference.hidden.dtype), torch.float32)
+    return torch.float64 if torch.float64 in (policy.hidden.dtype, reference.hidden.dtype) else torch.float32
 
 
 @dataclass(frozen=True, eq=False)

@@ -244,7 +244,7 @@ class Stage:
             per_tile = slot * self.dtype.itemsize + 3 * grid.R * stats.itemsize
             count = min(inputs.memory_budget // per_tile, self.row_count * columns)
             self.flat = inputs.keep(count, slot, dtype=self.dtype)
-            self.row_values = inputs.keep(3, count if self.weighed else 0, grid.R, dtype=stats)
+            self.row_values = inputs.keep(3, count, grid.R, dtype=stats) if self.weighed else None
 
     def tile(self, i: int, k: int, rows: int, cols: int) -> StagedTile | None:
         """Where row block i and column block k are staged, or None if they are to be recomputed."""
