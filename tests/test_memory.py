@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
 from tdpo_kernels.backends import slab
+from tdpo_kernels.types import Inputs, Model, Rows
 
 MIB = 2**20
 WORKSPACE = 64 * MIB  # a CPU's, DESIGN section 4
@@ -210,6 +211,14 @@ def test_on_a_gpu_both_models_tiles_fit_into_its_cache(cache, D, want, monkeypat
     inputs = SimpleNamespace(rows=SimpleNamespace(count=65536), policy=SimpleNamespace(hidden=hidden, head=head))
     grid = slab.cut(inputs, 0, 0, 0, pair=8)
     assert (grid.R, grid.C) == want
+
+
+def test_tiles_that_lie_in_memory_are_cut_to_the_cache(monkeypatch: pytest.MonkeyPatch):
+    asked = {}
+    monkeypatch.setattr(slab, "cut", lambda *_, **options: asked.update(options))
+    model = Model(torch.zeros(4, 8), LMHead(torch.zeros(16, 8)), torch.float32)
+    slab.make_grid(Inputs(model, model, Rows(None, None, torch.zeros(4, dtype=torch.int64)), 0))
+    assert asked["pair"] == 8
 
 
 def test_memory_is_given_back_after_backward():

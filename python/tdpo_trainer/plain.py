@@ -17,7 +17,15 @@ from .head import check_head
 from .metrics import TOKENS_SEEN, means_of, total_over_processes
 from .parallelism import check_parallelism, copies_of_a_batch, keep_pairs_together, pairs_that_count
 from .redirect import refuse_compiled
-from .step import Batch, LossOptions, model_inputs, pair_loss, refuse_functions_of_logits, refuse_torch_compile
+from .step import (
+    Batch,
+    LossOptions,
+    aux_loss_of,
+    model_inputs,
+    pair_loss,
+    refuse_functions_of_logits,
+    refuse_torch_compile,
+)
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -98,11 +106,10 @@ class PlainTDPOTrainer(Trainer):
         return (total, out) if return_outputs else total
 
     def _aux_loss(self, mode: str, out: dict[str, Tensor]) -> Tensor:
-        """What keeps a mixture's experts evenly used, times its coefficient."""
-        if "aux_loss" not in out:
-            raise ValueError("router_aux_loss_coef: the model gave no auxiliary loss, wanted 0.0 for such a model")
-        self._aux_losses[mode].append(self.accelerator.gather(out["aux_loss"].detach()).mean().item())
-        return self.router_aux_loss_coef * out["aux_loss"]
+        """Noted, and times its coefficient."""
+        loss = aux_loss_of(out)
+        self._aux_losses[mode].append(self.accelerator.gather(loss.detach()).mean().item())
+        return self.router_aux_loss_coef * loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss only: there are no logits to return."""

@@ -71,6 +71,13 @@ def pair_loss(batch: Batch, options: LossOptions) -> Loss:
     return loss
 
 
+def aux_loss_of(out: Mapping[str, Tensor]) -> Tensor:
+    """What keeps a mixture's experts evenly used. Raises ValueError if the model gave none."""
+    if "aux_loss" not in out:
+        raise ValueError("router_aux_loss_coef: the model gave no auxiliary loss, wanted 0.0 for such a model")
+    return out["aux_loss"]
+
+
 def refuse_functions_of_logits(arguments: Mapping[str, Any]) -> None:
     """Raises ValueError for a trainer's argument that would be called with logits, or in place of the loss."""
     for name, what in (

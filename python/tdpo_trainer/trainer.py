@@ -26,7 +26,7 @@ from .kernels import LMHead, on_device
 from .metrics import TOKENS_SEEN, means_of, total_over_processes
 from .parallelism import check_parallelism, copies_of_a_batch, keep_pairs_together, pairs_that_count
 from .redirect import refuse_compiled
-from .step import Batch, model_inputs, pair_loss, refuse_functions_of_logits
+from .step import Batch, aux_loss_of, model_inputs, pair_loss, refuse_functions_of_logits
 
 
 class TDPOTrainer(DPOTrainer):
@@ -115,11 +115,10 @@ class TDPOTrainer(DPOTrainer):
         return (total, out) if return_outputs else total
 
     def _aux_loss(self, mode: str, out: dict[str, Tensor]) -> Tensor:
-        """What keeps a mixture's experts evenly used, times its coefficient."""
-        if "aux_loss" not in out:
-            raise ValueError("router_aux_loss_coef: the model gave no auxiliary loss, wanted 0.0 for such a model")
-        self._metrics[mode]["aux_loss"].append(self.accelerator.gather(out["aux_loss"].detach()).mean().item())
-        return self.router_aux_loss_coef * out["aux_loss"]
+        """Noted, and times its coefficient."""
+        loss = aux_loss_of(out)
+        self._metrics[mode]["aux_loss"].append(self.accelerator.gather(loss.detach()).mean().item())
+        return self.router_aux_loss_coef * loss
 
     def _reference_side(self, model: nn.Module, policy: nn.Module, inputs: Batch) -> Reference:
         if "ref_hidden" in inputs:
