@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -109,7 +110,7 @@ class _TokenStats(torch.autograd.Function):
         out = call.forward(needs)
         if needs:
             ctx.set_materialize_grads(False)
-            ctx.call = _with_inputs(call, _without_tensors(call.inputs))
+            ctx.refilled = _emptied(call)
             _save(ctx, (*_tensors(call.inputs), *out.saved))
         logp, kl, *others = call.statistics(out)
         ctx.mark_non_differentiable(*others)
@@ -119,7 +120,7 @@ class _TokenStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g_logp: Tensor | None, g_kl: Tensor | None, *_: None):
         every = _saved(ctx)
-        call = _with_inputs(ctx.call, _with_tensors(ctx.call.inputs, every[:_TENSORS]))
+        call = ctx.refilled(*every[:_TENSORS])
         grads = call.backward(Needs(*ctx.needs_input_grad[2:]), every[_TENSORS:], g_logp, g_kl)
         return None, None, grads.hidden, grads.weight, grads.bias
 
@@ -149,20 +150,25 @@ def _tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
     )
 
 
-def _with_tensors(inputs: Inputs, tensors: tuple[Tensor | None, ...]) -> Inputs:
-    def side(model: Model, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Model:
-        return Model(hidden, replace(model.head, weight=weight, bias=bias), model.dtype)
+def _emptied(call: Call) -> Callable[..., Call]:
+    """The call as a function of its `_tensors`, which it does not hold."""
+    backend, shape, steps, inputs = call.backend, call.shape, call.steps, call.inputs
+    budget, extras = inputs.memory_budget, inputs.extras
+    kinds = [(type(side.head), _options(side.head), side.dtype) for side in (inputs.policy, inputs.reference)]
 
-    policy, reference = side(inputs.policy, *tensors[:3]), side(inputs.reference, *tensors[3:6])
-    return Inputs(policy, reference, Rows(*tensors[6:9]), inputs.memory_budget, inputs.extras)
+    def refilled(*tensors: Tensor | None) -> Call:
+        sides = (
+            Model(hidden, head(weight, bias, *options), dtype)
+            for (hidden, weight, bias), (head, options, dtype) in zip((tensors[:3], tensors[3:6]), kinds, strict=True)
+        )
+        return Call(backend, Inputs(*sides, Rows(*tensors[6:]), budget, extras), shape, steps)
+
+    return refilled
 
 
-def _without_tensors(inputs: Inputs) -> Inputs:
-    return _with_tensors(inputs, (None,) * _TENSORS)
-
-
-def _with_inputs(call: Call, inputs: Inputs) -> Call:
-    return Call(call.backend, inputs, call.shape, call.steps)
+def _options(head: LMHead) -> tuple:
+    """All that a head is but weight and bias, as its constructor takes it."""
+    return tuple(vars(head).values())[2:]
 
 
 def _detached(x: Tensor | None) -> Tensor | None:

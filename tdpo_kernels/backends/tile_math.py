@@ -109,7 +109,7 @@ def divergence_(z: Tensor, r: Tensor, p: Tensor, q: Tensor, ends_2: tuple[Tensor
     over, ``e = E_q[y] + KL``, is the rounding of L and L', and (2a) off by ``expm1(e) - e``: nothing. Any other tile is
     centred by about mu, or by -FAR if that is more.
     """
-    lse_z, lse_r = ends_2[1]
+    lse_z, lse_r = ends_2[1].unbind()
     centre = lse_z - lse_r
     y = torch.sub(z, r, out=r).sub_(centre[:, None])
     rest = torch.mul(q, y, out=z).sum(-1)

@@ -44,7 +44,7 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
 
     saved = (*(whole(name) for name in ROW_VALUES), stage.flat, stage.row_values) if stage else ()
     state = (*whole("tops_2R"), *whole("lse_2R"), whole("lse_diff")) if inputs.partial else ()
-    shown = [*whole("logps_2R"), whole("kl"), *(whole(name) for name in inputs.extras)]
+    shown = [*whole("logps_2R").unbind(), whole("kl"), *(whole(name) for name in inputs.extras)]
     infinite = tile_math.kl_is_infinite(inputs.policy, inputs.reference)
     if infinite is not None:
         shown[2] = shown[2].masked_fill(infinite, math.inf)
@@ -88,7 +88,7 @@ def _row_block(
     if staged_count and stage.weighed:
         stage.rows_of(i, R).copy_(tile_math.tile_weights(parts[:staged_count], roundings, state))
     y_2R = labels_2R - state.tops_2R
-    found = vars(state) | dict(logps_2R=y_2R - state.lse_2R, label_ratio=state.lse_diff - torch.sub(*y_2R))
+    found = vars(state) | dict(logps_2R=y_2R - state.lse_2R, label_ratio=state.lse_diff - torch.sub(*y_2R.unbind()))
     return found if extras is None else found | extras.results(state, labels_2R[0], grid.V)
 
 
