@@ -29,8 +29,9 @@ Forms of (2) that do not cancel where the two models nearly agree. Since ``sum_v
     (2a)  kl = sum_v [ q_v * delta'_v + p_v - q_v ] = E_q[ phi(delta') ]                     needs L and L' first
     (2b)  kl = log1p( E_q[ phi(delta - mu) ] ),   mu = E_q[delta],   L - L' = kl - mu        one pass, ignores offsets
 
-(2a) is what this file computes; (2b), with its exact merge of parts of the vocabulary, is what the tiles use
-(`backends/tile_math.py`). Consequences of (6) that tests hold: rows of dz sum to 0; rows with g_kl = 0 need no q
+(2a) is what this file computes, and what tiles in memory use, with ``p_v - q_v`` from a tanh
+(`backends/tile_math.py`); (2b), with its exact merge of parts of the vocabulary, is what tiles in registers use
+(`device/math.py`). Consequences of (6) that tests hold: rows of dz sum to 0; rows with g_kl = 0 need no q
 (DPO, the chosen half of TDPO2), rows with g_kl = g_logp need no p (TDPO1).
 """
 

@@ -350,17 +350,3 @@ RUNS += [
     ("sure_of_different_tokens", "logp_zero"),
     ("surer_by_32", "only_kl"),
 ]
-
-# (backend, case, cotangents, dtype, budget): runs that may break law 1. Not strict: the CPU's products round as they
-# like, and with some makers' they pass.
-KNOWN_FAULTS: dict[tuple[str, str, str, torch.dtype, str], str] = {
-    (
-        "tiled",
-        case,
-        cotangent,
-        torch.float64,
-        budget,
-    ): "log-ratios are had about their mean, of 16 or 20 nats here, and keep its rounding: some 60 eps of dz"
-    for case, cotangent in (("surer_by_32", "general"), ("surer_by_32", "only_kl"), ("surer_by_40", "general"))
-    for budget in ("nothing", "partial", "everything")
-}

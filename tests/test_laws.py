@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import CASES, DTYPES, IGNORE, KNOWN_FAULTS, RUNS, Case, Problem, base, bias_of, cotangents
+from cases import CASES, DTYPES, IGNORE, RUNS, Case, Problem, base, bias_of, cotangents
 from closeness import SIXTEEN_BIT, Judge, exact, judge, leaves, ours, pull, stats_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -84,9 +84,7 @@ def law_1_faults(
 @pytest.mark.parametrize(
     "case, cotangent", [pytest.param(*run, id="-".join(run), marks=length_of(run)) for run in RUNS]
 )
-def test_as_accurate_as_plain_torch(case, cotangent, dtype, budget, backend, small_tiles, request):
-    if reason := KNOWN_FAULTS.get((backend, case, cotangent, dtype, budget)):
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_as_accurate_as_plain_torch(case, cotangent, dtype, budget, backend, small_tiles):
     small_tiles(*case_of(case).tile)
     if faults := law_1_faults(backend, dtype, case, cotangent, budget):
         pytest.fail("; ".join(faults), pytrace=False)
@@ -99,8 +97,6 @@ def test_as_accurate_as_plain_torch_on_cuda(dtype, backend, small_tiles):
     for case, cotangent in RUNS:
         small_tiles(*case_of(case).tile)
         for budget in BUDGETS:
-            if (backend, case, cotangent, dtype, budget) in KNOWN_FAULTS:
-                continue
             found = law_1_faults(backend, dtype, case, cotangent, budget, "cuda")
             faults += [f"{case}-{cotangent}-{budget}: {fault}" for fault in found]
     if faults:

@@ -52,9 +52,6 @@ def same_on_all(found: Result) -> bool:
     return len(set(every)) == 1
 
 
-# Runs not looked at in float64: there log-ratios of tens of nats keep a rounding of their own (`cases.KNOWN_FAULTS`).
-FAR = ("surer_by_32", "surer_by_40", "loved_by_reference_300")
-
 INTERPRETED = 7  # of so many runs one, where kernels are interpreted
 
 
@@ -64,8 +61,6 @@ def law_1(rank: int, dtype: torch.dtype) -> None:
     faults = []
     for backend in runnable():
         for n, (name, cotangent) in enumerate(RUNS if not interpreting() else RUNS[::INTERPRETED]):
-            if dtype == torch.float64 and name in FAR:
-                continue
             how, reference, budget = (
                 CUTS[n % len(CUTS)],
                 REFERENCES[n % len(REFERENCES)],

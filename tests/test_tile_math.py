@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import oracle
 import pytest
@@ -36,24 +37,31 @@ def rows(kind: str, V: int = 24, R: int = 5, seed: int = 0, dtype: torch.dtype =
     return z.to(dtype), r.to(dtype)
 
 
-@pytest.fixture(params=(tile_math.NARROW, 0.0), ids=("narrow if it is", "never narrow"), autouse=True)
-def narrow(request, monkeypatch):
-    """A tile may be narrow and taken as if it were not, as on a GPU."""
-    monkeypatch.setattr(tile_math, "NARROW", request.param)
+class Tile(NamedTuple):
+    """What a tile's row mathematics leaves."""
+
+    part: tile_math.Part
+    p: Tensor
+    q: Tensor
+    p_less_q: Tensor
+    t: Tensor
+    excess: Tensor
 
 
-def part(z: Tensor, r: Tensor) -> tuple[tile_math.Part, Tensor, Tensor, Tensor, bool]:
-    """The part, its p, q and y, and whether it is narrow."""
+def tile(z: Tensor, r: Tensor) -> Tile:
     tiles = torch.stack([z, r])
     pair = torch.empty_like(tiles)
-    ends = tile_math.softmax_(tiles, out=pair)
-    (z, y), (p, q) = tiles, pair
-    found, is_narrow = tile_math.divergence_(z, y, p, q, ends)
-    return found, p, q, y, is_narrow
+    tops_2R, lse_2R = tile_math.softmax_(tiles, out=pair)
+    (z, r), (p, q) = tiles, pair
+    y, q_before = tile_math.log_ratio_(z, r, lse_2R), q.clone()
+    t = y.clone()
+    excess, kl = tile_math.divergence_(y, p, q, scratch=z)
+    tile_math.subtract_(t, excess)
+    return Tile(tile_math.part(tops_2R, lse_2R, kl, excess), p, q_before, q, t, excess)
 
 
-def merged(z: Tensor, r: Tensor, pieces: list[list[int]]) -> tile_math.RowState:
-    return tile_math.merge([part(z[:, c], r[:, c])[0] for c in pieces])
+def merged(z: Tensor, r: Tensor, pieces: list[list[int]]) -> tile_math.Part:
+    return tile_math.merge([tile(z[:, c], r[:, c]).part for c in pieces])
 
 
 def floats(x: Tensor) -> list[float]:
@@ -64,7 +72,7 @@ def close(found: Tensor, want: float, relative: float = 3e-6, absolute: float = 
     return abs(float(found) - want) <= relative * abs(want) + absolute
 
 
-def check_state(state: tile_math.RowState, z: Tensor, r: Tensor, relative: float = 3e-6) -> None:
+def check_state(state: tile_math.Part, z: Tensor, r: Tensor, relative: float = 3e-6) -> None:
     for i in range(len(z)):
         zi, ri = floats(z[i]), floats(r[i])
         want, lse_z, lse_r = oracle.kl(zi, ri), oracle.logsumexp(zi), oracle.logsumexp(ri)
@@ -90,19 +98,31 @@ def test_softmax_returns_probabilities_and_lse(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_part_is_equation_8(kind):
+def test_one_tile_is_the_whole_vocabulary(kind):
     z, r = rows(kind)
-    found, _, _, y, _ = part(z, r)
-    check_state(tile_math.merge([found]), z, r)
-    mean = found.mean
-    allowed = z > LOWEST / 10
-    q = r.double().softmax(-1)
-    z_top, r_top = found.tops_2R
-    apart = (z.double() - z_top[:, None]) - (r.double() - r_top[:, None])
-    want = (q * apart).masked_fill(~allowed, 0).sum(-1)
-    assert torch.allclose(mean.double(), want, rtol=1e-6, atol=1e-6)
+    found = tile(z, r)
+    check_state(found.part, z, r)
+    p, q = z.double().softmax(-1), r.double().softmax(-1)
     ratio = z.double().log_softmax(-1) - r.double().log_softmax(-1)
-    assert torch.allclose((y - found.excess[:, None])[allowed].double(), ratio[allowed], rtol=1e-5, atol=1e-5)
+    held = (z > LOWEST / 10) & (ratio > -tile_math.largest_exponent(F32))
+    assert torch.allclose(found.t[held].double(), ratio[held], rtol=1e-5, atol=1e-5)
+    p_less_q = found.p_less_q - found.excess[:, None] * found.p
+    assert torch.allclose(p_less_q.double(), p - q, rtol=1e-4, atol=1e-7)
+    assert (p_less_q.sum(-1).abs() <= 2e-6 * (p - q).abs().amax(-1)).all()
+
+
+@given(
+    log_p=st.floats(-700, 0),
+    near=st.floats(-1, 1),
+    far=st.floats(-700, 0),
+    exponent=st.integers(-9, 0),
+    is_near=st.booleans(),
+)
+def test_equation_8_has_the_digits_of_the_log_ratio(log_p, near, far, exponent, is_near):
+    log_q = log_p + near * 10.0**exponent if is_near else far
+    want = math.exp(log_p) * math.expm1(log_q - log_p)
+    p, q, ratio = (torch.tensor(x, dtype=F64) for x in (math.exp(log_p), math.exp(log_q), log_q - log_p))
+    assert close(tile_math.difference(p, q, ratio), want, 1e-12, 1e-300)
 
 
 @pytest.mark.parametrize("size", (1e-5, 1e-3, 0.1))
@@ -110,7 +130,7 @@ def test_the_difference_of_the_lses_has_the_digits_of_the_log_ratios(size):
     """Themselves rounded to some 3e-7, they would leave no row of dz a sum of 0."""
     z, noise = torch.randn(2, 64, 1000, generator=torch.Generator().manual_seed(0))
     r = z + size * noise
-    state = tile_math.merge([part(z, r)[0]])
+    state = tile(z, r).part
     want = torch.sub(*(torch.stack([z, r]).double().logsumexp(-1) - state.tops_2R))
     assert (state.lse_diff - want).abs().max() <= 3e-8
 
@@ -154,13 +174,12 @@ def test_parts_beyond_what_exp_holds_merge(split, gap):
     check_state(merged(z, r, [list(c) for c in split]), z, r)
 
 
-@pytest.mark.parametrize("beyond", (15.0, 15.9, 16.1, 17.0, 25.0, 40.0))
-def test_what_the_cut_leaves_out_is_added_as_mass(beyond):
-    """One column of a single part well above CUT, with a weight that matters."""
+@pytest.mark.parametrize("beyond", (16.0, 40.0, 100.0))
+def test_one_column_far_above_a_tile_of_models_that_nearly_agree(beyond):
     z, r = rows("near")
     z[:, 7] += beyond
     r[:, 7] -= 1.0
-    check_state(tile_math.merge([part(z, r)[0]]), z, r)
+    check_state(tile(z, r).part, z, r)
 
 
 def test_part_ruled_out_altogether_weighs_nothing():
@@ -181,7 +200,7 @@ def test_a_part_far_below_the_others_costs_them_no_digits(kind, depth):
         x[:, :8] = x[:, :8] + depth if depth > -100 else depth
     for split in (SPLITS[0], SPLITS[0][::-1], SPLITS[2]):
         state = merged(z, r, [list(c) for c in split])
-        for name, want in vars(alone).items():
+        for name, want in alone._asdict().items():
             assert torch.allclose(getattr(state, name), want, rtol=3e-6, atol=1e-6), name
 
 
@@ -230,25 +249,39 @@ def test_kl_is_infinite_where_the_policy_alone_rules_out(policy, reference, want
 # --- what is staged ---------------------------------------------------------------------------------------------------
 
 
-def staged(z: Tensor, r: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, tile_math.Part]:
-    """p and t as `tiled` stages them, t less what a narrow tile's is too large by."""
-    found, p, q, y, is_narrow = part(z, r)
-    if dtype is None and is_narrow:
-        return p, y - found.excess[:, None], found
-    tile_math.subtract_(y, found.excess)
-    y = y if dtype is None else y.to(dtype).to(p.dtype)
-    tile_math.weigh_(p, q, y, torch.empty_like(p))
-    return p, y, found
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("split", SPLITS[:3], ids=lambda s: str(len(s)))
+def test_shifted_makes_p_and_q_of_a_tile_those_of_the_whole(split, kind):
+    """And their difference as exact as the log-ratio is, of columns whose models nearly agree."""
+    z, r = rows(kind)
+    tiles = [tile(z[:, list(c)], r[:, list(c)]) for c in split]
+    parts = [x.part for x in tiles]
+    values = tile_math.shifted([x.excess for x in tiles], parts, tile_math.merge(parts))
+    log_p, log_q = z.double().log_softmax(-1), r.double().log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    for columns, x, (weight, ref_weight, shift) in zip(split, tiles, values.unbind(1), strict=True):
+        c = list(columns)
+        more = shift[:, None] * x.p - ref_weight[:, None] * x.p_less_q
+        assert torch.allclose((weight[:, None] * x.p).double(), p[:, c], rtol=1e-4, atol=1e-12)
+        wrong = (more.double() - (q - p)[:, c]).abs()
+        assert (wrong <= 3e-6 * (q - p).abs().amax(-1, keepdim=True) + 1e-7 * q[:, c]).all()  # logits hold no more
+
+
+def staged(z: Tensor, r: Tensor, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, tile_math.Part]:
+    """p and t as `tiled` stages them where that is in 16 bits, t rounded to `dtype`."""
+    found = tile(z, r)
+    p, t = found.p, found.t.to(dtype).float()
+    tile_math.weigh_(p, p - found.p_less_q, t, torch.empty_like(p))
+    return p, t, found.part
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_staged_t_is_the_log_ratio_within_the_part(kind):
     z, r = rows(kind)
-    p, t, found = staged(z, r)
+    p, t, _ = staged(z, r)
     floor = tile_math.largest_exponent(F32)
     for i in range(len(z)):
         log_p, log_q = oracle.log_softmax(floats(z[i])), oracle.log_softmax(floats(r[i]))
-        assert close(found.mean[i] + found.kl[i], float(found.lse_2R[0, i]) - float(found.lse_2R[1, i]), 1e-6, 2e-5)
         for v in range(z.shape[1]):
             if log_p[v] > -math.inf and log_p[v] - log_q[v] > -floor:
                 assert close(p[i, v], math.exp(log_p[v]), 2e-5, 1e-37)
@@ -266,34 +299,19 @@ def test_staged_t_keeps_its_digits_however_low_one_column_is(depth):
     assert torch.allclose(p.double() * (-t.double()).exp(), log_q.exp(), rtol=5e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("split", SPLITS[:3], ids=lambda s: str(len(s)))
-def test_tile_weights_make_p_and_q_of_a_part_those_of_the_whole(split, kind):
-    z, r = rows(kind)
-    tiles = [staged(z[:, list(c)], r[:, list(c)]) for c in split]
-    whole = tile_math.merge([found for *_, found in tiles])
-    weights = tile_math.tile_weights([found for *_, found in tiles], [], whole)
-    p, q = z.double().softmax(-1), r.double().softmax(-1)
-    for columns, (p_k, t_k, _), (weight, ref_weight, ratio) in zip(split, tiles, weights.unbind(1), strict=True):
-        found_q = (ref_weight.double()[:, None] * p_k) * (-t_k - ratio[:, None]).double().exp()
-        assert torch.allclose((weight[:, None] * p_k).double(), p[:, list(columns)], rtol=1e-4, atol=1e-12)
-        assert torch.allclose(found_q, q[:, list(columns)], rtol=1e-4, atol=1e-30)
-
-
 @pytest.mark.parametrize("size", (0.0, 2**-20, 2**-10, 0.1, 0.5, 3.0))
 def test_rounded_p_and_t_are_made_up_for_in_their_sums(size):
     """Half the columns share one log-ratio. Without the column 7, whose p and q the caller knows."""
     z = torch.randn(6, 512, generator=torch.Generator().manual_seed(1)).mul(256).round() / 256
     r = z + size * (torch.arange(512) % 2)
-    found, p, q, t, _ = part(z, r)
-    tile_math.subtract_(t, found.excess)
+    found, p, q, _, t, _ = tile(z, r)
     label = p[:, 7].clone(), q[:, 7].clone(), -t[:, 7]
     p[:, 7], q[:, 7] = 0, 0
     kept, t = p.sum(-1), t.bfloat16().float()
     tile_math.weigh_(p, q, t, torch.empty_like(p))
     p = p.bfloat16().float()
     rounding = tile_math.rounding(p, t, kept, label, torch.empty_like(p))
-    weights = tile_math.tile_weights([found], [rounding], tile_math.merge([found]))
+    weights = tile_math.tile_weights([rounding], [found], found)
     weight, ref_weight, ratio = weights[:, 0].double()
     p = weight[:, None] * p
     more_q = (p * (-t - ratio[:, None]).double().expm1()).sum(-1)
@@ -304,7 +322,7 @@ def test_rounded_p_and_t_are_made_up_for_in_their_sums(size):
     assert torch.allclose(more_q, want, rtol=1e-4, atol=2e-6 * size)  # before: up to 4e-3 x size off
 
 
-@pytest.mark.parametrize("dtype", (None, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("dtype", (F32, torch.bfloat16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gap", (0.0, 70.0, 104.0, 300.0))
 def test_staged_pair_gives_q_even_where_p_vanishes(gap, kind, dtype):
@@ -316,7 +334,7 @@ def test_staged_pair_gives_q_even_where_p_vanishes(gap, kind, dtype):
     for i in range(len(z)):
         want = [math.exp(x) for x in oracle.log_softmax(floats(r[i]))]
         for v, w in enumerate(want):
-            exact = dtype is None or t[i, v] <= 0
+            exact = dtype == F32 or t[i, v] <= 0
             assert close(q[i, v], w, 5e-5 if exact else 0.1 + float(t[i, v].abs()) * 2**-8, 1e-30)
 
 
@@ -325,7 +343,7 @@ def test_weighing_gives_q_where_q_is_the_larger_and_leaves_p_where_p_is(size):
     """Whatever rounding t has been through."""
     g = torch.Generator().manual_seed(3)
     q, t = torch.rand(4, 50, generator=g), size * torch.randn(4, 50, generator=g)
-    t.clamp_(min=-tile_math.largest_exponent(F32))  # as `log_ratio_` leaves it
+    t.clamp_(min=-tile_math.largest_exponent(F32))  # as `subtract_` leaves it
     p, rounded = q * t.exp(), t.bfloat16().float()
     weighed = p.clone()
     tile_math.weigh_(weighed, q.clone(), rounded, torch.empty_like(t))
@@ -342,10 +360,7 @@ def test_results_that_lean_on_the_stand_in_become_infinities():
 
 @pytest.mark.parametrize("offset", (8.0, -3.0, 96.0))
 def test_an_offset_the_logits_hold_exactly_leaves_no_trace(offset):
-    """Though the fp32 sum of q is not 1: the second centring takes away what the first leaves, but for (1e-7)^2."""
     r = torch.randn(6, 4096).mul(512).round() / 256
-    found, _, _, y, _ = part(r + offset, r)
-    state = tile_math.merge([found])
-    t = y - found.excess[:, None]
-    assert t.abs().max() <= 1e-9 and (state.kl <= 1e-14).all()
-    assert (state.lse_diff.abs() <= 1e-9).all() and (torch.sub(*state.tops_2R) == offset).all()
+    found = tile(r + offset, r)
+    assert not found.p_less_q.count_nonzero() and not found.part.kl.count_nonzero()
+    assert not found.part.lse_diff.count_nonzero() and (torch.sub(*found.part.tops_2R) == offset).all()

@@ -134,22 +134,38 @@ class LabelColumn:
         tile.scatter_(1, self.index, value_R[:, None])
 
 
-def from_stage(c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, label: LabelColumn, dz: Tensor) -> Tensor:
+def from_stage(
+    c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, label: LabelColumn, dz: Tensor, scratch: Tensor
+) -> Tensor:
     """dz of a staged tile into `dz`. Torch's addcmul does not vectorise rows' values."""
-    (p, t), a, b = staged.pair.unbind(), block_of(c.a, rows), block_of(c.b, rows)
-    if staged.row_values is None:
-        ratio = None
+    a, b = block_of(c.a, rows), block_of(c.b, rows)
+    if staged.exact:
+        _from_difference(staged, kind, a, b, dz, scratch)
     else:
-        weight, ref_weight, ratio = staged.row_values.unbind()
-        b = torch.addcmul(b * weight, a, ref_weight - weight)
-        a = a * ref_weight
+        _from_log_ratio(staged, kind, a, b, dz)
+    label.write_(dz, block_of(c.label, rows))
+    return dz if staged.slope is None else dz.mul_(staged.slope)
+
+
+def _from_difference(staged: StagedTile, kind: Kind, a: Tensor, b: Tensor, dz: Tensor, scratch: Tensor) -> None:
+    (p, p_less_q), (*weights, shift) = staged.pair.unbind(), staged.row_values.unbind()
+    if weights:
+        weight, ref_weight = weights
+        b, ref_a = b * weight, a * ref_weight
+    else:
+        ref_a = a
+    torch.mul(p, torch.addcmul(b, a, shift)[:, None], out=dz)
+    if kind is not Kind.ONLY_P:
+        dz.sub_(torch.mul(p_less_q, ref_a[:, None], out=scratch))
+
+
+def _from_log_ratio(staged: StagedTile, kind: Kind, a: Tensor, b: Tensor, dz: Tensor) -> None:
+    (p, t), (weight, ref_weight, ratio) = staged.pair.unbind(), staged.row_values.unbind()
+    b = torch.addcmul(b * weight, a, ref_weight - weight)
     if kind is Kind.ONLY_P:
         torch.mul(p, b[:, None], out=dz)
     else:
-        log_ratio = torch.neg(t, out=dz) if ratio is None else torch.sub(-ratio[:, None], t, out=dz)
-        log_ratio.expm1_().mul_(a[:, None]).add_(b[:, None]).mul_(p)
-    label.write_(dz, block_of(c.label, rows))
-    return dz if staged.slope is None else dz.mul_(staged.slope)
+        torch.sub(-ratio[:, None], t, out=dz).expm1_().mul_((a * ref_weight)[:, None]).add_(b[:, None]).mul_(p)
 
 
 def from_p(c: Coefficients, rows: slice, z: Tensor, label: LabelColumn) -> Tensor:
@@ -167,13 +183,9 @@ def _softmax_only_(x: Tensor, lse: Tensor, c: Coefficients, rows: slice, label: 
 
 
 def from_both(c: Coefficients, rows: slice, z: Tensor, r: Tensor, label: LabelColumn, scratch: Tensor) -> Tensor:
-    """dz from recomputed logits, into `scratch`; uses up z and r.
-
-    ``q - p = p expm1(min(delta', 1)) + relu(q - e p)``: right where p and q agree, and where q is far above p.
-    """
-    ratio = torch.sub(r, z, out=scratch).add_(c.lse_diff[rows, None]).clamp_(max=1.0).expm1_()
+    """dz from recomputed logits, into `scratch`; uses up z and r. q - p is had by (8) of `tile_math`."""
+    half_tanh = torch.sub(r, z, out=scratch).add_(c.lse_diff[rows, None]).mul_(0.5).tanh_()
     p, q = (x.sub_(lse_R[:, None]).exp_() for x, lse_R in zip((z, r), c.lse_2T[:, rows], strict=True))
-    difference = ratio.mul_(p).add_(q.sub_(p, alpha=math.e).clamp_(min=0.0))
-    dz = difference.mul_(c.a[rows, None]).add_(p.mul_(c.b[rows, None]))
+    dz = half_tanh.mul_(q.add_(p)).mul_(c.a[rows, None]).add_(p.mul_(c.b[rows, None]))
     label.write_(dz, c.label[rows])
     return dz

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..collectives import gathered, position, same, summed_, told
 from ..types import Backend, Forward, Gradients, Inputs, Needs
 from .regroup import reference_part
-from .tile_math import LOWEST, Part, RowState, is_lowest, merge, to_infinity, within
+from .tile_math import LOWEST, Part, is_lowest, merge, to_infinity, within
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -126,7 +126,7 @@ class _Whole:
 
     inputs: Inputs
     parts: dict[str, Tensor]
-    state: RowState  # of the vocabulary with each part for a column: its kl is KL(w || u)
+    state: Part  # of the vocabulary with each part for a column: its kl is KL(w || u)
     u: Tensor
     w: Tensor
     more: Tensor  # w - u, without cancellation
@@ -137,19 +137,23 @@ class _Whole:
     def of(sent_WFT: Tensor, inputs: Inputs) -> _Whole:
         parts = dict(zip((*SENT, *inputs.extras), sent_WFT.unbind(1), strict=True))
         tops_2W, lse_2W = (torch.stack([parts[z], parts[r]]) for z, r in (STATE[:2], STATE[2:4]))
-        zero = torch.zeros_like(sent_WFT[0, 0])
         columns = [
-            Part(tops_2R, lse_2R, mean=diff, phi=zero, kl=zero, lse_diff=diff, excess=zero)
+            Part(tops_2R, lse_2R, kl=torch.zeros_like(diff), lse_diff=diff)
             for tops_2R, lse_2R, diff in zip(*(x.unbind(1) for x in (tops_2W, lse_2W)), parts["lse_diff"], strict=True)
         ]
         state = merge(columns)
-        u, near_w, ratio = within(columns, state)
+        u, w, more = within(columns, state)
         log_u, log_w = (tops_2W - state.tops_2R[:, None]) + lse_2W - state.lse_2R[:, None]
         return _Whole(
-            inputs, parts, state,
-            u=u, w=near_w * torch.exp(-ratio), more=near_w - u + near_w * torch.expm1(-ratio),
-            log_u=log_u, log_w=log_w,
-        )  # fmt: skip
+            inputs,
+            parts,
+            state,
+            u,
+            w,
+            more,
+            log_u,
+            log_w,
+        )
 
     def masses(self, rank: int) -> tuple[Tensor, ...]:
         return tuple(x[rank].clone() for x in (self.u, self.w, self.more, self.log_u, self.log_w))

@@ -1,34 +1,30 @@
 r"""Row mathematics of one ``(R, C)`` tile of logits, in torch, in place: a tile made anew costs page faults. No
 products, no loops, no labels.
 
-A *part* is a slice of the vocabulary. Of each row of a part six numbers are kept: the largest logits ``z_top`` and
-``r_top``, and relative to them the log-sum-exps ``lse_z`` and ``lse_r``, the mean ``mu = E_q[z - r]`` under the part's
-own softmax of r, and ``M = E_q[expm1(y) - y] >= 0`` with ``y = z - r - mu``: eq. (2b) of `reference.py` with the sign
-of delta turned, so that its exponential needs no negation. Being *anchored* at its own top, a part loses no digits to
-an offset between the models, nor to another part far above it. Then, for a part as for the whole,
+A *part* is a slice of the vocabulary, at the least a column. Of each row of a part are kept: the largest logits
+``z_top`` and ``r_top``, relative to them the log-sum-exps ``lse_z`` and ``lse_r`` and their difference, and the KL of
+the part's own softmaxes. Being *anchored* at its own top, a part loses no digits to an offset between the models, nor
+to another part far above it.
 
-    (8)   KL = log1p(M)        L - L' = KL + mu        E_q[e^y] = 1 + M = exp(lse_z - lse_r - mu)
+With ``y = log p - log q``, the negative of delta', whatever p and q are,
 
-where, with M about it, any other centre may stand for mu and ``L - L' - mu`` for KL: beyond FAR nats mu has none of the
-digits that the columns have, and FAR is their centre.
+    (8)   p - q = (p + q) tanh(y / 2)
 
-Parts k, their anchors moved to the row's own (`rebase`), merge exactly, in any order, with ``w = softmax_k(lse_r_k)``,
-``mu = sum w_k mu_k`` and ``Y_k = mu_k - mu``:
+loses no digits where they agree, and overflows nowhere. Parts k of masses P_k and Q_k, their anchors moved to the row's
+own (`rebase`), merge by the chain rule, in any order, and no term is negative:
 
-    (9)   M = sum_k [ w_k (e^Y_k M_k + expm1(Y_k) - Y_k) ]  =  sum_k [ exp(lse_z_k - L' - mu) - w_k (1 + Y_k) ]
+    (9)   KL = sum_k [ Q_k KL_k  +  P_k - Q_k - Q_k Y_k ]        Y_k = log P_k - log Q_k
 
-where the second form is for large terms: it asks nothing of a part's own M, which overflows where the reference all
-but rules out what the policy likes. A single column is a part with M = 0, so (9) also says how a tile is summed:
-there the exponent is cut at CUT, and what that leaves out is ``relu(p_v exp(lse_z - lse_r - mu) - q_v e^CUT)``,
-zero, but for rounding, wherever nothing was cut. Where a whole tile is NARROW (the rule in training) there is nothing
-to cut and nothing to weigh; that is looked up where looking costs no synchronisation.
+A column is a part of KL 0, so that (9) says how a tile is summed as well: it is eq. (2a) of `reference.py`.
+
+The Y_k want L - L' to more digits than the two are rounded to. Where the models nearly agree, and it matters, (8) with
+all Y_k too large by e sums to e instead of 0. That *excess* is added to ``lse_z - lse_r``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,23 +32,9 @@ from torch import Tensor
 
 from ..types import Model
 
-CUT = 16.0
-NARROW = 4.0  # |y| of a tile below it: e^y needs no cut, and p e^-t is q to a few eps without being weighed
-LARGE = 1e12  # terms of (9) above it are summed in their second form
-FAR = 48.0  # a part of mean below -FAR is centred there: its M is LARGE, and finite, about either
 ROUNDING = 0.125  # more than staging in 16 bits moves a sum of probabilities by, of itself
 _MOVED = (math.log1p(-ROUNDING), math.log1p(ROUNDING))  # q, with both factors held, is right still
 LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
-
-
-@dataclass(frozen=True)
-class RowState:
-    """The whole vocabulary's parts merged, ``(R,)``; a pair ``(2, R)`` is the policy's and the reference's."""
-
-    tops_2R: Tensor
-    lse_2R: Tensor  # relative to the tops, as the others are
-    kl: Tensor
-    lse_diff: Tensor  # L - L', without cancellation
 
 
 def is_lowest(x: Tensor) -> Tensor:
@@ -94,83 +76,42 @@ class Part(NamedTuple):
 
     tops_2R: Tensor
     lse_2R: Tensor
-    mean: Tensor
-    phi: Tensor  # M
     kl: Tensor
     lse_diff: Tensor  # of lse_2R, without cancellation
-    excess: Tensor  # what y is above log(p / q) within the part
 
 
-def divergence_(z: Tensor, r: Tensor, p: Tensor, q: Tensor, ends_2: tuple[Tensor, Tensor]) -> tuple[Part, bool]:
-    """The part, and whether it `is_narrow`; leaves in r ``y = z - r``, centred. z is scratch. The ends, of both, are
-    what `softmax_` returned.
-
-    A narrow tile's centre is L - L', with which y is log(p / q), ``E_q[y] = -KL`` and eq. (2a) the KL. What is left
-    over, ``e = E_q[y] + KL``, is the rounding of L and L', and (2a) off by ``expm1(e) - e``: nothing. Any other tile is
-    centred by about mu, or by -FAR if that is more.
-    """
-    lse_z, lse_r = ends_2[1].unbind()
-    centre = lse_z - lse_r
-    y = torch.sub(z, r, out=r).sub_(centre[:, None])
-    rest = torch.mul(q, y, out=z).sum(-1)
-    if is_narrow(y):
-        kl = torch.expm1(y, out=z).sub_(y).mul_(q).sum(-1)
-        kl.clamp_(min=0.0)
-        excess = rest + kl
-        return Part(*ends_2, centre + rest, kl.expm1(), kl, centre + excess, excess), True
-    shift = torch.maximum(rest, -FAR - centre)
-    centre += shift
-    y.sub_(shift[:, None])
-    rest = torch.mul(q, y, out=z).sum(-1)  # a second time leaves no trace of q's sum not being 1
-    mean = centre + rest
-    held = rest.clamp(min=-1.0)  # all of it, unless the mean is far
-    centre += held
-    y.sub_(held[:, None])
-    terms = torch.clamp(y, max=CUT, out=z).expm1_().sub_(y).mul_(q)
-    phi = terms.sum(-1)
-    mass = (lse_z - lse_r - centre).exp_()
-    torch.mul(p, mass[:, None], out=terms)
-    missing = terms.sub_(q, alpha=math.exp(CUT)).clamp_(min=0.0).sum(-1)
-    phi = (phi + missing).clamp_(min=0.0)
-    excess = _kl(lse_z, lse_r, centre, phi)
-    return Part(*ends_2, mean, phi, excess - (rest - held), centre + excess, excess), False
+def log_ratio_(z: Tensor, r: Tensor, lse_2R: Tensor) -> Tensor:
+    """y of the part, excess included, into r."""
+    lse_z, lse_r = lse_2R.unbind()
+    return torch.sub(z, r, out=r).sub_((lse_z - lse_r)[:, None])
 
 
-def is_narrow(y: Tensor) -> bool:
-    """Whether |y| < NARROW everywhere. Not asked (False) of a device that would have to be waited for."""
-    if y.device.type != "cpu":
-        return False
-    lowest, highest = (x.item() for x in torch.aminmax(y))
-    return -NARROW < lowest and highest < NARROW  # False for NaN
+def divergence_(y: Tensor, p: Tensor, q: Tensor, scratch: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """The excess, and the sum of (9) but for the parts' own KL. Leaves ``p - q`` in q, uses up y."""
+    half_tanh = torch.mul(y, 0.5, out=scratch).tanh_()
+    y.mul_(q)
+    excess = q.add_(p).mul_(half_tanh).sum(dim)
+    return excess, torch.sub(q, y, out=y).sum(dim).clamp_(min=0.0)
 
 
-def _kl(lse_z: Tensor, lse_r: Tensor, mean: Tensor, phi: Tensor) -> Tensor:
-    """Eq. (8); where 1 + M nears what fp32 holds, L - L' - mu, which no longer cancels there."""
-    return torch.where(phi < LARGE, phi.log1p(), lse_z - lse_r - mean)
+def part(tops_2R: Tensor, lse_2R: Tensor, kl: Tensor, excess: Tensor) -> Part:
+    lse_z, lse_r = lse_2R.unbind()
+    return Part(tops_2R, lse_2R, kl, lse_z - lse_r + excess)
 
 
-def merge(parts: list[Part]) -> RowState:
-    """Eq. (9) over K parts, then (8)."""
+def merge(parts: list[Part]) -> Part:
+    """Eq. (9) over K parts."""
     if len(parts) == 1:
-        only = parts[0]
-        return RowState(only.tops_2R, only.lse_2R, only.kl, only.lse_diff)
-    tops_2K, lse_2K, mean_K, phi_K = (_stacked(parts, name) for name in ("tops_2R", "lse_2R", "mean", "phi"))
+        return parts[0]
+    tops_2K, lse_2K, kl_K, diff_K = (_stacked(parts, name) for name in Part._fields)
     tops_2R = tops_2K.amax(1)
     lse_2K, gap_K = rebase(tops_2K, tops_2R, lse_2K)
-    mean_K = mean_K + gap_K
     lse_2R = lse_2K.logsumexp(1)
-    (lse_z_K, lse_r_K), (lse_z, lse_r) = lse_2K, lse_2R
-    w_K = lse_r_K.softmax(0)
-    mean = (w_K * mean_K).sum(0)
-    y_K = mean_K - mean
-    rest = (w_K * y_K).sum(0)
-    mean, y_K = mean + rest, y_K - rest
-    small = (y_K < CUT) & (phi_K < LARGE)  # False for NaN
-    accurate = w_K * (y_K.exp() * phi_K + y_K.expm1() - y_K)
-    by_mass = (lse_z_K - lse_r - mean).exp() - w_K * (1 + y_K)
-    phi = torch.where(small, accurate, by_mass).sum(0).clamp_(min=0.0)
-    kl = _kl(lse_z, lse_r, mean, phi)
-    return RowState(tops_2R, lse_2R, kl, torch.where(phi < LARGE, mean + kl, lse_z - lse_r))
+    P_K, Q_K = (lse_2K - lse_2R[:, None]).exp_()
+    lse_z, lse_r = lse_2R
+    kl = (Q_K * kl_K).sum(0)
+    excess, between = divergence_(diff_K + gap_K - (lse_z - lse_r), P_K, Q_K, torch.empty_like(P_K), dim=0)
+    return part(tops_2R, lse_2R, kl + between, excess)
 
 
 def rebase(tops_2K: Tensor, tops_2R: Tensor, lse_2K: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,31 +131,52 @@ def to_infinity(x: Tensor) -> Tensor:
     return torch.where(x.abs() > -LOWEST / 10, torch.copysign(torch.full_like(x, math.inf), x), x)
 
 
+def within(parts: list[Part], whole: Part) -> Tensor:
+    """``(3, K, R)``: of each part its P and Q within the whole, and ``Q - P`` without cancellation."""
+    masses_2k, ratio_k = _masses(parts, whole)
+    return torch.cat([masses_2k, difference(*masses_2k, -ratio_k)[None]])
+
+
+def _masses(parts: list[Part], whole: Part) -> tuple[Tensor, Tensor]:
+    """``(2, K, R)``: P and Q; and ``(K, R)``: ``log(P / Q)``."""
+    lse_2k, gap_k = rebase(_stacked(parts, "tops_2R"), whole.tops_2R, _stacked(parts, "lse_2R"))
+    return (lse_2k - whole.lse_2R[:, None]).exp_(), _stacked(parts, "lse_diff") + gap_k - whole.lse_diff
+
+
+def difference(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+    """``q - p`` by (8), from ``log(q / p)``."""
+    return (p + q).mul_(torch.tanh(0.5 * log_ratio))
+
+
+# --- what is staged: in full precision p and p - q --------------------------------------------------------------------
+
+
+def shifted(excesses: list[Tensor], parts: list[Part], whole: Part) -> Tensor:
+    """``(3, K, R)``: P, Q, and the D with which ``p D - Q (p - q)`` is q - p of a column within the whole, its part's
+    excess taken off."""
+    weights_3k = within(parts, whole)
+    weights_3k[2] += weights_3k[1] * torch.stack(excesses)
+    return weights_3k
+
+
+# --- what is staged: in 16 bits p and t, for a q far below p has no digits in p - q -----------------------------------
+
+
 def subtract_(y: Tensor, excess_R: Tensor) -> None:
     """Turns y into t = log(p / q) within the part, held above -F. It is small where p and q agree, whatever the other
     parts do."""
     y.sub_(excess_R[:, None]).clamp_(min=-largest_exponent(y.dtype))
 
 
-def tile_weights(parts: list[Part], roundings: list[Rounding], whole: RowState) -> Tensor:
+def tile_weights(roundings: list[Rounding], parts: list[Part], whole: Part) -> Tensor:
     """``(3, K, R)``: of each part its P and Q within the whole, and the ratio ``log(P / Q)`` that added to a column's t
     makes its log(p / q) within the whole. Where P and Q are far apart, and the sum would have fewer digits than t,
-    the ratio is 0; where they are not, it tells them apart, and P stands for both."""
-    weights_3k = within(parts, whole)
-    if roundings:
-        factor_k, moved_k = _made_up(roundings)
-        weights_3k[:2] *= factor_k
-        weights_3k[2] += moved_k
-    return weights_3k
-
-
-def within(parts: list[Part], whole: RowState) -> Tensor:
-    """``(3, K, R)``: P, Q, and their log-ratio where they are near one another, else 0."""
-    lse_2k, gap_k = rebase(_stacked(parts, "tops_2R"), whole.tops_2R, _stacked(parts, "lse_2R"))
-    ratio_k = _stacked(parts, "lse_diff") + gap_k - whole.lse_diff
-    weight_k, ref_weight_k = (lse_2k - whole.lse_2R[:, None]).exp_()
+    the ratio is 0; where they are not, it tells them apart, and P stands for both. All made up for rounding."""
+    (weight_k, ref_weight_k), ratio_k = _masses(parts, whole)
     near_k = ratio_k.abs() < 1
-    return torch.stack([weight_k, torch.where(near_k, weight_k, ref_weight_k), torch.where(near_k, ratio_k, 0.0)])
+    factor_k, moved_k = _made_up(roundings)
+    ref_weight_k = torch.where(near_k, weight_k, ref_weight_k)
+    return torch.stack([weight_k * factor_k, ref_weight_k * factor_k, torch.where(near_k, ratio_k, 0.0) + moved_k])
 
 
 def weigh_(p: Tensor, q: Tensor, t: Tensor, scratch: Tensor) -> None:
@@ -224,11 +186,6 @@ def weigh_(p: Tensor, q: Tensor, t: Tensor, scratch: Tensor) -> None:
     """
     torch.clamp(t, max=0.0, out=scratch).exp_().mul_(q)
     p.sub_(q).clamp_(min=0.0).add_(scratch)
-
-
-def difference(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
-    """``q - p``, where they agree from ``log(q / p)``."""
-    return torch.where(log_ratio < 1, p * torch.expm1(log_ratio), q - p)
 
 
 class Rounding(NamedTuple):
@@ -272,13 +229,12 @@ class Extras:
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []  # top, lse and E_p[z], the latter two relative to it
         self.total: Tensor | float = 0.0
 
-    def add(self, z: Tensor, p: Tensor, ends_2: tuple[Tensor, Tensor]) -> None:
-        """An anchored part, its softmax, and what `softmax_` returned of both models."""
-        top, lse = ends_2[0][0], ends_2[1][0]
+    def add(self, z: Tensor, p: Tensor, top: Tensor, lse: Tensor) -> None:
+        """An anchored part, its softmax, and what `softmax_` returned of it."""
         self.parts.append((top, lse, torch.linalg.vecdot(p, z)))
         self.total = torch.add(z.sum(-1), top, alpha=z.shape[1]) + self.total
 
-    def results(self, whole: RowState, z_y: Tensor, vocab: int) -> dict[str, Tensor]:
+    def results(self, whole: Part, z_y: Tensor, vocab: int) -> dict[str, Tensor]:
         entropy, top, lse = 0.0, whole.tops_2R[0], whole.lse_2R[0]
         for top_k, lse_k, mean_k in self.parts:
             shift_k = top_k - top

@@ -66,9 +66,9 @@ def _row_block(
     R, columns = labels_R.numel(), grid.col_blocks()
     work, dtype = sides[0].work, inputs.stats_dtype
     parts: list[tile_math.Part] = []
-    roundings: list[tile_math.Rounding] = []
+    kept: list[Tensor | tile_math.Rounding] = []
     extras = tile_math.Extras() if inputs.extras else None
-    labels_2R, staged_count = None, 0
+    labels_2R = None
     for k, cols, C in blocks(columns):
         tiles_2RC = work.get("tiles", dtype, 2, R, C)
         for side, out in zip(sides, tiles_2RC.unbind(), strict=True):
@@ -79,16 +79,15 @@ def _row_block(
             staged.slope.copy_(slope)
         label = LabelColumn(labels_R, cols, grid.V)
         labels_2R = label.pick(tiles_2RC, labels_2R)
-        part, rounding = _part(tiles_2RC, staged, label, work, extras)
+        part, wants = _part(tiles_2RC, staged, label, work, extras)
         parts.append(part)
-        staged_count += staged is not None
-        if rounding is not None:
-            roundings.append(rounding)
+        if staged is not None:
+            kept.append(wants)
     state = tile_math.merge(parts)
-    if staged_count and stage.weighed:
-        stage.rows_of(i, R).copy_(tile_math.tile_weights(parts[:staged_count], roundings, state))
+    if kept:
+        stage.rows_of(i, R).copy_(_row_values(stage, kept, parts[: len(kept)], state))
     y_2R = labels_2R - state.tops_2R
-    found = vars(state) | dict(logps_2R=y_2R - state.lse_2R, label_ratio=state.lse_diff - torch.sub(*y_2R.unbind()))
+    found = state._asdict() | dict(logps_2R=y_2R - state.lse_2R, label_ratio=state.lse_diff - torch.sub(*y_2R.unbind()))
     return found if extras is None else found | extras.results(state, labels_2R[0], grid.V)
 
 
@@ -98,26 +97,32 @@ def _part(
     label: LabelColumn,
     work: Workspace,
     extras: tile_math.Extras | None,
-) -> tuple[tile_math.Part, tile_math.Rounding | None]:
-    """The part, and what 16 bits do to what is staged of it. The tiles are used up."""
-    direct = staged is not None and staged.pair.dtype == tiles_2RC.dtype
-    pair = staged.pair if direct else work.get("pair", tiles_2RC.dtype, *tiles_2RC.shape)
-    ends_2 = tile_math.softmax_(tiles_2RC, out=pair)
-    (z, y), (p, q) = tiles_2RC.unbind(), pair.unbind()  # y once there is one
+) -> tuple[tile_math.Part, Tensor | tile_math.Rounding]:
+    """The part, and what its `_row_values` need: its excess, or what 16 bits do to it. The tiles are used up."""
+    exact = staged is not None and staged.exact
+    pair = staged.pair if exact else work.get("pair", tiles_2RC.dtype, *tiles_2RC.shape)
+    tops_2R, lse_2R = tile_math.softmax_(tiles_2RC, out=pair)
+    (z, r), (p, q) = tiles_2RC.unbind(), pair.unbind()
     if extras is not None:
-        extras.add(z, p, ends_2)
-    part, narrow = tile_math.divergence_(z, y, p, q, ends_2)
-    if staged is None:
-        return part, None
-    if direct and narrow:
-        torch.sub(y, part.excess[:, None], out=q)  # t
-        return part, None
-    tile_math.subtract_(y, part.excess)
-    if not direct:
-        return part, _round_(p, q, y, staged, label, scratch=z)
-    tile_math.weigh_(p, q, y, scratch=z)
-    q.copy_(y)
-    return part, None
+        extras.add(z, p, tops_2R[0], lse_2R[0])
+    y = tile_math.log_ratio_(z, r, lse_2R)
+    t = None if exact or staged is None else work.get("t", y.dtype, *y.shape).copy_(y)
+    excess, kl = tile_math.divergence_(y, p, q, scratch=z)
+    part = tile_math.part(tops_2R, lse_2R, kl, excess)
+    if t is None:
+        return part, excess
+    tile_math.subtract_(t, excess)
+    torch.sub(p, q, out=q)  # from p - q: a q far below p shows in no sum
+    return part, _round_(p, q, t, staged, label, scratch=z)
+
+
+def _row_values(
+    stage: Stage, kept: list[Tensor | tile_math.Rounding], parts: list[tile_math.Part], whole: tile_math.Part
+) -> Tensor:
+    """What `StagedTile.row_values` holds, of the tiles of a row block that are staged."""
+    if not stage.exact:
+        return tile_math.tile_weights(kept, parts, whole)
+    return tile_math.shifted(kept, parts, whole) if stage.weighed else kept[0]
 
 
 def _round_(
@@ -180,7 +185,7 @@ def _dz(
         return policy.work.get(name, inputs.stats_dtype, R, C)
 
     if staged is not None:
-        return dlogits.from_stage(c, kind, rows, staged, label, tile("z"))
+        return dlogits.from_stage(c, kind, rows, staged, label, tile("z"), tile("y"))
     if kind is Kind.ONLY_Q:
         return dlogits.from_q(c, rows, _tile(reference, rows, cols, tile("r")).sub_(c.tops_2T[1, rows, None]), label)
     z = _tile(policy, rows, cols, tile("z"))

@@ -1,5 +1,4 @@
-"""Row mathematics of a tile of logits, pointer-free: in Triton what `backends/tile_math.py` and
-`backends/dlogits.py` say in torch. Derivations stand there and in `reference.py`.
+r"""Row mathematics of a tile of logits, pointer-free.
 
 Tiles are fp32 ``(R, C)``, row values ``(R,)``. LOWEST stands for -inf: in entries that a bias rules out and in columns
 past V, so that inf - inf never happens.
@@ -10,8 +9,19 @@ logits, and the others are relative to them, so that an offset between the model
     s_z = sum_v e^(z_v - m_z)        s_r = sum_v e^(r_v - m_r)        mean = E_q[(z - m_z) - (r - m_r)]
     M = sum_v e^(r_v - m_r) psi((z_v - m_z) - (r_v - m_r) - mean)     psi(y) = e^y - 1 - y
 
-They are sums, not logarithms: a tile that raises no maximum adds without rounding what is there. ``finish`` turns them
-into what a `tile_math.Part` holds.
+They are sums, not logarithms: a tile that raises no maximum adds without rounding what is there. With ``phi = M / s_r``
+they say, by eq. (2b) of `reference.py` with the sign of delta turned, so that its exponential needs no negation,
+
+    (12)   KL = log1p(phi)        L - L' = KL + mean        E_q[e^y] = 1 + phi = exp(lse_z - lse_r - mean)
+
+Two parts' states, their anchors moved to the row's own, merge exactly, with ``w_k`` each one's share of s_r, ``mean =
+sum w_k mean_k`` and ``Y_k = mean_k - mean``:
+
+    (13)   phi = sum_k [ w_k (e^Y_k phi_k + psi(Y_k)) ]  =  sum_k [ exp(lse_z_k - L' - mean) - w_k (1 + Y_k) ]
+
+where the second form is for large terms: it asks nothing of a part's own phi, which overflows where the reference all
+but rules out what the policy likes. One exponential a column and model, and no second look at a tile that has been
+merged: `backends/tile_math.py`, which has its tiles in memory, does with less.
 """
 
 import math
@@ -65,13 +75,13 @@ def not_negative(x):
 
 @triton.jit
 def kl_of(lse_z, lse_r, mean, phi):
-    """Eq. (8); where 1 + M nears what fp32 holds, L - L' - mu, which no longer cancels there."""
+    """Eq. (12); where 1 + phi nears what fp32 holds, L - L' - mean, which no longer cancels there."""
     return tl.where(phi < LARGE, log1p(phi), lse_z - lse_r - mean)
 
 
 @triton.jit
 def lse_diff_of(lse_z, lse_r, mean, phi):
-    """L - L', without cancellation: mu + KL where that has the digits."""
+    """L - L', without cancellation: mean + KL where that has the digits."""
     return tl.where(phi < LARGE, mean + log1p(phi), lse_z - lse_r)
 
 
@@ -114,7 +124,7 @@ def tile_state(z, r):
     """The state of one tile.
 
     Two passes over registers, the second about the first one's mean; phi is moved from there to its own mean, ``rest``
-    away, by eq. (9) of `tile_math`. Where y is far from 0, q e^y is taken as an exponential of z: it cannot overflow
+    away, by eq. (13). Where y is far from 0, q e^y is taken as an exponential of z: it cannot overflow
     before phi does. No exponential is taken twice, so that none is kept: registers are what the tile lacks.
     """
     m_z, m_r = tl.max(z, 1), tl.max(r, 1)
@@ -143,7 +153,7 @@ def empty_state(like_R):
 
 @triton.jit
 def merge(m_z, s_z, m_r, s_r, mean, M, n_z, t_z, n_r, t_r, other_mean, N):
-    """Eq. (9): two parts' states, (m_z, s_z, m_r, s_r, mean, M) and (n_z, t_z, n_r, t_r, other_mean, N), together."""
+    """Eq. (13): two parts' states, (m_z, s_z, m_r, s_r, mean, M) and (n_z, t_z, n_r, t_r, other_mean, N), together."""
     top_z, top_r = tl.maximum(m_z, n_z), tl.maximum(m_r, n_r)
     mean += (m_z - top_z) - (m_r - top_r)
     other_mean += (n_z - top_z) - (n_r - top_r)
