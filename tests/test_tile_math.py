@@ -264,7 +264,7 @@ def test_shifted_makes_p_and_q_of_a_tile_those_of_the_whole(split, kind):
         more = shift[:, None] * x.p - ref_weight[:, None] * x.p_less_q
         assert torch.allclose((weight[:, None] * x.p).double(), p[:, c], rtol=1e-4, atol=1e-12)
         wrong = (more.double() - (q - p)[:, c]).abs()
-        assert (wrong <= 3e-6 * (q - p).abs().amax(-1, keepdim=True) + 1e-7 * q[:, c]).all()  # logits hold no more
+        assert (wrong <= 3e-6 * (q - p).abs().amax(-1, keepdim=True) + 5e-7 * q[:, c]).all()  # anchored logits round
 
 
 def staged(z: Tensor, r: Tensor, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, tile_math.Part]:
