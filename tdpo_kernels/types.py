@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -124,7 +125,7 @@ class Inputs:
     partial: bool = False  # V is a part of a vocabulary: forward returns its state, backward dh (T, D) in stats_dtype
     allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None
 
-    @property
+    @cached_property
     def stats_dtype(self) -> torch.dtype:
         return stats_dtype(self.policy, self.reference)
 

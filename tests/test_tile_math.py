@@ -53,11 +53,12 @@ def tile(z: Tensor, r: Tensor) -> Tile:
     pair = torch.empty_like(tiles)
     tops_2R, lse_2R = tile_math.softmax_(tiles, out=pair)
     (z, r), (p, q) = tiles, pair
-    y, q_before = tile_math.log_ratio_(z, r, lse_2R), q.clone()
+    lse_diff = lse_2R[0] - lse_2R[1]
+    y, q_before = z - r - lse_diff[:, None], q.clone()
     t = y.clone()
     excess, kl = tile_math.divergence_(y, p, q, scratch=z)
     tile_math.subtract_(t, excess)
-    return Tile(tile_math.part(tops_2R, lse_2R, kl, excess), p, q_before, q, t, excess)
+    return Tile(tile_math.Part(tops_2R, lse_2R, kl, lse_diff + excess), p, q_before, q, t, excess)
 
 
 def merged(z: Tensor, r: Tensor, pieces: list[list[int]]) -> tile_math.Part:

@@ -148,13 +148,10 @@ def from_stage(
 
 
 def _from_difference(staged: StagedTile, kind: Kind, a: Tensor, b: Tensor, dz: Tensor, scratch: Tensor) -> None:
-    (p, p_less_q), (*weights, shift) = staged.pair.unbind(), staged.row_values.unbind()
-    if weights:
-        weight, ref_weight = weights
-        b, ref_a = b * weight, a * ref_weight
-    else:
-        ref_a = a
-    torch.mul(p, torch.addcmul(b, a, shift)[:, None], out=dz)
+    (p, p_less_q), values, ref_a = staged.pair.unbind(), staged.row_values, a
+    if len(values) > 1:
+        b, ref_a = b * values[0], a * values[1]
+    torch.mul(p, torch.addcmul(b, a, values[-1])[:, None], out=dz)
     if kind is not Kind.ONLY_P:
         dz.sub_(torch.mul(p_less_q, ref_a[:, None], out=scratch))
 

@@ -41,8 +41,9 @@ class Launch:
         return f"{self.kernel} with {self.config!r}, {dtypes}, {flags or 'no flags'}, on {self.device}"
 
 
+@cache
 def unavailable(device: torch.device) -> str:
-    """Why no kernel runs on `device`; empty if they do."""
+    """Why no kernel runs on `device`; empty if they do. Settled at the first call, as Triton does at its import."""
     if not _installed():
         return "triton is not installed"
     if device.type == "cuda":

@@ -66,8 +66,9 @@ def has_slab(inputs: Inputs) -> bool:
     """Whether products come back in 16 bits, as the gradients are, and dz of all rows and some columns is small: then
     backward has a slab of it (`sums.SlabSums`). fp16 would overflow."""
     policy, T = inputs.policy, inputs.rows.count
-    dtypes = {policy.dtype, policy.hidden.dtype, policy.head.weight.dtype}
-    if policy.hidden.device.type != "cpu" or dtypes != {torch.bfloat16}:
+    if any(x != torch.bfloat16 for x in (policy.dtype, policy.hidden.dtype, policy.head.weight.dtype)):
+        return False
+    if policy.hidden.device.type != "cpu":
         return False
     return T * 2 * TILE["cpu"][1] + (0 if inputs.rows.hidden_T is None else T * 2 * policy.hidden.shape[1]) <= SLAB
 

@@ -80,23 +80,13 @@ class Part(NamedTuple):
     lse_diff: Tensor  # of lse_2R, without cancellation
 
 
-def log_ratio_(z: Tensor, r: Tensor, lse_2R: Tensor) -> Tensor:
-    """y of the part, excess included, into r."""
-    lse_z, lse_r = lse_2R.unbind()
-    return torch.sub(z, r, out=r).sub_((lse_z - lse_r)[:, None])
-
-
 def divergence_(y: Tensor, p: Tensor, q: Tensor, scratch: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """The excess, and the sum of (9) but for the parts' own KL. Leaves ``p - q`` in q, uses up y."""
+    """From y with its excess: that excess, and the sum of (9) but for the parts' own KL. Leaves ``p - q`` in q, uses up
+    y."""
     half_tanh = torch.mul(y, 0.5, out=scratch).tanh_()
     y.mul_(q)
     excess = q.add_(p).mul_(half_tanh).sum(dim)
     return excess, torch.sub(q, y, out=y).sum(dim).clamp_(min=0.0)
-
-
-def part(tops_2R: Tensor, lse_2R: Tensor, kl: Tensor, excess: Tensor) -> Part:
-    lse_z, lse_r = lse_2R.unbind()
-    return Part(tops_2R, lse_2R, kl, lse_z - lse_r + excess)
 
 
 def merge(parts: list[Part]) -> Part:
@@ -108,10 +98,9 @@ def merge(parts: list[Part]) -> Part:
     lse_2K, gap_K = rebase(tops_2K, tops_2R, lse_2K)
     lse_2R = lse_2K.logsumexp(1)
     P_K, Q_K = (lse_2K - lse_2R[:, None]).exp_()
-    lse_z, lse_r = lse_2R
-    kl = (Q_K * kl_K).sum(0)
-    excess, between = divergence_(diff_K + gap_K - (lse_z - lse_r), P_K, Q_K, torch.empty_like(P_K), dim=0)
-    return part(tops_2R, lse_2R, kl + between, excess)
+    lse_diff, kl = torch.sub(*lse_2R.unbind()), (Q_K * kl_K).sum(0)
+    excess, between = divergence_(diff_K + gap_K - lse_diff, P_K, Q_K, torch.empty_like(P_K), dim=0)
+    return Part(tops_2R, lse_2R, kl + between, lse_diff + excess)
 
 
 def rebase(tops_2K: Tensor, tops_2R: Tensor, lse_2K: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,7 @@ from .rowwise import Rowwise
 from .slab import Grid, Side, Stage, StagedTile, Workspace, blocks, make_grid, sides_of
 from .sums import gradients
 
-PAIRS = ("tops_2R", "lse_2R", "logps_2R")
-ROW_VALUES = (*PAIRS, "lse_diff", "label_ratio")  # what backward wants back of each row
+ROW_VALUES = ("tops_2R", "lse_2R", "logps_2R", "lse_diff", "label_ratio")  # what backward wants back of each row
 
 
 def forward(inputs: Inputs, needs: Needs) -> Forward:
@@ -31,20 +30,12 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
     grid, work = make_grid(inputs), Workspace(inputs.policy.hidden.device)
     sides = sides_of(inputs, work)
     stage = Stage(inputs, grid) if needs else None
-    collected: dict[str, list[Tensor]] = {}
-    for i, rows, _ in blocks(grid.row_blocks()):
-        for name, value_R in _row_block(inputs, grid, sides, stage, i, rows).items():
-            collected.setdefault(name, []).append(value_R)
-
-    def whole(name: str) -> Tensor:
-        parts = collected.get(name)
-        if parts is None:
-            return inputs.policy.hidden.new_empty((2, 0) if name in PAIRS else 0, dtype=inputs.stats_dtype)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    saved = (*(whole(name) for name in ROW_VALUES), stage.flat, stage.row_values) if stage else ()
-    state = (*whole("tops_2R"), *whole("lse_2R"), whole("lse_diff")) if inputs.partial else ()
-    shown = [*whole("logps_2R").unbind(), whole("kl"), *(whole(name) for name in inputs.extras)]
+    row_blocks = grid.row_blocks() or (slice(0, 0),)
+    found = [_row_block(inputs, grid, sides, stage, i, rows) for i, rows, _ in blocks(row_blocks)]
+    whole = found[0] if len(found) == 1 else {name: torch.cat([x[name] for x in found], -1) for name in found[0]}
+    saved = (*(whole[name] for name in ROW_VALUES), stage.flat, stage.row_values) if stage else ()
+    state = (*whole["tops_2R"], *whole["lse_2R"], whole["lse_diff"]) if inputs.partial else ()
+    shown = [*whole["logps_2R"].unbind(), whole["kl"], *(whole[name] for name in inputs.extras)]
     infinite = tile_math.kl_is_infinite(inputs.policy, inputs.reference)
     if infinite is not None:
         shown[2] = shown[2].masked_fill(infinite, math.inf)
@@ -71,15 +62,16 @@ def _row_block(
     labels_2R = None
     for k, cols, C in blocks(columns):
         tiles_2RC = work.get("tiles", dtype, 2, R, C)
-        for side, out in zip(sides, tiles_2RC.unbind(), strict=True):
-            _tile(side, rows, cols, out)
+        z, r = tiles_2RC.unbind()
+        _tile(sides[0], rows, cols, z)
+        _tile(sides[1], rows, cols, r)
         staged = stage.tile(i, k, R, C) if stage else None
         if staged is not None and staged.slope is not None:
-            slope = _softcap_slope(tiles_2RC[0], inputs.policy.head.softcap, work.get("slope", dtype, R, C))
+            slope = _softcap_slope(z, inputs.policy.head.softcap, work.get("slope", dtype, R, C))
             staged.slope.copy_(slope)
         label = LabelColumn(labels_R, cols, grid.V)
         labels_2R = label.pick(tiles_2RC, labels_2R)
-        part, wants = _part(tiles_2RC, staged, label, work, extras)
+        part, wants = _part(tiles_2RC, z, r, staged, label, work, extras)
         parts.append(part)
         if staged is not None:
             kept.append(wants)
@@ -93,6 +85,8 @@ def _row_block(
 
 def _part(
     tiles_2RC: Tensor,
+    z: Tensor,
+    r: Tensor,
     staged: StagedTile | None,
     label: LabelColumn,
     work: Workspace,
@@ -102,13 +96,14 @@ def _part(
     exact = staged is not None and staged.exact
     pair = staged.pair if exact else work.get("pair", tiles_2RC.dtype, *tiles_2RC.shape)
     tops_2R, lse_2R = tile_math.softmax_(tiles_2RC, out=pair)
-    (z, r), (p, q) = tiles_2RC.unbind(), pair.unbind()
+    p, q = pair.unbind()
     if extras is not None:
         extras.add(z, p, tops_2R[0], lse_2R[0])
-    y = tile_math.log_ratio_(z, r, lse_2R)
+    lse_diff = torch.sub(*lse_2R.unbind())
+    y = torch.sub(z, r, out=r).sub_(lse_diff[:, None])
     t = None if exact or staged is None else work.get("t", y.dtype, *y.shape).copy_(y)
     excess, kl = tile_math.divergence_(y, p, q, scratch=z)
-    part = tile_math.part(tops_2R, lse_2R, kl, excess)
+    part = tile_math.Part(tops_2R, lse_2R, kl, lse_diff + excess)
     if t is None:
         return part, excess
     tile_math.subtract_(t, excess)
