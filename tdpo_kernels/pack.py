@@ -145,7 +145,7 @@ def spread(x_T: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
     """The statistics of the rows that count, in the labels' shape, zero elsewhere. Memory of its own, and no view:
     its owner may change it in place."""
     if rows.label_T is None:
-        return x_T.view(shape).clone()
+        return torch.view_copy(x_T, shape)
     out = x_T.new_zeros(shape)
     out.view(-1).index_copy_(0, rows.label_T, x_T)
     return out

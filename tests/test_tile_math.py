@@ -54,9 +54,9 @@ def tile(z: Tensor, r: Tensor) -> Tile:
     tops_2R, lse_2R = tile_math.softmax_(tiles, out=pair)
     (z, r), (p, q) = tiles, pair
     lse_diff = lse_2R[0] - lse_2R[1]
-    y, q_before = z - r - lse_diff[:, None], q.clone()
-    t = y.clone()
-    excess, kl = tile_math.divergence_(y, p, q, scratch=z)
+    half_y, q_before = tile_math.half_log_ratio_(z, r, lse_diff), q.clone()
+    t = 2 * half_y
+    excess, kl = tile_math.divergence_(half_y, p, q, scratch=r)
     tile_math.subtract_(t, excess)
     return Tile(tile_math.Part(tops_2R, lse_2R, kl, lse_diff + excess), p, q_before, q, t, excess)
 

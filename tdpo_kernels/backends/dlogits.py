@@ -78,11 +78,10 @@ def _read(grid: Grid, spared_FT: Tensor, sizes_T: Tensor | None) -> tuple[Iterab
     fields, count = len(spared_FT), len(grid.row_blocks())
     if grid.T < count * grid.R:
         spared_FT = F.pad(spared_FT, (0, count * grid.R - grid.T), value=True)
-    facts = spared_FT.view(fields, count, grid.R).all(-1).view(-1)
+    facts_FB = spared_FT.view(fields, count, grid.R).all(-1)
     if sizes_T is None:
-        facts, largest = facts.tolist(), 0.0
-    else:
-        *facts, largest = torch.cat([facts.to(sizes_T.dtype), sizes_T.amax()[None]]).tolist()
+        return zip(*facts_FB.tolist(), strict=True), 0.0
+    *facts, largest = torch.cat([facts_FB.view(-1).to(sizes_T.dtype), sizes_T.amax()[None]]).tolist()
     return zip(*(facts[i * count : (i + 1) * count] for i in range(fields)), strict=True), largest
 
 

@@ -162,6 +162,8 @@ class Operand:
         return self.index is not None or self.source.dtype != self.compute
 
     def block(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        if self.index is None and self.source.dtype == self.compute == dtype:
+            return block_of(self.source, rows)
         have = self.loaded.get(dtype)
         if have is None or have[0] != rows:
             have = self.loaded[dtype] = (rows, self._load(rows, dtype))

@@ -80,13 +80,18 @@ class Part(NamedTuple):
     lse_diff: Tensor  # of lse_2R, without cancellation
 
 
-def divergence_(y: Tensor, p: Tensor, q: Tensor, scratch: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """From y with its excess: that excess, and the sum of (9) but for the parts' own KL. Leaves ``p - q`` in q, uses up
-    y."""
-    half_tanh = torch.mul(y, 0.5, out=scratch).tanh_()
-    y.mul_(q)
-    excess = q.add_(p).mul_(half_tanh).sum(dim)
-    return excess, torch.sub(q, y, out=y).sum(dim).clamp_(min=0.0)
+def divergence_(half_y: Tensor, p: Tensor, q: Tensor, scratch: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """From y / 2, excess included: the excess, and the sum of (9) but for the parts' own KL. Leaves ``p - q`` in q, and
+    uses up y / 2."""
+    tanh = torch.tanh(half_y, out=scratch)
+    half_y.mul_(q)
+    excess = q.add_(p).mul_(tanh).sum(dim)
+    return excess, torch.sub(q, half_y, alpha=2, out=half_y).sum(dim).clamp_(min=0.0)
+
+
+def half_log_ratio_(z: Tensor, r: Tensor, lse_diff: Tensor) -> Tensor:
+    """y / 2 of a tile, excess included, in z; r is scratch now."""
+    return torch.add((-0.5 * lse_diff)[:, None], torch.sub(z, r, out=r), alpha=0.5, out=z)
 
 
 def merge(parts: list[Part]) -> Part:
@@ -99,7 +104,8 @@ def merge(parts: list[Part]) -> Part:
     lse_2R = lse_2K.logsumexp(1)
     P_K, Q_K = (lse_2K - lse_2R[:, None]).exp_()
     lse_diff, kl = torch.sub(*lse_2R.unbind()), (Q_K * kl_K).sum(0)
-    excess, between = divergence_(diff_K + gap_K - lse_diff, P_K, Q_K, torch.empty_like(P_K), dim=0)
+    half_y_K = (diff_K + gap_K - lse_diff).mul_(0.5)
+    excess, between = divergence_(half_y_K, P_K, Q_K, torch.empty_like(P_K), dim=0)
     return Part(tops_2R, lse_2R, kl + between, lse_diff + excess)
 
 

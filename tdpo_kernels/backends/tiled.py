@@ -100,9 +100,9 @@ def _part(
     if extras is not None:
         extras.add(z, p, tops_2R[0], lse_2R[0])
     lse_diff = torch.sub(*lse_2R.unbind())
-    y = torch.sub(z, r, out=r).sub_(lse_diff[:, None])
-    t = None if exact or staged is None else work.get("t", y.dtype, *y.shape).copy_(y)
-    excess, kl = tile_math.divergence_(y, p, q, scratch=z)
+    half_y = tile_math.half_log_ratio_(z, r, lse_diff)
+    t = None if exact or staged is None else torch.mul(half_y, 2.0, out=work.get("t", z.dtype, *z.shape))
+    excess, kl = tile_math.divergence_(half_y, p, q, scratch=r)
     part = tile_math.Part(tops_2R, lse_2R, kl, lse_diff + excess)
     if t is None:
         return part, excess
