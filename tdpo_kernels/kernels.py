@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import offline
 from .offline import TARGETS, Build, Report, Target, compile_for
 from .tuning.config import Case, TileConfig
-from .tuning.heuristic import heuristic, keeps_bits, widths
+from .tuning.heuristic import heuristic, in_turns, keeps_bits, widths
 from .tuning.roofline import H200, SHAPES, estimate
 from .tuning.table import TABLES, parse
 
@@ -74,8 +74,10 @@ def cases(products: Iterable[str]) -> Iterator[Case]:
 
 
 def shipped(target: Target, tables: Path = TABLES) -> list[Job]:
-    """The heuristics for `target`, and what tables of devices of its architecture say."""
+    """The heuristics for `target`, persistent where a device may be found to like that, and what tables of devices of
+    its architecture say."""
     jobs = [Job(case, heuristic(case, target.name), target) for case in cases(PRODUCTS[target.name])]
+    jobs += [replace(job, config=in_turns(job.config, target.name)) for job in jobs if _may_take_turns(job.case)]
     for columns, needs in product(widths("tile_dz")[:1], ((True, False), (False, True))):
         case = Case("tile_dz", "16bit", columns=columns)
         jobs.append(Job(case, heuristic(case, target.name), target, needs))
@@ -84,6 +86,11 @@ def shipped(target: Target, tables: Path = TABLES) -> list[Job]:
         if table.arch == target.name:
             jobs += [Job(row.case, row.config, target, origin=path.stem) for row in table.configs]
     return jobs
+
+
+def _may_take_turns(case: Case) -> bool:
+    bare = case.aligned and not (case.bias or case.softcap or case.extras)
+    return case.kernel in ("fused_stats", "fused_dz") and case.product == "16bit" and bare
 
 
 def core(target: Target) -> list[Job]:
@@ -138,6 +145,7 @@ def _constexprs(job: Job) -> dict[str, Any]:
         R=config.R, C=config.C, K=config.K, TMA=config.tma, PRECISION="tf32" if case.product == "tf32" else "ieee",
         ONE_HEAD=case.one_head, STAGE=case.staged, EXTRAS=case.extras, HAS_BIAS=case.bias, HAS_REF_BIAS=case.bias,
         HAS_SOFTCAP=case.softcap, HAS_REF_SOFTCAP=case.softcap, NEEDS_Z=job.needs[0], NEEDS_R=job.needs[1],
+        PERSISTENT=config.persistent,
     )  # fmt: skip
     absent = () if case.bias else ("bias", "ref_bias")
     absent += tuple(name for name, needed in zip(("z_tile", "r_tile"), job.needs, strict=True) if not needed)
@@ -219,7 +227,7 @@ def report(jobs: list[Job], *, workers: int = 2, roofline: bool = False) -> int:
     import triton
 
     print(f"triton {triton.__version__}, {len(jobs)} builds; loop and around count local-memory instructions\n")
-    print(f"{'':8}{'case':56}{'configuration':22}{offline.HEADER[32:]}", flush=True)
+    print(f"{'':8}{'case':56}{'configuration':27}{offline.HEADER[32:]}", flush=True)
     failed, reports = 0, []
     with ProcessPoolExecutor(max(workers, 1), get_context("spawn")) as pool:
         for i, (job, made) in enumerate(zip(jobs, pool.map(_attempt, jobs), strict=True), 1):
@@ -245,7 +253,7 @@ def _attempt(job: Job) -> Report | str:
 
 
 def _lines(job: Job, made: Report | str) -> tuple[str, bool]:
-    what = f"{job.name:56}{str(job.config):22}"
+    what = f"{job.name:56}{str(job.config):27}"
     if isinstance(made, str):
         return f"{what}{job.target.name}\n  FAILED: {made}", False
     _, numbers, *faults = offline.table([replace(made, build=replace(made.build, name=""))]).splitlines()
@@ -258,7 +266,7 @@ def roofline_table(reports: list[tuple[Job, Report]]) -> str:
     lines = [
         f"estimates on {H200.name}, not measured: {H200.flops['16bit'] / 1e12:.0f} TFLOP/s of bf16 and "
         f"{H200.memory / 1e12:.1f} TB/s of memory (data sheet), {H200.cache / 1e12:.1f} TB/s of L2 (assumed)",
-        f"{'case':56}{'configuration':22}{'T x D x V':>20}{'a unit':>8}{'flops':>9}{'L2':>9}{'HBM':>9}   bound",
+        f"{'case':56}{'configuration':27}{'T x D x V':>20}{'a unit':>8}{'flops':>9}{'L2':>9}{'HBM':>9}   bound",
     ]
     for job, made in reports:
         if job.case.kernel not in products or job.target.name != "sm_90":
@@ -267,5 +275,5 @@ def roofline_table(reports: list[tuple[Job, Report]]) -> str:
             e = estimate(job.case, job.config, made.registers, made.shared, shape)
             times = "".join(f"{1e3 * seconds:6.1f} ms" for seconds in (e.compute, e.cache, e.memory))
             sizes = f"{shape.T} x {shape.D} x {shape.V}"
-            lines.append(f"{job.name:56}{str(job.config):22}{sizes:>20}{e.programs:8}{times}   {e.bound}")
+            lines.append(f"{job.name:56}{str(job.config):27}{sizes:>20}{e.programs:8}{times}   {e.bound}")
     return "\n".join(lines)

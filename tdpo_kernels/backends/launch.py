@@ -193,6 +193,20 @@ def _blocks(length: int, step: int) -> int:
     return -(-length // step)
 
 
+def _programs(device: torch.device, config: TileConfig, T: int, V: int) -> tuple[int, ...]:
+    """The grid of a kernel that multiplies. One that is persistent has as many programs as the device holds of them,
+    if each takes all the registers that a thread can have, which the tiles that are worth it do."""
+    tiles = _blocks(T, config.R), _blocks(V, config.C)
+    if not config.persistent:
+        return tiles
+    return (min(tiles[0] * tiles[1], _multiprocessors(device) * max(8 // config.warps, 1)),)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def _matrix(x: Tensor, rows: int, config: TileConfig):
     """x as the kernel loads it."""
     if not config.tma:
@@ -234,10 +248,10 @@ def fused_stats(
         TMA=config.tma, PRECISION=precision(policy.hidden.dtype), ONE_HEAD=traits.one_head, STAGE=staged is not None,
         EXTRAS=traits.extras, **_flags(policy.head, policy.bias, reference.head, reference.bias),
     )  # fmt: skip
-    kernel[_blocks(shapes["T"], config.R), parts](
+    kernel[_programs(policy.hidden.device, config, shapes["T"], shapes["V"])](
         **_matrices(policy, reference, config), **shapes, labels=labels_R, states=states, staged=staged,
         stride_p=0 if staged is None else staged.stride(1), plane=0 if staged is None else staged.stride(0),
-        F=largest_exponent(torch.float32), R=config.R, C=config.C, K=config.K, **flags,
+        F=largest_exponent(torch.float32), R=config.R, C=config.C, K=config.K, PERSISTENT=config.persistent, **flags,
         **config.options,
     )  # fmt: skip
     return _launched("fused_stats", config, flags | dict(lies=traits.lies), policy.hidden, reference.hidden, staged)
@@ -261,10 +275,10 @@ def fused_dz(
         TMA=config.tma, PRECISION=precision(policy.hidden.dtype),
         **_flags(policy.head, policy.bias, reference.head, reference.bias),
     )  # fmt: skip
-    kernel[_blocks(shapes["T"], config.R), _blocks(shapes["V"], config.C)](
+    kernel[_programs(policy.hidden.device, config, shapes["T"], shapes["V"])](
         **_matrices(policy, reference, config), **shapes, labels=labels_R, row_values=row_values,
         coefficients=coefficients, dz=dz, stride_rows=row_values.stride(0), stride_dz=dz.stride(0),
-        R=config.R, C=config.C, K=config.K, **flags, **config.options,
+        R=config.R, C=config.C, K=config.K, PERSISTENT=config.persistent, **flags, **config.options,
     )  # fmt: skip
     return _launched("fused_dz", config, flags | dict(lies=traits.lies), policy.hidden, reference.hidden, dz)
 

@@ -19,10 +19,39 @@ def fused_dz(
     scale, softcap, ref_scale, ref_softcap,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_REF_SOFTCAP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """dz ``(T, stride_dz)`` of columns [first_col, last_col). Looks at the coefficients of its rows and skips the
-    product that they leave no use for."""
-    row, col = tl.program_id(0) * R, first_col + tl.program_id(1) * C
+    """dz ``(T, stride_dz)`` of columns [first_col, last_col), tiles taken as by `stats.fused_stats`."""
+    if PERSISTENT:
+        row_blocks = tl.cdiv(T, R)
+        tiles = row_blocks * tl.cdiv(last_col - first_col, C)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1, disable_licm=True):
+            dz_tile(
+                h, w, bias, g, u, ref_bias, labels, row_values, coefficients, dz,
+                tile % row_blocks * R, first_col + tile // row_blocks * C,
+                T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_rows, stride_dz,
+                scale, softcap, ref_scale, ref_softcap, R, C, K, TMA, PRECISION,
+                HAS_BIAS, HAS_SOFTCAP, HAS_REF_BIAS, HAS_REF_SOFTCAP,
+            )  # fmt: skip
+    else:
+        dz_tile(
+            h, w, bias, g, u, ref_bias, labels, row_values, coefficients, dz,
+            tl.program_id(0) * R, first_col + tl.program_id(1) * C,
+            T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_rows, stride_dz,
+            scale, softcap, ref_scale, ref_softcap, R, C, K, TMA, PRECISION,
+            HAS_BIAS, HAS_SOFTCAP, HAS_REF_BIAS, HAS_REF_SOFTCAP,
+        )  # fmt: skip
+
+
+@triton.jit
+def dz_tile(
+    h, w, bias, g, u, ref_bias, labels, row_values, coefficients, dz, row, col,
+    T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_rows, stride_dz,
+    scale, softcap, ref_scale, ref_softcap,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_REF_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Looks at the coefficients of its rows and skips the product that they leave no use for."""
     rows = row + tl.arange(0, R)
     a, b = load_coefficients(coefficients, rows, T, stride_rows)
     needs_r = tl.sum((a != 0).to(tl.int32), 0) > 0  # true for nan

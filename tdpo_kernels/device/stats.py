@@ -34,14 +34,44 @@ def fused_stats(
     TMA: tl.constexpr, PRECISION: tl.constexpr, ONE_HEAD: tl.constexpr, STAGE: tl.constexpr,
     EXTRAS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_REF_SOFTCAP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """States ``(parts, STATE, T)`` of columns [first_col, last_col) of ``h w^T`` and ``g u^T``: ``h (T, D)``, ``w (V,
     D)``, ``g (T, E)``, ``u (V, E)``, biases ``(V,)`` or None. With STAGE `staged` is filled from first_col on.
 
-    Program (i, s) makes tile s of R rows: a part of C columns, staged or not, so that what is staged changes no bit of
-    the statistics. Programs in flight share their columns.
+    A tile is R rows of a part of C columns, staged or not, so that what is staged changes no bit of the statistics.
+    Each has a program, or with PERSISTENT the programs that there are take turns; rows vary fastest, so that tiles in
+    the making share their columns.
     """
-    row, part = tl.program_id(0) * R, tl.program_id(1)
+    if PERSISTENT:
+        row_blocks = tl.cdiv(T, R)
+        tiles = row_blocks * tl.cdiv(last_col - first_col, C)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1, disable_licm=True):
+            stats_tile(
+                h, w, bias, g, u, ref_bias, labels, states, staged, tile % row_blocks * R, tile // row_blocks,
+                T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_p, plane,
+                scale, softcap, ref_scale, ref_softcap, F, R, C, K, TMA, PRECISION, ONE_HEAD, STAGE, EXTRAS,
+                HAS_BIAS, HAS_SOFTCAP, HAS_REF_BIAS, HAS_REF_SOFTCAP,
+            )  # fmt: skip
+    else:
+        stats_tile(
+            h, w, bias, g, u, ref_bias, labels, states, staged, tl.program_id(0) * R, tl.program_id(1),
+            T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_p, plane,
+            scale, softcap, ref_scale, ref_softcap, F, R, C, K, TMA, PRECISION, ONE_HEAD, STAGE, EXTRAS,
+            HAS_BIAS, HAS_SOFTCAP, HAS_REF_BIAS, HAS_REF_SOFTCAP,
+        )  # fmt: skip
+
+
+@triton.jit
+def stats_tile(
+    h, w, bias, g, u, ref_bias, labels, states, staged, row, part,
+    T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_p, plane,
+    scale, softcap, ref_scale, ref_softcap, F,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, ONE_HEAD: tl.constexpr, STAGE: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_REF_SOFTCAP: tl.constexpr,
+):  # fmt: skip
     rows, col = row + tl.arange(0, R), first_col + part * C
     label = tl.load(labels + rows, mask=rows < T, other=-1) - col
     if ONE_HEAD:

@@ -23,6 +23,7 @@ class TileConfig:
 
     Args:
         tma: operands come as descriptors, not pointers.
+        persistent: as many programs as the device holds at once take the tiles in turns (`fused_stats`, `fused_dz`).
         stack: bytes a thread that the compiler may spill, outside of main loops; `python -m tdpo_kernels kernels`
             fails on more.
     """
@@ -34,6 +35,7 @@ class TileConfig:
     stages: int = 1
     tma: bool = False
     stack: int = 0
+    persistent: bool = False
 
     def __post_init__(self) -> None:
         for name in ("R", "C", "K", "warps"):
@@ -44,8 +46,9 @@ class TileConfig:
             raise ValueError(f"TileConfig: {self.warps} warps, wanted 32 at most")
         if not _is_count(self.stages) or type(self.stack) is not int or self.stack < 0:
             raise ValueError(f"TileConfig: stages {self.stages!r}, stack {self.stack!r}; wanted >= 1 and >= 0")
-        if type(self.tma) is not bool:
-            raise ValueError(f"TileConfig: tma is {self.tma!r}, wanted a bool")
+        for name in ("tma", "persistent"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"TileConfig: {name} is {getattr(self, name)!r}, wanted a bool")
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -56,7 +59,7 @@ class TileConfig:
     def __str__(self) -> str:
         sizes = "x".join(str(size) for i, size in enumerate((self.R, self.C, self.K)) if i == 0 or size > 1)
         stages = f" s{self.stages}" if self.stages > 1 else ""
-        return f"{sizes} w{self.warps}{stages}{' tma' if self.tma else ''}"
+        return f"{sizes} w{self.warps}{stages}{' tma' if self.tma else ''}{' loop' if self.persistent else ''}"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,22 @@ def test_strides_change_nothing(backend: str, budget: int, change):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max(), name
 
 
+@pytest.mark.parametrize("budget", (0, EVERYTHING))
+def test_persistent_programs_leave_the_same_bits(budget: int, monkeypatch: pytest.MonkeyPatch):
+    """One of them makes every tile of a launch, as the interpreter holds one at a time."""
+    p = base(4).problem(F32)
+    g = cotangents("general", p.labels)
+    want, _ = ours(p, g, "fused", budget)
+    grids = []
+    programs = launch._programs
+    monkeypatch.setattr(launch, "_programs", lambda *x: grids.append(programs(*x)) or grids[-1])
+    monkeypatch.setattr(launch, "choose", lambda *_, **__: TileConfig(16, 64, 32, warps=8, persistent=True))
+    found, _ = ours(p, g, "fused", budget)
+    assert set(grids) == {(1,)}
+    for name in Result.NAMES:
+        assert np.array_equal(getattr(want, name), getattr(found, name)), name
+
+
 @pytest.mark.parametrize("wide", (False, True), ids=("cut", "the same"))
 def test_heads_at_one_address_are_one_head_only_if_they_are_the_same(wide: bool):
     """A reference of fewer hidden features may have a part of the policy's weight."""

@@ -237,18 +237,24 @@ def dz_of(p: Problem, cols: int, dtype: torch.dtype = F32) -> Tensor:
 
 
 def fused_stats(
-    p: Problem, staged: Tensor | None = None, cols: tuple[int, int] | None = None, tma: bool = False
+    p: Problem,
+    staged: Tensor | None = None,
+    cols: tuple[int, int] | None = None,
+    tma: bool = False,
+    programs: int | None = None,
 ) -> Tensor:
+    """`programs`: so many take the tiles in turns."""
     first, last = cols or (0, p.V)
     parts = -(-(last - first) // C)
     states = poisoned(parts + 1, STATE, p.T)  # one more than is meant to be written
     (h, w, g, u), strides = operands(p, tma)
     stride_p, plane = (0, 0) if staged is None else (staged.stride(1), staged.stride(0))
+    grid = (programs,) if programs else (-(-p.T // R), parts)
     launch(
-        stats.fused_stats, (-(-p.T // R), parts), h, w, p.bias, g, u, p.ref_bias, p.labels, states[:parts], staged,
+        stats.fused_stats, grid, h, w, p.bias, g, u, p.ref_bias, p.labels, states[:parts], staged,
         p.T, p.V, p.h.shape[1], p.g.shape[1], first, last, stride_p=stride_p, plane=plane, F=p.F,
         R=R, C=C, K=K, TMA=tma, PRECISION="ieee", ONE_HEAD=p.u is p.w, STAGE=staged is not None, EXTRAS=True,
-        **strides, **p.heads(), **p.flags(),
+        PERSISTENT=programs is not None, **strides, **p.heads(), **p.flags(),
     )  # fmt: skip
     assert states[parts:].isnan().all()
     return states[:parts]
@@ -351,6 +357,20 @@ def test_fused_stats_from_descriptors_and_from_one_head(name):
     states = fused_stats(p)
     check_statistics(p, states)
     assert torch.equal(fused_stats(p, tma=True)[:, :KEPT], states[:, :KEPT])
+
+
+@pytest.mark.parametrize("programs", (1, 2, 5, 1000))
+@pytest.mark.parametrize("name", ("plain", "softcap"))
+def test_programs_that_take_turns_leave_the_same_bits(name, programs):
+    """As many as there are tiles, fewer, or more; of all columns or from the middle of a tile on."""
+    p, want = made(name), made_backward(name, "blocks")
+    values = row_values(p)
+    for cols in windows(p):
+        one, other = (planes(p, cols[1] - cols[0], F16) for _ in range(2))
+        states, again = fused_stats(p, one, cols), fused_stats(p, other, cols, programs=programs)
+        assert torch.equal(states, again) and torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+        dz, again = (fused_dz(p, values, want, cols, False, programs=n) for n in (None, programs))
+        assert torch.equal(dz.nan_to_num(7.0), again.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("name", ("plain", "near", "softcap"))
@@ -589,16 +609,18 @@ def row_values(p: Problem) -> Tensor:
 
 
 def fused_dz(
-    p: Problem, values: Tensor, want: Backward, cols: tuple[int, int], tma: bool, dtype: torch.dtype = F32
-) -> Tensor:
+    p: Problem, values: Tensor, want: Backward, cols: tuple[int, int], tma: bool, dtype: torch.dtype = F32,
+    programs: int | None = None,
+) -> Tensor:  # fmt: skip
     first, last = cols
     out = dz_of(p, last - first, dtype)
     (h, w, g, u), strides = operands(p, tma)
+    grid = (programs,) if programs else (-(-p.T // R), -(-(last - first) // C))
     launch(
-        dlogits.fused_dz, (-(-p.T // R), -(-(last - first) // C)), h, w, p.bias, g, u, p.ref_bias, p.labels, values,
+        dlogits.fused_dz, grid, h, w, p.bias, g, u, p.ref_bias, p.labels, values,
         want.coefficients, out, p.T, p.V, p.h.shape[1], p.g.shape[1], first, last, **strides,
         stride_rows=values.stride(0), stride_dz=out.stride(0), R=R, C=C, K=K, TMA=tma, PRECISION="ieee",
-        **p.heads(), **p.flags(),
+        PERSISTENT=programs is not None, **p.heads(), **p.flags(),
     )  # fmt: skip
     return out
 
