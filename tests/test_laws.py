@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +33,13 @@ def budget_of(problem: Problem, name: str) -> int:
     return {"nothing": 0, "partial": half * 2 // 3, "everything": EVERYTHING}[name]
 
 
-CORE = ("scaled", "peaked_30", "near_equal_offset", "ruled_out", "softcap")
+def mainly(kept: tuple, every: Iterable) -> list:
+    """Every value, those that are not `kept` marked long: interpreted kernels are looked at with a few of each kind in
+    `make test`, with all in `make interpreted`."""
+    return [x if x in kept else pytest.param(x, marks=pytest.mark.long) for x in every]
+
+
+CORE = ("scaled", "near_equal_offset", "ruled_out", "softcap")
 
 
 def length_of(run: tuple[str, str]) -> list[pytest.MarkDecorator]:
@@ -104,7 +111,7 @@ def test_as_accurate_as_plain_torch_on_cuda(dtype, backend, small_tiles):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=dtype_id)
-@pytest.mark.parametrize("case", ("scaled", "more_rows_than_V", "ruled_out"))
+@pytest.mark.parametrize("case", mainly(("ruled_out",), ("scaled", "more_rows_than_V", "ruled_out")))
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
 def test_gradients_are_as_accurate_when_only_some_are_wanted(wanted, case, dtype, backend, small_tiles):
     problem, law = judge_of(case, dtype, "general")
@@ -139,8 +146,8 @@ def test_backward_runs_twice_on_a_retained_graph(backend, small_tiles):
 
 def test_partial_budget_stages_some_tiles_and_not_others(small_tiles):
     """Or the budgets above would all test the same thing."""
-    for name in ("scaled", "softcap", "more_rows_than_V"):
-        for dtype in DTYPES:
+    for name in ("scaled", "softcap"):
+        for dtype in (torch.float32, torch.bfloat16):
             problem = case_of(name).problem(dtype)
             nothing, partial, everything = (_kept(problem, budget_of(problem, b)) for b in BUDGETS)
             assert nothing < partial < everything, (name, dtype, nothing, partial, everything)
@@ -202,7 +209,7 @@ def kl_gradients(case: Case, dtype: torch.dtype, backend: str, budget: str) -> t
 
 @pytest.mark.parametrize("budget", EACH_BUDGET)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", EQUAL)
+@pytest.mark.parametrize("case", mainly(("softcap", "bias"), EQUAL))
 def test_policy_equal_to_reference_gives_exactly_zero(case, dtype, budget, backend, small_tiles):
     """The KL and its gradient exactly, tokens too unlikely for fp32 to hold included."""
     out, grads = kl_gradients(EQUAL[case](), dtype, backend, budget)
@@ -221,7 +228,7 @@ def test_a_token_both_models_rule_out_gets_no_gradient(dtype, budget, backend, s
 
 
 @pytest.mark.parametrize("variant, alpha", [("tdpo1", None), ("tdpo2", None), ("tdpo2", 0.0)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", mainly((torch.float32,), DTYPES), ids=dtype_id)
 def test_policy_equal_to_reference_gives_exactly_log_2(dtype, variant, alpha, backend, small_tiles):
     case = base(45, B=4, apart=0.0)
     out = loss_of(case.problem(dtype), backend, variant=variant, alpha=alpha)
@@ -266,7 +273,7 @@ def sums_of_dz(case: str, dtype: torch.dtype, cotangent: str, budget: str, backe
 
 @pytest.mark.parametrize("budget", EACH_BUDGET)
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
-@pytest.mark.parametrize("case", SUMMED)
+@pytest.mark.parametrize("case", mainly(("scaled", "shared_ratio_0.5"), SUMMED))
 def test_rows_of_dz_sum_to_zero(case, dtype, budget, backend, small_tiles):
     small_tiles(*case_of(case).tile)
     total, dz = sums_of_dz(case, dtype, "general", budget, backend)
@@ -275,8 +282,8 @@ def test_rows_of_dz_sum_to_zero(case, dtype, budget, backend, small_tiles):
 
 @pytest.mark.parametrize("budget", EACH_BUDGET)
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=dtype_id)
-@pytest.mark.parametrize("cotangent", ("general", "logp_zero", "kl_zero", "equal"))
-@pytest.mark.parametrize("case", (*SUMMED, "shared_ratio_sure"))
+@pytest.mark.parametrize("cotangent", mainly(("general", "equal"), ("general", "logp_zero", "kl_zero", "equal")))
+@pytest.mark.parametrize("case", mainly(("scaled", "shared_ratio_sure"), (*SUMMED, "shared_ratio_sure")))
 def test_rows_of_16_bit_dz_sum_to_zero(case, cotangent, dtype, budget, backend, small_tiles):
     """As nearly as entries rounded each on its own, in this dtype: being staged, which is coarser, leaves no trace."""
     small_tiles(*case_of(case).tile)
@@ -315,7 +322,7 @@ SAME = ("scaled", "dense", "peaked_10", "softcap", "ruled_out", "more_rows_than_
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", mainly(("softcap",), SAME))
 def test_same_bits_run_to_run(case, dtype, backend, small_tiles):
     problem = case_of(case).problem(dtype)
     for budget in BUDGETS:
@@ -324,7 +331,7 @@ def test_same_bits_run_to_run(case, dtype, backend, small_tiles):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", mainly(("scaled", "ruled_out"), SAME))
 def test_forward_has_the_same_bits_at_any_budget_and_without_grad(case, dtype, backend, small_tiles):
     problem = case_of(case).problem(dtype)
     none = stats_of(problem, backend, 0)
@@ -344,7 +351,7 @@ def agree(a: list[Tensor], b: list[Tensor], dtype: torch.dtype, factor: float = 
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", mainly(("softcap",), SAME))
 @pytest.mark.parametrize("tile", [(1, 16), (7, 48), (512, 2048)], ids=str)
 def test_tile_size_changes_nothing_but_rounding(tile, case, dtype, backend, small_tiles):
     problem = case_of(case).problem(dtype)
@@ -355,7 +362,7 @@ def test_tile_size_changes_nothing_but_rounding(tile, case, dtype, backend, smal
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
-@pytest.mark.parametrize("case", ("dense", "peaked_10", "softcap"))
+@pytest.mark.parametrize("case", mainly(("softcap",), ("dense", "peaked_10", "softcap")))
 def test_row_order_and_batch_split_change_nothing_but_rounding(case, dtype, backend, small_tiles):
     """Tokens as rows of their own, shuffled, then in two calls; gradients of the weight add up."""
     whole = case_of(case).problem(dtype)
