@@ -10,7 +10,8 @@ Or ``accelerate launch``, which starts one process on a machine without GPUs wha
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -65,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed)
     accelerator = Accelerator(gradient_accumulation_steps=options.accumulate, cpu=options.cpu, dataloader_config=order)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(options.model) for _ in range(2))
     with accelerator.main_process_first():
-        rows = tokenize(tokenizer, load_pairs(str(options.data)))
+        rows = tokenize(tokenizer, pairs_of(options.data))
+    policy, reference = (AutoModelForCausalLM.from_pretrained(options.model) for _ in range(2))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     to_batch = partial(collate, pad=pad, max_length=options.max_length)
     batches = DataLoader(rows, options.batch, shuffle=True, collate_fn=to_batch)
@@ -87,6 +88,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         policy.save_pretrained(options.out)
         tokenizer.save_pretrained(options.out)
+
+
+def pairs_of(path: Path) -> Iterable[Mapping[str, str]]:
+    """Ends with the reason, and no traceback, where they are not pairs of texts."""
+    try:
+        return load_pairs(str(path), texts=True)
+    except ValueError as error:
+        print(f"accelerate_loop.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,9 +11,9 @@ from random import Random
 from typing import TypeVar
 
 import torch
+from tdpo_trainer.lines import FIELDS, BadPair, check_pair, records
 from torch import Tensor
 
-FIELDS = ("prompt", "chosen", "rejected")
 IGNORED = -100
 Ids = tuple[int, ...]
 T = TypeVar("T")
@@ -57,33 +56,19 @@ class Batch:
 def read_pairs(path: Path, at_most: int | None = None) -> list[TextPair]:
     """The pairs of a JSONL file. Whatever is wrong with it is reported with the line it is on."""
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        return [_text_pair(where, record) for where, record in records(path)][:at_most]
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    pairs = [_parse(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    return pairs[:at_most]
+    except BadPair as error:
+        raise UsageError(str(error)) from error
 
 
-def _parse(where: str, line: bytes) -> TextPair:
-    try:
-        record = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{where}: not JSON in UTF-8: {error}") from error
-    if not isinstance(record, dict):
-        raise UsageError(f"{where}: got {_kind(record)}, wanted an object with the fields {', '.join(FIELDS)}")
+def _text_pair(where: str, record: object) -> TextPair:
+    check_pair(where, record)
     for name in FIELDS:
-        if name not in record:
-            raise UsageError(f"{where}: field '{name}' is missing, wanted {', '.join(FIELDS)}")
-        if not isinstance(record[name], str):
-            raise UsageError(f"{where}: field '{name}' is {_kind(record[name])}, wanted a string")
         if not record[name].strip():
             raise UsageError(f"{where}: field '{name}' is empty, wanted some text")
     return TextPair(*(record[name] for name in FIELDS))
-
-
-def _kind(value: object) -> str:
-    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return kinds.get(type(value), "a number")
 
 
 def split_by_prompt(

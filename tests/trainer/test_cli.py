@@ -165,10 +165,28 @@ def test_what_is_one_repository_s_is_not_another_s(here: Path, tmp_path: Path, m
 
 
 def test_other_columns_are_refused(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "other.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    Dataset.from_list([{"question": "a", "answer": "b"}]).to_parquet(tmp_path / "other.parquet")
     flags = ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path)]
-    assert cli.main(["train", *flags, "--dataset_name", str(tmp_path / "other.jsonl")]) == 2
+    assert cli.main(["train", *flags, "--dataset_name", str(tmp_path / "other.parquet")]) == 2
     assert "got columns question, answer, wanted prompt, chosen and rejected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "cache"])
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"prompt": "a", "chosen": }', "not JSON in UTF-8: Expecting value (column 27)"),
+        ('{"prompt": "a", "chosen": "b"}', "field 'rejected' is missing: got prompt, chosen, wanted prompt, chosen,"),
+    ],
+)
+def test_a_bad_line_is_named(command: str, line: str, said: str, here: Path, tmp_path: Path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([*map(json.dumps, text_pairs(6)), line, *map(json.dumps, text_pairs(2))]))
+    flags = ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path), "--reference_cache", str(tmp_path)]
+    assert cli.main([command, *flags, "--dataset_name", str(bad)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"tdpo: {command}: {bad}, line 7: {said}")
+    assert cli.main([command, *flags, "--eval_dataset_name", str(bad)]) == 2
+    assert f"{bad}, line 7: {said}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_run_is_resumed_from_its_last_checkpoint(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

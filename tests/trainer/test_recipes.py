@@ -76,6 +76,19 @@ def test_the_accelerate_loop_as_a_command(tmp_path: Path):
     assert worst(parameters(trained), parameters(llama())) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [("{", "not JSON"), ("{}", "field 'prompt' is missing"), ('{"prompt": []}', "field 'prompt' is an array")],
+)
+def test_the_accelerate_loop_names_a_bad_line(line: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    loop = importlib.import_module("accelerate_loop")
+    model, data = saved_llama(tmp_path / "model"), tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs(6)) + line)
+    with pytest.raises(SystemExit, match="2"):
+        loop.main(f"--model {model} --data {data} --out {tmp_path / 'out'} --cpu".split())
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"accelerate_loop.py: error: {data}, line 7: {said}")
+
+
 @pytest.mark.long
 def test_the_accelerate_loop_in_two_processes_trains_what_one_does(tmp_path: Path):
     model, data = saved_llama(tmp_path / "model"), tmp_path / "pairs.jsonl"
