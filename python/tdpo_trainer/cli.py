@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 TRAINING_PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "deepspeed")
+INSTALL = "pip install '.[train]' in a clone of tdpo-kernels"
 
 
 def command_line() -> NoReturn:
@@ -63,7 +64,7 @@ def _training(command: str, argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name not in TRAINING_PACKAGES:
             raise
-        return _wrong(f"{command} needs {error.name}, which is not installed: pip install 'tdpo-kernels[train]'")
+        return _wrong(f"{command} needs {error.name}, which is not installed: {INSTALL}")
     try:
         return getattr(run, command)(argv)
     except (run.UsageError, CacheError, UnsupportedModel) as error:

@@ -56,7 +56,7 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.delitem(sys.modules, "tdpo_trainer.run", raising=False)
     monkeypatch.setitem(sys.modules, "trl", None)
     assert cli.main(["train"]) == 2
-    said = "tdpo: train needs trl, which is not installed: pip install 'tdpo-kernels[train]'\n"
+    said = "tdpo: train needs trl, which is not installed: pip install '.[train]' in a clone of tdpo-kernels\n"
     assert capsys.readouterr().err == said
 
 
