@@ -47,7 +47,7 @@ frameworks: $(READY)  ## the recipes for other frameworks, each run by its own c
 	done
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/trainer/test_frameworks.py
 
-parallel: $(READY)  ## what is split over ranks, on four processes (a minute)
+parallel: $(READY)  ## what is split over ranks, on four and on eight processes (a minute)
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/test_parallel.py tests/test_parallel_laws.py
 
 families: $(READY)  ## python/tdpo_trainer/FAMILIES.md anew: every family of transformers, built tiny (5 minutes)
