@@ -27,7 +27,8 @@ class History:
 def backend_line(backend: str, device: torch.device) -> str:
     name, _ = choose(backend, device)
     why = "the leanest that runs here" if backend == "auto" else "asked for by name"
-    return f"backend: {name} ({why}; {availability(device).get(name, device.type)})"
+    what = availability(device)[name].removeprefix("available: ")
+    return f"The loss was computed by backend {name}, {why}: {what}."
 
 
 def table(history: History, pairs: int, sentiment: tuple[float, float] | None = None, samples: int = 0) -> str:

@@ -16,11 +16,11 @@ BACKENDS: dict[str, Backend] = {"fused": fused, "tiled": tiled, "naive": naive}
 
 def availability(device: torch.device) -> dict[str, str]:
     """Each backend and whether it can run on `device`: ``"available: ..."`` or the reason why not."""
-    missing, rows = launch.unavailable(device), "Triton row kernels" if rowwise.runs_on(device) else "row mathematics"
+    missing, rows = launch.unavailable(device), "Triton row kernels" if rowwise.runs_on(device) else "torch operations"
     fused_says = f"available: Triton kernels that make logits in registers, on {device.type}"
     return {
         "fused": fused_says if not missing else f"unavailable: {missing}",
-        "tiled": f"available: library GEMMs into cache-sized tiles, {rows}, on {device.type}",
+        "tiled": f"available: library GEMMs make logits in cache-sized tiles, {rows} reduce them, on {device.type}",
         "naive": f"available: keeps [T, V] logits; a baseline and debugging switch, on {device.type}",
     }
 

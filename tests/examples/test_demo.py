@@ -101,7 +101,7 @@ def test_the_whole_experiment_runs_and_repeats_itself(tmp_path, call):
         "SeqKL chosen",
         "SeqKL rejected",
         "mean sentiment",
-        "backend: ",
+        "The loss was computed by backend ",
         "before",
         "after",
     ):
@@ -213,6 +213,16 @@ def test_a_head_that_is_not_the_models_own_is_refused(call, write, model_directo
     monkeypatch.setattr(GPT2LMHeadModel, "forward", scaled)
     status, _, error = call("--data", write(*some_pairs(40)), "--model", model_directory, "--steps", 1)
     assert status == 2 and "gpt2 (GPT2LMHeadModel): its logits are not its LM head" in error
+
+
+def test_the_backend_is_said_in_a_sentence(demo):
+    cpu = torch.device("cpu")
+    said = demo.report.backend_line("naive", cpu)
+    assert said.startswith("The loss was computed by backend naive, asked for by name: keeps [T, V] logits")
+    assert said.endswith(", on cpu.") and "available" not in said
+    said = demo.report.backend_line("tiled", cpu)
+    assert ": library GEMMs make logits in cache-sized tiles, " in said and said.endswith(" reduce them, on cpu.")
+    assert "the leanest that runs here: " in demo.report.backend_line("auto", cpu)
 
 
 @pytest.fixture
