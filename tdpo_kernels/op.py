@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +160,7 @@ def _emptied(call: Call) -> Callable[..., Call]:
 
     def refilled(*tensors: Tensor | None) -> Call:
         sides = (
-            Model(hidden, head(weight, bias, *options), dtype)
+            Model(hidden, head(weight=weight, bias=bias, **options), dtype)
             for (hidden, weight, bias), (head, options, dtype) in zip((tensors[:3], tensors[3:6]), kinds, strict=True)
         )
         return Call(backend, Inputs(*sides, Rows(*tensors[6:]), budget, extras), shape, steps)
@@ -166,9 +168,14 @@ def _emptied(call: Call) -> Callable[..., Call]:
     return refilled
 
 
-def _options(head: LMHead) -> tuple:
-    """All that a head is but weight and bias, as its constructor takes it."""
-    return tuple(vars(head).values())[2:]
+def _options(head: LMHead) -> dict[str, Any]:
+    """All that a head is but weight and bias."""
+    return {name: getattr(head, name) for name in _option_names(type(head))}
+
+
+@cache
+def _option_names(kind: type[LMHead]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind) if field.name not in ("weight", "bias"))
 
 
 def _detached(x: Tensor | None) -> Tensor | None:

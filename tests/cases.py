@@ -126,6 +126,23 @@ def near_equal() -> Case:
     return replace(case, bias=constant(case, 0.0), ref_bias=bias_of(case, 3, 1e-4))
 
 
+def near_equal_wide() -> Case:
+    """Log-sum-exps of so many columns round by more than their share of what the models are apart."""
+    case = base(1, V=1100, apart=0.0)
+    bias = bias_of(case, 1)
+    return replace(case, bias=bias, ref_bias=bias + bias_of(case, 2, 1e-4), tile=(16, 512))
+
+
+def hated_part() -> Case:
+    """A tile in which the reference is flat, and of which the policy likes nothing but one token, and that little."""
+    case = base(1, V=1024, std=0.3, apart=0.1, ignored=0.0)
+    bias = bias_of(case, 1, 0.3)
+    ref_bias = bias + bias_of(case, 2, 0.1)
+    bias[256:512] -= 30.0
+    bias[261] += 15.0
+    return replace(every_label(case, [3, 700]), bias=bias, ref_bias=ref_bias, tile=(1024, 256))
+
+
 def offset(value: float) -> Case:
     """All logits of one model higher than the other's by a constant, which changes nothing at all."""
     case = base(4, apart=0.1)
@@ -256,6 +273,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "near_equal": near_equal,
     "near_equal_hidden": lambda: base(3, apart=1e-4),
     "near_equal_offset": near_equal_offset,
+    "near_equal_wide": near_equal_wide,
     "offset_50": lambda: offset(50.0),
     "offset_minus_50": lambda: offset(-50.0),
     "offset_1000": lambda: offset(1000.0),

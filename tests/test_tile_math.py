@@ -250,26 +250,8 @@ def test_kl_is_infinite_where_the_policy_alone_rules_out(policy, reference, want
 # --- what is staged ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("split", SPLITS[:3], ids=lambda s: str(len(s)))
-def test_shifted_makes_p_and_q_of_a_tile_those_of_the_whole(split, kind):
-    """And their difference as exact as the log-ratio is, of columns whose models nearly agree."""
-    z, r = rows(kind)
-    tiles = [tile(z[:, list(c)], r[:, list(c)]) for c in split]
-    parts = [x.part for x in tiles]
-    values = tile_math.shifted([x.excess for x in tiles], parts, tile_math.merge(parts))
-    log_p, log_q = z.double().log_softmax(-1), r.double().log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
-    for columns, x, (weight, ref_weight, shift) in zip(split, tiles, values.unbind(1), strict=True):
-        c = list(columns)
-        more = shift[:, None] * x.p - ref_weight[:, None] * x.p_less_q
-        assert torch.allclose((weight[:, None] * x.p).double(), p[:, c], rtol=1e-4, atol=1e-12)
-        wrong = (more.double() - (q - p)[:, c]).abs()
-        assert (wrong <= 3e-6 * (q - p).abs().amax(-1, keepdim=True) + 5e-7 * q[:, c]).all()  # anchored logits round
-
-
 def staged(z: Tensor, r: Tensor, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, tile_math.Part]:
-    """p and t as `tiled` stages them where that is in 16 bits, t rounded to `dtype`."""
+    """p and t as `tiled` stages them of a steep tile, t rounded to `dtype`."""
     found = tile(z, r)
     p, t = found.p, found.t.to(dtype).float()
     tile_math.weigh_(p, p - found.p_less_q, t, torch.empty_like(p))
@@ -298,6 +280,36 @@ def test_staged_t_keeps_its_digits_however_low_one_column_is(depth):
     rest = [v for v in range(24) if v != 5]
     assert torch.allclose(t.double()[:, rest], (log_p - log_q)[:, rest], rtol=0, atol=1e-5)
     assert torch.allclose(p.double() * (-t.double()).exp(), log_q.exp(), rtol=5e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("split", SPLITS[:3], ids=lambda s: str(len(s)))
+def test_tile_weights_make_p_and_q_of_a_part_those_of_the_whole(split, kind):
+    z, r = rows(kind)
+    tiles = [staged(z[:, list(c)], r[:, list(c)]) for c in split]
+    parts = [found for *_, found in tiles]
+    weights = tile_math.tile_weights([], parts, tile_math.merge(parts))
+    p, q = z.double().softmax(-1), r.double().softmax(-1)
+    for columns, (p_k, t_k, _), (weight, ref_weight, ratio) in zip(split, tiles, weights.unbind(1), strict=True):
+        found_q = (ref_weight.double()[:, None] * p_k) * (-t_k - ratio[:, None]).double().exp()
+        assert torch.allclose((weight[:, None] * p_k).double(), p[:, list(columns)], rtol=1e-4, atol=1e-12)
+        assert torch.allclose(found_q, q[:, list(columns)], rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("split", SPLITS[:3], ids=lambda s: str(len(s)))
+def test_masses_of_parts_within_the_whole(split, kind):
+    """Their difference, too, to the digits of the log-ratio."""
+    z, r = rows(kind)
+    parts = [tile(z[:, list(c)], r[:, list(c)]).part for c in split]
+    found = tile_math.within(parts, tile_math.merge(parts)).double()
+    p, q = z.double().softmax(-1), r.double().softmax(-1)
+    want = torch.stack([torch.stack([x[:, list(c)].sum(-1) for c in split]) for x in (p, q, q - p)])
+    assert torch.allclose(found[:2], want[:2], rtol=1e-5, atol=1e-30)
+    size = max(abs(v) for x in (z, r) for v in x.flatten().tolist() if v > LOWEST / 10)
+    assert ((found[2] - want[2]).abs() <= 2e-7 * size * want[:2].amax(0) + 3e-6 * want[2].abs()).all()
+    if kind == "equal":
+        assert not found[2].count_nonzero()
 
 
 @pytest.mark.parametrize("size", (0.0, 2**-20, 2**-10, 0.1, 0.5, 3.0))

@@ -138,30 +138,38 @@ def from_stage(
 ) -> Tensor:
     """dz of a staged tile into `dz`. Torch's addcmul does not vectorise rows' values."""
     a, b = block_of(c.a, rows), block_of(c.b, rows)
-    if staged.exact:
+    if staged.whole:
         _from_difference(staged, kind, a, b, dz, scratch)
     else:
-        _from_log_ratio(staged, kind, a, b, dz)
+        _from_log_ratio(staged, kind, a, b, dz, scratch)
     label.write_(dz, block_of(c.label, rows))
     return dz if staged.slope is None else dz.mul_(staged.slope)
 
 
 def _from_difference(staged: StagedTile, kind: Kind, a: Tensor, b: Tensor, dz: Tensor, scratch: Tensor) -> None:
-    (p, p_less_q), values, ref_a = staged.pair.unbind(), staged.row_values, a
-    if len(values) > 1:
-        b, ref_a = b * values[0], a * values[1]
-    torch.mul(p, torch.addcmul(b, a, values[-1])[:, None], out=dz)
+    p, p_less_q = staged.pair.unbind()
+    torch.mul(p, torch.addcmul(b, a, staged.row_values[0])[:, None], out=dz)
     if kind is not Kind.ONLY_P:
-        dz.sub_(torch.mul(p_less_q, ref_a[:, None], out=scratch))
+        dz.sub_(torch.mul(p_less_q, a[:, None], out=scratch))
 
 
-def _from_log_ratio(staged: StagedTile, kind: Kind, a: Tensor, b: Tensor, dz: Tensor) -> None:
+def _from_log_ratio(staged: StagedTile, kind: Kind, a: Tensor, b: Tensor, dz: Tensor, scratch: Tensor) -> None:
+    """``p (of_p + a e^x)``, x = log(q / p), which is ``p (rest + a expm1(x))``: the latter where the models agree, the
+    former where of_p is nearly nothing, as where all but the reference hates a part, and q all that there is."""
     (p, t), (weight, ref_weight, ratio) = staged.pair.unbind(), staged.row_values.unbind()
-    b = torch.addcmul(b * weight, a, ref_weight - weight)
+    rest, of_p = torch.addcmul(b * weight, a, ref_weight - weight), (b - a) * weight
     if kind is Kind.ONLY_P:
-        torch.mul(p, b[:, None], out=dz)
+        torch.mul(p, rest[:, None], out=dz)
+        return
+    x, a = torch.sub(-ratio[:, None], t, out=dz), a * ref_weight
+    of_q = of_p.abs() < rest.abs() / 4
+    if of_q.any():
+        torch.expm1(x, out=scratch)
+        torch.where(of_q[:, None], x.exp_(), scratch, out=dz)
+        rest = torch.where(of_q, of_p, rest)
     else:
-        torch.sub(-ratio[:, None], t, out=dz).expm1_().mul_((a * ref_weight)[:, None]).add_(b[:, None]).mul_(p)
+        x.expm1_()
+    dz.mul_(a[:, None]).add_(rest[:, None]).mul_(p)
 
 
 def from_p(c: Coefficients, rows: slice, z: Tensor, label: LabelColumn) -> Tensor:

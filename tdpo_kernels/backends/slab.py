@@ -51,11 +51,11 @@ def _even(length: int, most: int, multiple: int) -> int:
 
 def make_grid(inputs: Inputs) -> Grid:
     """For tiles of fp32 (float64) logits in memory, and everything that is done to them: both models', their softmaxes,
-    and what a library returns a product in; a softcap's slope; t, where that is rounded to 16 bits."""
+    and what a library returns a product in; a softcap's slope; t."""
     stats = inputs.stats_dtype
-    per_tile = stats.itemsize * (5 if inputs.policy.head.softcap is None else 6)
+    per_tile = stats.itemsize * (6 if inputs.policy.head.softcap is None else 7)
     if inputs.policy.dtype in SIXTEEN_BIT:
-        per_tile += stats.itemsize + inputs.policy.dtype.itemsize  # t; dz for the products
+        per_tile += inputs.policy.dtype.itemsize  # dz for the products
     per_row, per_col = copied_bytes(inputs, widen=True)
     if has_slab(inputs):
         per_col += inputs.rows.count * inputs.policy.dtype.itemsize
@@ -217,19 +217,20 @@ def sides_of(inputs: Inputs, work: Workspace) -> tuple[Side, Side]:
 
 @dataclass(frozen=True)
 class StagedTile:
-    """One tile as backward wants it: p within the tile; in full precision ``p - q``, in 16 bits a t such that
-    ``p e^-t`` is q within the tile (`tile_math.weigh_`); the softcap's slope, if any; and what makes of them p and q
-    within the whole vocabulary.
+    """One tile as backward wants it: p within the tile, and t, such that ``p e^-t`` is q within the tile
+    (`tile_math.weigh_`); the softcap's slope, if any; and each row's weights and ratio, with which p is ``weight * p``
+    in the whole vocabulary, and q ``ref_weight * p e^-(t + ratio)`` (`tile_math.tile_weights`).
 
-    In full precision that is ``weight * p`` and ``shift * p - ref_weight * (p - q)``, which is q less p
-    (`tile_math.shifted`), both weights 1 where the tile is the whole vocabulary; in 16 bits ``weight * p`` and
-    ``ref_weight * p e^-(t + ratio)`` (`tile_math.tile_weights`).
+    A tile that is the whole vocabulary, in full precision, has ``p - q`` in t's place, of which each row's excess times
+    p is to be taken off: eq. (6) then needs no exponential. A q far below p has no digits there, but nor has it in any
+    sum with p; part of a vocabulary it may be all that the row's part has.
     """
 
     pair: Tensor  # (2, R, C)
     exact: bool  # in full precision
+    whole: bool  # and the whole vocabulary
     slope: Tensor | None
-    row_values: Tensor  # (3, R): weight, ref_weight and shift or ratio; (1, R): shift
+    row_values: Tensor  # (3, R): weight, ref_weight and ratio; where `whole` (1, R): the excess
 
 
 class Stage:
@@ -244,13 +245,13 @@ class Stage:
         self.flat, self.row_values = flat, row_values
         columns, stats = len(grid.col_blocks()), inputs.stats_dtype
         self.exact = self.dtype == stats
-        self.weighed = columns > 1 or not self.exact
+        self.whole = self.exact and columns == 1 and not inputs.partial
         if flat is None:
             slot = self.planes * grid.R * grid.C
             per_tile = slot * self.dtype.itemsize + 3 * grid.R * stats.itemsize
             count = min(inputs.memory_budget // per_tile, self.row_count * columns)
             self.flat = inputs.keep(count, slot, dtype=self.dtype)
-            self.row_values = inputs.keep(3 if self.weighed else 1, count, grid.R, dtype=stats)
+            self.row_values = inputs.keep(1 if self.whole else 3, count, grid.R, dtype=stats)
 
     def tile(self, i: int, k: int, rows: int, cols: int) -> StagedTile | None:
         """Where row block i and column block k are staged, or None if they are to be recomputed."""
@@ -261,7 +262,7 @@ class Stage:
         begin = self.flat.storage_offset() + slot * self.flat.shape[1]
         pair = self.flat.as_strided((2, rows, cols), strides, begin)
         slope = None if self.planes == 2 else self.flat.as_strided((rows, cols), strides[1:], begin + 2 * size)
-        return StagedTile(pair, self.exact, slope, self.row_values[:, slot, :rows])
+        return StagedTile(pair, self.exact, self.whole, slope, self.row_values[:, slot, :rows])
 
     def rows_of(self, i: int, rows: int) -> Tensor:
         """``(3, k, rows)`` or ``(1, 1, rows)``: the values of the tiles of row block i that are staged."""

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..types import Model
 
+STEEP = 8.0  # log(p / q) above the negative of it throughout a tile: p e^-t is q to a few eps without being weighed
 ROUNDING = 0.125  # more than staging in 16 bits moves a sum of probabilities by, of itself
 _MOVED = (math.log1p(-ROUNDING), math.log1p(ROUNDING))  # q, with both factors held, is right still
 LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
@@ -143,18 +144,7 @@ def difference(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
     return (p + q).mul_(torch.tanh(0.5 * log_ratio))
 
 
-# --- what is staged: in full precision p and p - q --------------------------------------------------------------------
-
-
-def shifted(excesses: list[Tensor], parts: list[Part], whole: Part) -> Tensor:
-    """``(3, K, R)``: P, Q, and the D with which ``p D - Q (p - q)`` is q - p of a column within the whole, its part's
-    excess taken off."""
-    weights_3k = within(parts, whole)
-    weights_3k[2] += weights_3k[1] * torch.stack(excesses)
-    return weights_3k
-
-
-# --- what is staged: in 16 bits p and t, for a q far below p has no digits in p - q -----------------------------------
+# --- what is staged of a part: p and t = log(p / q), for a q far below p has no digits in p - q -----------------------
 
 
 def subtract_(y: Tensor, excess_R: Tensor) -> None:
@@ -163,15 +153,26 @@ def subtract_(y: Tensor, excess_R: Tensor) -> None:
     y.sub_(excess_R[:, None]).clamp_(min=-largest_exponent(y.dtype))
 
 
+def is_steep(half_y: Tensor) -> bool:
+    """Whether p may be far below q. Said (True) of a device that would have to be waited for."""
+    if half_y.device.type != "cpu":
+        return True
+    return half_y.numel() > 0 and not half_y.amin().item() > -STEEP / 2  # NaN is steep
+
+
 def tile_weights(roundings: list[Rounding], parts: list[Part], whole: Part) -> Tensor:
     """``(3, K, R)``: of each part its P and Q within the whole, and the ratio ``log(P / Q)`` that added to a column's t
     makes its log(p / q) within the whole. Where P and Q are far apart, and the sum would have fewer digits than t,
-    the ratio is 0; where they are not, it tells them apart, and P stands for both. All made up for rounding."""
+    the ratio is 0; where they are not, it tells them apart, and P stands for both. Made up for `roundings`, if any."""
     (weight_k, ref_weight_k), ratio_k = _masses(parts, whole)
     near_k = ratio_k.abs() < 1
-    factor_k, moved_k = _made_up(roundings)
     ref_weight_k = torch.where(near_k, weight_k, ref_weight_k)
-    return torch.stack([weight_k * factor_k, ref_weight_k * factor_k, torch.where(near_k, ratio_k, 0.0) + moved_k])
+    weights_3k = torch.stack([weight_k, ref_weight_k, torch.where(near_k, ratio_k, 0.0)])
+    if roundings:
+        factor_k, moved_k = _made_up(roundings)
+        weights_3k[:2] *= factor_k
+        weights_3k[2] += moved_k
+    return weights_3k
 
 
 def weigh_(p: Tensor, q: Tensor, t: Tensor, scratch: Tensor) -> None:

@@ -57,7 +57,7 @@ def _row_block(
     R, columns = labels_R.numel(), grid.col_blocks()
     work, dtype = sides[0].work, inputs.stats_dtype
     parts: list[tile_math.Part] = []
-    kept: list[Tensor | tile_math.Rounding] = []
+    kept: list[Tensor | tile_math.Rounding | None] = []
     extras = tile_math.Extras() if inputs.extras else None
     labels_2R = None
     for k, cols, C in blocks(columns):
@@ -77,7 +77,7 @@ def _row_block(
             kept.append(wants)
     state = tile_math.merge(parts)
     if kept:
-        stage.rows_of(i, R).copy_(_row_values(stage, kept, parts[: len(kept)], state))
+        stage.rows_of(i, R).copy_(kept[0] if stage.whole else _tile_weights(kept, parts, state))
     y_2R = labels_2R - state.tops_2R
     found = state._asdict() | dict(logps_2R=y_2R - state.lse_2R, label_ratio=state.lse_diff - torch.sub(*y_2R.unbind()))
     return found if extras is None else found | extras.results(state, labels_2R[0], grid.V)
@@ -91,8 +91,9 @@ def _part(
     label: LabelColumn,
     work: Workspace,
     extras: tile_math.Extras | None,
-) -> tuple[tile_math.Part, Tensor | tile_math.Rounding]:
-    """The part, and what its `_row_values` need: its excess, or what 16 bits do to it. The tiles are used up."""
+) -> tuple[tile_math.Part, Tensor | tile_math.Rounding | None]:
+    """The part, and what backward has to know besides of a staged tile: the excess of one that is the whole vocabulary,
+    or what 16 bits do to another. The tiles are used up."""
     exact = staged is not None and staged.exact
     pair = staged.pair if exact else work.get("pair", tiles_2RC.dtype, *tiles_2RC.shape)
     tops_2R, lse_2R = tile_math.softmax_(tiles_2RC, out=pair)
@@ -101,23 +102,35 @@ def _part(
         extras.add(z, p, tops_2R[0], lse_2R[0])
     lse_diff = torch.sub(*lse_2R.unbind())
     half_y = tile_math.half_log_ratio_(z, r, lse_diff)
-    t = None if exact or staged is None else torch.mul(half_y, 2.0, out=work.get("t", z.dtype, *z.shape))
+    weighed = staged is not None and not staged.whole
+    t = torch.mul(half_y, 2.0, out=work.get("t", z.dtype, *z.shape)) if weighed else None
+    steep = weighed and (not exact or tile_math.is_steep(half_y))
     excess, kl = tile_math.divergence_(half_y, p, q, scratch=r)
     part = tile_math.Part(tops_2R, lse_2R, kl, lse_diff + excess)
-    if t is None:
+    if not weighed:
         return part, excess
-    tile_math.subtract_(t, excess)
-    torch.sub(p, q, out=q)  # from p - q: a q far below p shows in no sum
-    return part, _round_(p, q, t, staged, label, scratch=z)
+    if steep:
+        tile_math.subtract_(t, excess)
+        return part, _weigh_(p, q, t, staged, label, scratch=z)
+    torch.sub(t, excess[:, None], out=q)
+    return part, None
 
 
-def _row_values(
-    stage: Stage, kept: list[Tensor | tile_math.Rounding], parts: list[tile_math.Part], whole: tile_math.Part
-) -> Tensor:
-    """What `StagedTile.row_values` holds, of the tiles of a row block that are staged."""
-    if not stage.exact:
-        return tile_math.tile_weights(kept, parts, whole)
-    return tile_math.shifted(kept, parts, whole) if stage.weighed else kept[0]
+def _weigh_(
+    p: Tensor, p_less_q: Tensor, t: Tensor, staged: StagedTile, label: LabelColumn, scratch: Tensor
+) -> tile_math.Rounding | None:
+    """Stages p and t, p such that with t it says q, wherever that is above p."""
+    q = torch.sub(p, p_less_q, out=p_less_q)
+    if not staged.exact:
+        return _round_(p, q, t, staged, label, scratch)
+    tile_math.weigh_(p, q, t, scratch)
+    q.copy_(t)
+    return None
+
+
+def _tile_weights(kept: list[tile_math.Rounding | None], parts: list[tile_math.Part], whole: tile_math.Part) -> Tensor:
+    """Of the tiles that are staged, the first ones."""
+    return tile_math.tile_weights([x for x in kept if x is not None], parts[: len(kept)], whole)
 
 
 def _round_(
