@@ -216,7 +216,8 @@ def _tensor(x: object, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
     if x.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: got {seen(x)}, wanted {wanted}")
-    if x.layout != torch.strided or hasattr(x, "full_tensor"):
+    plain = type(x) in (Tensor, nn.Parameter) or not hasattr(x, "full_tensor")
+    if x.layout != torch.strided or not plain:
         raise TypeError(
             f"{name}: got a {type(x).__name__} with layout {x.layout}, wanted a plain dense tensor on one device"
         )

@@ -8,7 +8,6 @@ need only p; rows with a = b need only q = p e^delta'. The label's entry is writ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from enum import Enum
 
 import torch
@@ -50,6 +49,7 @@ class Coefficients:
         g_kl = torch.zeros_like(logp) if g_kl_T is None else g_kl_T.to(logp.dtype)
         only_q, head = g_kl == g_logp, inputs.policy.head
         self.kinds, self.scale = [Kind.ONLY_P if g_kl_T is None else Kind.GENERAL] * len(grid.row_blocks()), 1.0
+        some_only_q = True
         if self.kinds and not (logp.is_cuda and torch.cuda.is_current_stream_capturing()):
             fp16, no_q = inputs.policy.dtype == torch.float16, g_kl == 0
             spared, sizes_T = [no_q, only_q], g_logp.abs() + g_kl.abs() if fp16 else None
@@ -57,32 +57,35 @@ class Coefficients:
                 spared.append(g_label_T == 0)
                 sizes_T = sizes_T.add_(g_label_T.abs()) if fp16 else None
             blocks, largest = _read(grid, torch.stack(spared), sizes_T)
-            self.kinds = [_kind(*block, softcap=head.softcap is not None) for block in blocks]
+            self.kinds = [_kind(*(n == grid.R for n in block), softcap=head.softcap is not None) for block in blocks]
+            some_only_q = any(block[1] for block in blocks)
             self.scale = _fp16_scale(largest * abs(head.logit_scale)) if fp16 else 1.0
         factor = self.scale * head.logit_scale
         self.a, self.b = g_kl * -factor, g_logp * -factor
         p_y, q_y = logps_2T.exp().unbind()
-        log_y = torch.where(only_q, ref_logp, logp)
+        log_y = torch.where(only_q, ref_logp, logp) if some_only_q else logp
         without_kl, own_T = torch.expm1(log_y), inputs.rows.own_T
         if own_T is not None:  # elsewhere an entry like the others
             without_kl = torch.where(own_T, without_kl, log_y.exp())
-        times_a = difference(p_y, q_y, ratio).masked_fill(only_q, 0.0)
+        times_a = difference(p_y, q_y, ratio)
+        if some_only_q:
+            times_a.masked_fill_(only_q, 0.0)
         self.label = torch.addcmul(self.b * without_kl, self.a, times_a)  # dz at each row's label
         if g_label_T is not None:
             self.label.add_(g_label_T, alpha=factor)
 
 
-def _read(grid: Grid, spared_FT: Tensor, sizes_T: Tensor | None) -> tuple[Iterable[tuple[bool, ...]], float]:
-    """Of each row block, which of the F facts hold of all its rows; and the largest of `sizes_T`. One read of the
-    device."""
+def _read(grid: Grid, spared_FT: Tensor, sizes_T: Tensor | None) -> tuple[list[tuple[int, ...]], float]:
+    """Of each row block, of how many of its rows each of the F facts holds, rows that are not there among them; and the
+    largest of `sizes_T`. One read of the device."""
     fields, count = len(spared_FT), len(grid.row_blocks())
     if grid.T < count * grid.R:
         spared_FT = F.pad(spared_FT, (0, count * grid.R - grid.T), value=True)
-    facts_FB = spared_FT.view(fields, count, grid.R).all(-1)
+    facts_FB = spared_FT.view(fields, count, grid.R).sum(-1)
     if sizes_T is None:
-        return zip(*facts_FB.tolist(), strict=True), 0.0
+        return list(zip(*facts_FB.tolist(), strict=True)), 0.0
     *facts, largest = torch.cat([facts_FB.view(-1).to(sizes_T.dtype), sizes_T.amax()[None]]).tolist()
-    return zip(*(facts[i * count : (i + 1) * count] for i in range(fields)), strict=True), largest
+    return list(zip(*(facts[i * count : (i + 1) * count] for i in range(fields)), strict=True)), largest
 
 
 def _kind(no_q: bool, only_q: bool, no_label: bool = True, *, softcap: bool) -> Kind:

@@ -262,7 +262,8 @@ class Stage:
         begin = self.flat.storage_offset() + slot * self.flat.shape[1]
         pair = self.flat.as_strided((2, rows, cols), strides, begin)
         slope = None if self.planes == 2 else self.flat.as_strided((rows, cols), strides[1:], begin + 2 * size)
-        return StagedTile(pair, self.exact, self.whole, slope, self.row_values[:, slot, :rows])
+        values = self.row_values.select(1, slot)
+        return StagedTile(pair, self.exact, self.whole, slope, values if rows == self.grid.R else values[:, :rows])
 
     def rows_of(self, i: int, rows: int) -> Tensor:
         """``(3, k, rows)`` or ``(1, 1, rows)``: the values of the tiles of row block i that are staged."""
