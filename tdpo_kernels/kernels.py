@@ -77,7 +77,8 @@ def shipped(target: Target, tables: Path = TABLES) -> list[Job]:
     """The heuristics for `target`, persistent where a device may be found to like that, and what tables of devices of
     its architecture say."""
     jobs = [Job(case, heuristic(case, target.name), target) for case in cases(PRODUCTS[target.name])]
-    jobs += [replace(job, config=in_turns(job.config, target.name)) for job in jobs if _may_take_turns(job.case)]
+    plain = [job for job in jobs if _may_take_turns(job.case)]
+    jobs += [replace(job, config=config) for job in plain for config in in_turns(job.config, target.name)]
     for columns, needs in product(widths("tile_dz")[:1], ((True, False), (False, True))):
         case = Case("tile_dz", "16bit", columns=columns)
         jobs.append(Job(case, heuristic(case, target.name), target, needs))

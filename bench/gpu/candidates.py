@@ -28,7 +28,7 @@ def _neighbours(case: Case, base: TileConfig, arch: str) -> Iterator[TileConfig]
             yield replace(base, **change)
         if case.aligned:
             yield replace(base, tma=not base.tma)
-        yield in_turns(base, arch)
+        yield from in_turns(base, arch)
     else:
         for factor in (1, 2, 4):
             for rows in (base.R, base.R * 2, max(base.R // 2, 1)):

@@ -19,7 +19,7 @@ from .config import Case, TileConfig
 
 INTERPRETER = "interpreter"
 WIDEST = 8192
-LOOP_STACK = {"gfx942": 264}  # bytes more that are spilled, outside of main loops, where programs take tiles in turns
+LOOP_STACK = 32  # bytes more that are spilled, outside of main loops, where programs take tiles in turns
 _ROW_STACK = {1024: 8, 4096: 8, WIDEST: 280}  # 16 warps leave 128 registers a thread
 _ROW_ELEMENTS = 4096  # of a tile in a program of a row kernel, where it is not wider than that
 
@@ -115,9 +115,10 @@ def heuristic(case: Case, arch: str) -> TileConfig:
     return config if case.product == "16bit" else replace(config, K=config.K // 2)
 
 
-def in_turns(config: TileConfig, arch: str) -> TileConfig:
-    """The same, persistent. No rule is: whether that gains more than the loop costs was not measured."""
-    return replace(config, persistent=True, stack=config.stack + LOOP_STACK.get(family_of(arch), 32))
+def in_turns(config: TileConfig, arch: str) -> tuple[TileConfig, ...]:
+    """The same, persistent. No rule is: whether that gains more than the loop costs was not measured. None on AMD, where
+    the loop spills 200 bytes and more a thread."""
+    return (replace(config, persistent=True, stack=config.stack + LOOP_STACK),) if arch.startswith("sm_") else ()
 
 
 def _by_pointers(config: TileConfig) -> TileConfig:
