@@ -116,8 +116,8 @@ def heuristic(case: Case, arch: str) -> TileConfig:
 
 
 def in_turns(config: TileConfig, arch: str) -> tuple[TileConfig, ...]:
-    """The same, persistent. No rule is: whether that gains more than the loop costs was not measured. None on AMD, where
-    the loop spills 200 bytes and more a thread."""
+    """The same, persistent. No rule is: whether that gains more than the loop costs was not measured. None on AMD,
+    where the loop spills 200 bytes and more a thread."""
     return (replace(config, persistent=True, stack=config.stack + LOOP_STACK),) if arch.startswith("sm_") else ()
 
 
