@@ -166,7 +166,7 @@ def _from_log_ratio(staged: StagedTile, kind: Kind, a: Tensor, b: Tensor, dz: Te
         return
     x, a = torch.sub(-ratio[:, None], t, out=dz), a * ref_weight
     of_q = of_p.abs() < rest.abs() / 4
-    if of_q.any():
+    if of_q.device.type != "cpu" or of_q.any():  # others would have to be waited for
         torch.expm1(x, out=scratch)
         torch.where(of_q[:, None], x.exp_(), scratch, out=dz)
         rest = torch.where(of_q, of_p, rest)
