@@ -144,16 +144,7 @@ class _Whole:
         state = merge(columns)
         u, w, more = within(columns, state)
         log_u, log_w = (tops_2W - state.tops_2R[:, None]) + lse_2W - state.lse_2R[:, None]
-        return _Whole(
-            inputs,
-            parts,
-            state,
-            u,
-            w,
-            more,
-            log_u,
-            log_w,
-        )
+        return _Whole(inputs, parts, state, u, w, more, log_u, log_w)
 
     def masses(self, rank: int) -> tuple[Tensor, ...]:
         return tuple(x[rank].clone() for x in (self.u, self.w, self.more, self.log_u, self.log_w))
