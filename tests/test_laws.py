@@ -294,15 +294,14 @@ def test_rows_of_dz_sum_to_zero(case, dtype, budget, backend, small_tiles):
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
-@pytest.mark.parametrize(
-    "cols, budget, limit", [(2048, "nothing", 16), (2048, "everything", 16), (512, "everything", 128)]
-)
-def test_rows_of_dz_of_models_that_nearly_agree_sum_to_zero(cols, budget, limit, dtype, small_tiles):
-    """Of the KL alone, over so many columns that log-sum-exps round by more than the models are apart. Several tiles
-    add what their logits' anchors round to; recomputed, that is as much as the log-sum-exps."""
+@pytest.mark.parametrize("budget", EACH_BUDGET)
+@pytest.mark.parametrize("cols", (2048, 512, 64))
+def test_rows_of_dz_of_models_that_nearly_agree_sum_to_zero(cols, budget, dtype, small_tiles):
+    """Of the KL alone, over so many columns that log-sum-exps, and logits less their tops, round by more than the
+    models are apart."""
     small_tiles(16, cols)
     total, dz = sums_of_dz("near_equal_wide", dtype, "logp_zero", budget, "tiled")
-    assert (total <= limit * torch.finfo(dtype).eps * np.abs(dz).sum(-1)).all()
+    assert (total <= 16 * torch.finfo(dtype).eps * np.abs(dz).sum(-1)).all()
 
 
 @pytest.mark.parametrize("budget", EACH_BUDGET)

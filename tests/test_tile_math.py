@@ -51,12 +51,12 @@ class Tile(NamedTuple):
 def tile(z: Tensor, r: Tensor) -> Tile:
     tiles = torch.stack([z, r])
     pair = torch.empty_like(tiles)
-    tops_2R, lse_2R = tile_math.softmax_(tiles, out=pair)
+    tops_2R, lse_2R = tile_math.softmax(tiles, out=pair)
     (z, r), (p, q) = tiles, pair
     lse_diff = lse_2R[0] - lse_2R[1]
-    half_y, q_before = tile_math.half_log_ratio_(z, r, lse_diff), q.clone()
-    t = 2 * half_y
-    excess, kl = tile_math.divergence_(half_y, p, q, scratch=r)
+    half_y, _ = tile_math.half_log_ratio_(z, r, tops_2R, lse_diff, out=r)
+    t, q_before = 2 * half_y, q.clone()
+    excess, kl = tile_math.divergence_(half_y, p, q, scratch=z)
     tile_math.subtract_(t, excess)
     return Tile(tile_math.Part(tops_2R, lse_2R, kl, lse_diff + excess), p, q_before, q, t, excess)
 
@@ -90,7 +90,7 @@ def check_state(state: tile_math.Part, z: Tensor, r: Tensor, relative: float = 3
 def test_softmax_returns_probabilities_and_lse(kind):
     z, _ = rows(kind)
     p = torch.empty_like(z)
-    top, lse = tile_math.softmax_(z.clone(), out=p)
+    top, lse = tile_math.softmax(z.clone(), out=p)
     assert top.equal(z.amax(-1))
     for i in range(len(z)):
         want = oracle.log_softmax(floats(z[i]))

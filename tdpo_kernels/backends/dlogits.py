@@ -17,7 +17,7 @@ from torch import Tensor
 from ..types import Inputs
 from .products import block_of
 from .slab import Grid, StagedTile
-from .tile_math import difference
+from .tile_math import difference, half_log_ratio_
 
 FP16_HEADROOM = 2.0**14  # |dz| is scaled to stay below it
 
@@ -176,23 +176,26 @@ def _from_log_ratio(staged: StagedTile, kind: Kind, a: Tensor, b: Tensor, dz: Te
 
 
 def from_p(c: Coefficients, rows: slice, z: Tensor, label: LabelColumn) -> Tensor:
-    return _softmax_only_(z, c.lse_2T[0, rows], c, rows, label)
+    return _softmax_only_(z, 0, c, rows, label)
 
 
 def from_q(c: Coefficients, rows: slice, r: Tensor, label: LabelColumn) -> Tensor:
-    return _softmax_only_(r, c.lse_2T[1, rows], c, rows, label)
+    return _softmax_only_(r, 1, c, rows, label)
 
 
-def _softmax_only_(x: Tensor, lse: Tensor, c: Coefficients, rows: slice, label: LabelColumn) -> Tensor:
-    x.sub_(lse[:, None]).exp_().mul_(c.b[rows, None])
+def _softmax_only_(x: Tensor, model: int, c: Coefficients, rows: slice, label: LabelColumn) -> Tensor:
+    x.sub_(c.tops_2T[model, rows, None]).sub_(c.lse_2T[model, rows, None]).exp_().mul_(c.b[rows, None])
     label.write_(x, c.label[rows])
     return x
 
 
 def from_both(c: Coefficients, rows: slice, z: Tensor, r: Tensor, label: LabelColumn, scratch: Tensor) -> Tensor:
-    """dz from recomputed logits, into `scratch`; uses up z and r. q - p is had by (8) of `tile_math`."""
-    half_tanh = torch.sub(r, z, out=scratch).add_(c.lse_diff[rows, None]).mul_(0.5).tanh_()
-    p, q = (x.sub_(lse_R[:, None]).exp_() for x, lse_R in zip((z, r), c.lse_2T[:, rows], strict=True))
-    dz = half_tanh.mul_(q.add_(p)).mul_(c.a[rows, None]).add_(p.mul_(c.b[rows, None]))
+    """dz from recomputed logits, into `scratch`; uses up z and r. p - q is had by (8) of `tile_math`."""
+    half_y, tops_2R = half_log_ratio_(z, r, c.tops_2T[:, rows], c.lse_diff[rows], out=scratch)
+    p, q = (
+        x.sub_(top_R[:, None]).sub_(lse_R[:, None]).exp_()
+        for x, top_R, lse_R in zip((z, r), tops_2R, c.lse_2T[:, rows], strict=True)
+    )
+    dz = half_y.tanh_().mul_(q.add_(p)).mul_(-c.a[rows, None]).add_(p.mul_(c.b[rows, None]))
     label.write_(dz, c.label[rows])
     return dz

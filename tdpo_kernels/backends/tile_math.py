@@ -3,8 +3,7 @@ products, no loops, no labels.
 
 A *part* is a slice of the vocabulary, at the least a column. Of each row of a part are kept: the largest logits
 ``z_top`` and ``r_top``, relative to them the log-sum-exps ``lse_z`` and ``lse_r`` and their difference, and the KL of
-the part's own softmaxes. Being *anchored* at its own top, a part loses no digits to an offset between the models, nor
-to another part far above it.
+the part's own softmaxes. Relative to its own tops a part loses no digits to another part far above it.
 
 With ``y = log p - log q``, the negative of delta', whatever p and q are,
 
@@ -19,6 +18,8 @@ A column is a part of KL 0, so that (9) says how a tile is summed as well: it is
 
 The Y_k want L - L' to more digits than the two are rounded to. Where the models nearly agree, and it matters, (8) with
 all Y_k too large by e sums to e instead of 0. That *excess* is added to ``lse_z - lse_r``.
+
+Backward's rows sum to 0 by it only if y is rounded there as it was in forward: `half_log_ratio_`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch import Tensor
 from ..types import Model
 
 STEEP = 8.0  # log(p / q) above the negative of it throughout a tile: p e^-t is q to a few eps without being weighed
+NEAR = 16.0  # tops no farther apart: z - r is rounded by no more than logits are
 ROUNDING = 0.125  # more than staging in 16 bits moves a sum of probabilities by, of itself
 _MOVED = (math.log1p(-ROUNDING), math.log1p(ROUNDING))  # q, with both factors held, is right still
 LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
@@ -64,12 +66,11 @@ def largest_exponent(dtype: torch.dtype) -> float:
     return -0.345 * math.log(torch.finfo(dtype).tiny)
 
 
-def softmax_(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Anchors each row of the part, ``(..., C)``, and puts its softmax into `out`. Returns its top, and its log-sum-exp
+def softmax(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts the softmax of each row of the part, ``(..., C)``, into `out`. Returns the row's top, and its log-sum-exp
     relative to that: the top's probability is 1 / sum exp(x - top)."""
-    top = x.amax(-1)
-    torch.softmax(x.sub_(top[..., None]), -1, out=out)
-    return top, out.amax(-1).log_().neg_()
+    torch.softmax(x, -1, out=out)
+    return x.amax(-1), out.amax(-1).log_().neg_()
 
 
 class Part(NamedTuple):
@@ -90,9 +91,22 @@ def divergence_(half_y: Tensor, p: Tensor, q: Tensor, scratch: Tensor, dim: int 
     return excess, torch.sub(q, half_y, alpha=2, out=half_y).sum(dim).clamp_(min=0.0)
 
 
-def half_log_ratio_(z: Tensor, r: Tensor, lse_diff: Tensor) -> Tensor:
-    """y / 2 of a tile, excess included, in z; r is scratch now."""
-    return torch.add((-0.5 * lse_diff)[:, None], torch.sub(z, r, out=r), alpha=0.5, out=z)
+def half_log_ratio_(z: Tensor, r: Tensor, tops_2R: Tensor, lse_diff: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """y / 2 of a tile of logits into `out`, and what is left to take off z and r for them to be relative to the tops.
+
+    The tops' difference is taken off last: so z - r is the same whatever the part, and exact where the models nearly
+    agree. Only where the tops are far apart, and z - r would lose what the lesser of the two has, they are taken off
+    first.
+    """
+    apart_R = torch.sub(*tops_2R.unbind())
+    far_R = apart_R.abs() > NEAR
+    if apart_R.device.type != "cpu" or far_R.any():  # others would have to be waited for
+        first_2R = tops_2R.masked_fill(~far_R, 0.0)
+        z.sub_(first_2R[0, :, None])
+        r.sub_(first_2R[1, :, None])
+        tops_2R, apart_R = tops_2R - first_2R, apart_R.masked_fill(far_R, 0.0)
+    torch.sub(z, r, out=out).sub_(apart_R[:, None])
+    return torch.add((-0.5 * lse_diff)[:, None], out, alpha=0.5, out=out), tops_2R
 
 
 def merge(parts: list[Part]) -> Part:
@@ -112,9 +126,10 @@ def merge(parts: list[Part]) -> Part:
 
 def rebase(tops_2K: Tensor, tops_2R: Tensor, lse_2K: Tensor) -> tuple[Tensor, Tensor]:
     """Both models' log-sum-exps of the parts, relative to the row's tops instead of the parts', and what that adds to
-    a difference z - r. Tops near one another differ exactly."""
-    shift_2K = tops_2K - tops_2R[:, None]
-    return lse_2K + shift_2K, shift_2K[0] - shift_2K[1]
+    their difference: what `half_log_ratio_` takes off in a part, less what it takes off in the row."""
+    shift_2K, apart_K, apart_R = tops_2K - tops_2R[:, None], torch.sub(*tops_2K.unbind()), torch.sub(*tops_2R.unbind())
+    near_K = torch.maximum(apart_K.abs(), apart_R.abs()) <= NEAR
+    return lse_2K + shift_2K, torch.where(near_K, apart_K - apart_R, torch.sub(*shift_2K.unbind()))
 
 
 def _stacked(parts: Sequence[NamedTuple], name: str) -> Tensor:
@@ -225,8 +240,9 @@ class Extras:
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []  # top, lse and E_p[z], the latter two relative to it
         self.total: Tensor | float = 0.0
 
-    def add(self, z: Tensor, p: Tensor, top: Tensor, lse: Tensor) -> None:
-        """An anchored part, its softmax, and what `softmax_` returned of it."""
+    def add(self, z: Tensor, p: Tensor, top: Tensor, lse: Tensor, scratch: Tensor) -> None:
+        """A part, its softmax, and what `softmax` returned of it."""
+        z = torch.sub(z, top[:, None], out=scratch)
         self.parts.append((top, lse, torch.linalg.vecdot(p, z)))
         self.total = torch.add(z.sum(-1), top, alpha=z.shape[1]) + self.total
 

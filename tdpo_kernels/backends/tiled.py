@@ -78,8 +78,9 @@ def _row_block(
     state = tile_math.merge(parts)
     if kept:
         stage.rows_of(i, R).copy_(kept[0] if stage.whole else _tile_weights(kept, parts, state))
-    y_2R = labels_2R - state.tops_2R
-    found = state._asdict() | dict(logps_2R=y_2R - state.lse_2R, label_ratio=state.lse_diff - torch.sub(*y_2R.unbind()))
+    logps_2R, labels_2R1 = labels_2R - state.tops_2R - state.lse_2R, labels_2R.clone()[..., None]
+    half_y_R1, _ = tile_math.half_log_ratio_(*labels_2R1, state.tops_2R, state.lse_diff, out=labels_2R1[1])
+    found = state._asdict() | dict(logps_2R=logps_2R, label_ratio=half_y_R1[:, 0] * -2.0)
     return found if extras is None else found | extras.results(state, labels_2R[0], grid.V)
 
 
@@ -96,16 +97,16 @@ def _part(
     or what 16 bits do to another. The tiles are used up."""
     exact = staged is not None and staged.exact
     pair = staged.pair if exact else work.get("pair", tiles_2RC.dtype, *tiles_2RC.shape)
-    tops_2R, lse_2R = tile_math.softmax_(tiles_2RC, out=pair)
+    tops_2R, lse_2R = tile_math.softmax(tiles_2RC, out=pair)
     p, q = pair.unbind()
     if extras is not None:
-        extras.add(z, p, tops_2R[0], lse_2R[0])
+        extras.add(z, p, tops_2R[0], lse_2R[0], scratch=work.get("t", z.dtype, *z.shape))
     lse_diff = torch.sub(*lse_2R.unbind())
-    half_y = tile_math.half_log_ratio_(z, r, lse_diff)
+    half_y, _ = tile_math.half_log_ratio_(z, r, tops_2R, lse_diff, out=r)
     weighed = staged is not None and not staged.whole
     t = torch.mul(half_y, 2.0, out=work.get("t", z.dtype, *z.shape)) if weighed else None
     steep = weighed and (not exact or tile_math.is_steep(half_y))
-    excess, kl = tile_math.divergence_(half_y, p, q, scratch=r)
+    excess, kl = tile_math.divergence_(half_y, p, q, scratch=z)
     part = tile_math.Part(tops_2R, lse_2R, kl, lse_diff + excess)
     if not weighed:
         return part, excess
@@ -195,16 +196,14 @@ def _dz(
     if staged is not None:
         return dlogits.from_stage(c, kind, rows, staged, label, tile("z"), tile("y"))
     if kind is Kind.ONLY_Q:
-        return dlogits.from_q(c, rows, _tile(reference, rows, cols, tile("r")).sub_(c.tops_2T[1, rows, None]), label)
+        return dlogits.from_q(c, rows, _tile(reference, rows, cols, tile("r")), label)
     z = _tile(policy, rows, cols, tile("z"))
     softcap = inputs.policy.head.softcap
     slope = None if softcap is None else _softcap_slope(z, softcap, tile("slope"))
-    z.sub_(c.tops_2T[0, rows, None])
     if kind is Kind.ONLY_P:
         dz = dlogits.from_p(c, rows, z, label)
     else:
-        r = _tile(reference, rows, cols, tile("r")).sub_(c.tops_2T[1, rows, None])
-        dz = dlogits.from_both(c, rows, z, r, label, tile("y"))
+        dz = dlogits.from_both(c, rows, z, _tile(reference, rows, cols, tile("r")), label, tile("y"))
     return dz if slope is None else dz.mul_(slope)
 
 
