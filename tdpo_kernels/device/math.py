@@ -4,7 +4,7 @@ Tiles are fp32 ``(R, C)``, row values ``(R,)``. LOWEST stands for -inf: in entri
 past V, so that inf - inf never happens.
 
 The state of a row over the part of the vocabulary seen so far is six numbers. ``m_z`` and ``m_r`` are the largest
-logits, and the others are relative to them, so that an offset between the models costs no digits:
+logits, and the others are relative to them, so that an offset between the models costs no digits (`above`):
 
     s_z = sum_v e^(z_v - m_z)        s_r = sum_v e^(r_v - m_r)        mean = E_q[(z - m_z) - (r - m_r)]
     M = sum_v e^(r_v - m_r) psi((z_v - m_z) - (r_v - m_r) - mean)     psi(y) = e^y - 1 - y
@@ -37,6 +37,7 @@ ROUNDING = tl.constexpr(0.125)  # more than staging in 16 bits moves a sum of pr
 LEAST, MOST = tl.constexpr(math.log1p(-0.125)), tl.constexpr(math.log1p(0.125))  # so q is right where both are held
 TINY = tl.constexpr(1.2e-38)
 NEAR = tl.constexpr(0.35)  # series below, exponentials above
+NEAR_TOPS = tl.constexpr(16.0)  # z - r is rounded by no more than logits are
 
 
 @triton.jit
@@ -116,6 +117,32 @@ def softcap_slope(z, softcap):
     return 1.0 - u * u
 
 
+# --- z - r ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def anchored(z, r, m_z, m_r):
+    """Both tiles less their tops where these are far apart; where they are not, as they are. And what is left to take
+    off: `tile_math.half_log_ratio_` says why ``z - r`` is to come first."""
+    near = tl.abs(m_z - m_r) <= NEAR_TOPS
+    z, r = z - tl.where(near, 0.0, m_z)[:, None], r - tl.where(near, 0.0, m_r)[:, None]
+    return z, r, tl.where(near, m_z, 0.0), tl.where(near, m_r, 0.0)
+
+
+@triton.jit
+def above(z, r, m_z, m_r):
+    """``(z - m_z) - (r - m_r)`` of what `anchored` returned: the same in any part, but for what the row's tops add."""
+    return (z - r) - (m_z - m_r)[:, None]
+
+
+@triton.jit
+def raised(m_z, m_r, top_z, top_r):
+    """What `above` gains where tops rise to `top_z` and `top_r`."""
+    apart, top_apart = m_z - m_r, top_z - top_r
+    near = tl.maximum(tl.abs(apart), tl.abs(top_apart)) <= NEAR_TOPS
+    return tl.where(near, apart - top_apart, (m_z - top_z) - (m_r - top_r))
+
+
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
@@ -128,15 +155,15 @@ def tile_state(z, r):
     before phi does. No exponential is taken twice, so that none is kept: registers are what the tile lacks.
     """
     m_z, m_r = tl.max(z, 1), tl.max(r, 1)
-    z, r = z - m_z[:, None], r - m_r[:, None]
-    e_r = tl.exp(r)
-    s_r, s_z = tl.sum(e_r, 1), tl.sum(tl.exp(z), 1)
-    mean = tl.sum(e_r * (z - r), 1) / s_r
+    z, r, left_z, left_r = anchored(z, r, m_z, m_r)
+    e_r = tl.exp(r - left_r[:, None])
+    s_r, s_z = tl.sum(e_r, 1), tl.sum(tl.exp(z - left_z[:, None]), 1)
+    mean = tl.sum(e_r * above(z, r, left_z, left_r), 1) / s_r
     log_s = tl.log(s_r)
-    y = z - r - mean[:, None]
-    q = tl.exp(r - log_s[:, None])
+    y = above(z, r, left_z, left_r) - mean[:, None]
+    q = tl.exp((r - left_r[:, None]) - log_s[:, None])
     rest = tl.sum(q * y, 1)
-    mass = tl.exp(tl.minimum(z - (mean + log_s)[:, None], TOP_EXPONENT))
+    mass = tl.exp(tl.minimum((z - left_z[:, None]) - (mean + log_s)[:, None], TOP_EXPONENT))
     phi = tl.sum(tl.where(tl.abs(y) < NEAR, q * psi_series(y), mass - q * (1.0 + y)), 1)
     moved_phi = not_negative(tl.exp(-rest) * (phi - psi(rest)))
     phi = tl.where(tl.abs(rest) < 1.0, moved_phi, phi)  # a mean without digits to move by: phi is LARGE, and stays so
@@ -155,8 +182,8 @@ def empty_state(like_R):
 def merge(m_z, s_z, m_r, s_r, mean, M, n_z, t_z, n_r, t_r, other_mean, N):
     """Eq. (13): two parts' states, (m_z, s_z, m_r, s_r, mean, M) and (n_z, t_z, n_r, t_r, other_mean, N), together."""
     top_z, top_r = tl.maximum(m_z, n_z), tl.maximum(m_r, n_r)
-    mean += (m_z - top_z) - (m_r - top_r)
-    other_mean += (n_z - top_z) - (n_r - top_r)
+    mean += raised(m_z, m_r, top_z, top_r)
+    other_mean += raised(n_z, n_r, top_z, top_r)
     a, b = tl.exp(m_r - top_r) * s_r, tl.exp(n_r - top_r) * t_r
     both = a + b
     new_mean = (a / both) * mean + (b / both) * other_mean
@@ -199,9 +226,9 @@ def finish(s_z, s_r, M):
 
 
 @triton.jit
-def log_ratio(z, r, lse_diff, F):
-    """t = log(p / q) within the part, held above -F; logits relative to m_z and m_r."""
-    return tl.maximum(z - r - lse_diff[:, None], -F)
+def log_ratio(z, r, m_z, m_r, lse_diff, F):
+    """t = log(p / q) within the part, held above -F, of what `anchored` returned."""
+    return tl.maximum(above(z, r, m_z, m_r) - lse_diff[:, None], -F)
 
 
 @triton.jit
@@ -252,8 +279,9 @@ def difference(p, q, ratio):
 @triton.jit
 def dz_from_both(z, r, m_z, m_r, lse_z, lse_r, lse_diff, a, b):
     """``b p + a (q - p)``; q - p is ``p expm1(delta')`` where p and q agree."""
+    z, r, m_z, m_r = anchored(z, r, m_z, m_r)
     p, q = softmax(z, m_z, lse_z), softmax(r, m_r, lse_r)
-    ratio = (r - m_r[:, None]) - (z - m_z[:, None]) + lse_diff[:, None]
+    ratio = lse_diff[:, None] - above(z, r, m_z, m_r)
     return a[:, None] * difference(p, q, ratio) + b[:, None] * p
 
 

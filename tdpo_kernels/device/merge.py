@@ -7,7 +7,7 @@ delta' is at the label; and the extras: entropy, the sum of the logits, is_argma
 import triton
 import triton.language as tl
 
-from .math import empty_state, finish, kl_of, lse_diff_of, merge, merged_extras, part_weights
+from .math import above, anchored, empty_state, finish, kl_of, lse_diff_of, merge, merged_extras, part_weights, raised
 from .stats import STATE, load_state
 from .tile import VARYING
 
@@ -55,6 +55,8 @@ def merge_states(
     lse_z, lse_r, phi = finish(s_z, s_r, M)
     kl = kl_of(lse_z, lse_r, mean, phi)
     lse_diff = lse_diff_of(lse_z, lse_r, mean, phi)
+    y_z, y_r, left_z, left_r = anchored(z_y[:, None], r_y[:, None], m_z, m_r)
+    above_y = tl.sum(above(y_z, y_r, left_z, left_r), 1)
     tl.store(out + rows, m_z, mask=inside)
     tl.store(out + stride_out + rows, m_r, mask=inside)
     tl.store(out + 2 * stride_out + rows, lse_z, mask=inside)
@@ -63,7 +65,7 @@ def merge_states(
     tl.store(out + 5 * stride_out + rows, kl, mask=inside)
     tl.store(out + 6 * stride_out + rows, (z_y - m_z) - lse_z, mask=inside)
     tl.store(out + 7 * stride_out + rows, (r_y - m_r) - lse_r, mask=inside)
-    tl.store(out + 8 * stride_out + rows, lse_diff - ((z_y - m_z) - (r_y - m_r)), mask=inside)
+    tl.store(out + 8 * stride_out + rows, lse_diff - above_y, mask=inside)
     if EXTRAS:
         tl.store(out + 9 * stride_out + rows, lse_z - weighted / s_z, mask=inside)
         tl.store(out + 10 * stride_out + rows, total, mask=inside)
@@ -72,7 +74,7 @@ def merge_states(
     for _ in range(staged_parts):
         n_z, t_z, n_r, t_r, other_mean, N, _, _ = load_state(part, rows, T)
         tile_z, tile_r, tile_phi = finish(t_z, t_r, N)
-        tile_diff = lse_diff_of(tile_z, tile_r, other_mean, tile_phi) + ((n_z - m_z) - (n_r - m_r)) - lse_diff
+        tile_diff = lse_diff_of(tile_z, tile_r, other_mean, tile_phi) + raised(n_z, n_r, m_z, m_r) - lse_diff
         up_z, up_r = (n_z - m_z) + tile_z - lse_z, (n_r - m_r) + tile_r - lse_r
         weight, ref_weight, ratio = part_weights(up_z, up_r, tile_diff)
         factor = tl.load(part + 10 * T + rows, mask=inside, other=1.0)

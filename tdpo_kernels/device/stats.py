@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .math import (
     LOWEST,
+    anchored,
     head,
     log_ratio,
     lse_diff_of,
@@ -138,11 +139,13 @@ def stage(
     c = tl.arange(0, C)
     at = rows[:, None].to(tl.int64) * stride + (col + c)[None, :]
     inside = (rows < T)[:, None] & (col + c < cols)[None, :]
-    z_down, r_down = z - m_z[:, None], r - m_r[:, None]
-    exact_t = log_ratio(z_down, r_down, lse_diff_of(tl.log(s_z), tl.log(s_r), mean, M / s_r), F)
+    if HAS_SOFTCAP:
+        tl.store(out + 2 * plane + at, softcap_slope(z, softcap).to(dtype), mask=inside)
+    z_down, r_down, left_z, left_r = anchored(z, r, m_z, m_r)
+    exact_t = log_ratio(z_down, r_down, left_z, left_r, lse_diff_of(tl.log(s_z), tl.log(s_r), mean, M / s_r), F)
     t = exact_t.to(dtype)
     tl.store(out + plane + at, t, mask=inside)
-    p, q = tl.exp(z_down) / s_z[:, None], tl.exp(r_down) / s_r[:, None]
+    p, q = tl.exp(z_down - left_z[:, None]) / s_z[:, None], tl.exp(r_down - left_r[:, None]) / s_r[:, None]
     kept_p = weigh(p, q, t.to(tl.float32)).to(dtype)
     tl.store(out + at, kept_p, mask=inside)
     if dtype == tl.float32:  # nothing was rounded, and the sums' own rounding is not to be made up for
@@ -153,8 +156,6 @@ def stage(
         factor, more = made_up(p, q, exact_t, kept_p.to(tl.float32), t.to(tl.float32), is_label)
     tl.store(part + 10 * T + rows, factor, mask=rows < T)
     tl.store(part + 11 * T + rows, more, mask=rows < T)
-    if HAS_SOFTCAP:
-        tl.store(out + 2 * plane + at, softcap_slope(z, softcap).to(dtype), mask=inside)
 
 
 @triton.jit
