@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 
 import interpreted
@@ -10,10 +11,13 @@ import torch
 from hypothesis import HealthCheck, settings
 from runnable import backend_params, interpreting
 
-from tdpo_kernels.backends import slab
+from tdpo_kernels.backends import selfcheck, slab
 
 if interpreting():
     interpreted.round_bf16()
+    os.environ.setdefault(
+        selfcheck.SWITCH, "0"
+    )  # of two interpreted steps one would be a check; its own tests turn it on
 torch.set_num_threads(1)  # thousands of tiny products: threads only wait for one another
 
 WAIT = {"trainer", "test_parallel.py", "test_parallel_laws.py"}  # whose `long` tests run when asked for (``-m long``)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -11,11 +12,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+SLOW_TO_IMPORT = {"torch", "triton", "hypothesis", "pytest", "transformers", "peft", "accelerate", "datasets", "trl"}
+
 
 def run(worker: Callable[..., None], *arguments: object, world: int = 2) -> None:
-    """``worker(rank, *arguments)`` on each rank, with a launcher's environment; raises what any of them raised."""
+    """``worker(rank, *arguments)`` on each rank, with a launcher's environment; raises what any of them raised.
+
+    Processes are forked from one that has imported what this one has and nothing else, for imports take longer than
+    most tests.
+    """
+    multiprocessing.set_forkserver_preload([x for x in sys.modules if x.split(".")[0] in SLOW_TO_IMPORT])
     with tempfile.TemporaryDirectory() as folder:  # a file to meet at: a free port may be taken before it is bound
-        torch.multiprocessing.spawn(_joined, (worker, Path(folder, "met"), arguments, world), nprocs=world)
+        arguments = (worker, Path(folder, "met"), arguments, world)
+        torch.multiprocessing.start_processes(_joined, arguments, nprocs=world, start_method="forkserver")
 
 
 def _joined(rank: int, worker: Callable[..., None], met: Path, arguments: tuple, world: int) -> None:

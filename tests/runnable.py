@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 
@@ -32,3 +34,9 @@ def backend_params(device: str = "cpu") -> list:
         pytest.param(name, marks=[] if why_not is None else pytest.mark.skip(reason=f"{name}: {why_not}"))
         for name, why_not in reasons(device).items()
     ]
+
+
+def mainly(kept: tuple, every: Iterable) -> list:
+    """Every value, those that are not `kept` marked long: interpreted kernels are looked at with a few of each kind in
+    `make test`, with all in `make interpreted`."""
+    return [x if x in kept else pytest.param(x, marks=pytest.mark.long) for x in every]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +14,7 @@ from cases import CASES, DTYPES, IGNORE, RUNS, Case, Problem, base, bias_of, cot
 from closeness import SIXTEEN_BIT, Judge, exact, judge, leaves, ours, pull, stats_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from runnable import mainly
 from torch import Tensor
 
 from tdpo_kernels import TokenStats, fused_tdpo_loss
@@ -23,7 +23,7 @@ from tdpo_kernels.types import Inputs
 
 EVERYTHING = 2**40
 BUDGETS = ("nothing", "partial", "everything")
-EACH_BUDGET = ("nothing", pytest.param("partial", marks=pytest.mark.long), "everything")
+EACH_BUDGET = mainly(("partial",), BUDGETS)  # which stages some tiles and recomputes the others
 
 
 def budget_of(problem: Problem, name: str) -> int:
@@ -31,12 +31,6 @@ def budget_of(problem: Problem, name: str) -> int:
     size = 2 if problem.hidden.dtype in SIXTEEN_BIT else problem.stats_dtype.itemsize
     half = problem.labels.numel() * problem.head.weight.shape[0] * size
     return {"nothing": 0, "partial": half * 2 // 3, "everything": EVERYTHING}[name]
-
-
-def mainly(kept: tuple, every: Iterable) -> list:
-    """Every value, those that are not `kept` marked long: interpreted kernels are looked at with a few of each kind in
-    `make test`, with all in `make interpreted`."""
-    return [x if x in kept else pytest.param(x, marks=pytest.mark.long) for x in every]
 
 
 CORE = ("scaled", "near_equal_offset", "ruled_out", "softcap")
@@ -295,12 +289,12 @@ def test_rows_of_dz_sum_to_zero(case, dtype, budget, backend, small_tiles):
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
 @pytest.mark.parametrize("budget", EACH_BUDGET)
-@pytest.mark.parametrize("cols", (2048, 512, 64))
-def test_rows_of_dz_of_models_that_nearly_agree_sum_to_zero(cols, budget, dtype, small_tiles):
+@pytest.mark.parametrize("cols", mainly((2048, 512), (2048, 512, 64)))
+def test_rows_of_dz_of_models_that_nearly_agree_sum_to_zero(cols, budget, dtype, backend, small_tiles):
     """Of the KL alone, over so many columns that log-sum-exps, and logits less their tops, round by more than the
     models are apart."""
     small_tiles(16, cols)
-    total, dz = sums_of_dz("near_equal_wide", dtype, "logp_zero", budget, "tiled")
+    total, dz = sums_of_dz("near_equal_wide", dtype, "logp_zero", budget, backend)
     assert (total <= 16 * torch.finfo(dtype).eps * np.abs(dz).sum(-1)).all()
 
 
@@ -345,7 +339,7 @@ def everything_of(problem: Problem, backend: str, budget: int) -> tuple[list[Ten
 SAME = ("scaled", "dense", "peaked_10", "softcap", "ruled_out", "more_rows_than_V")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", mainly((torch.float32, torch.bfloat16), DTYPES), ids=dtype_id)
 @pytest.mark.parametrize("case", mainly(("softcap",), SAME))
 def test_same_bits_run_to_run(case, dtype, backend, small_tiles):
     problem = case_of(case).problem(dtype)
@@ -354,8 +348,8 @@ def test_same_bits_run_to_run(case, dtype, backend, small_tiles):
         assert same_bits(a, c) and same_bits(b, d)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", mainly(("scaled", "ruled_out"), SAME))
+@pytest.mark.parametrize("dtype", mainly((torch.float32, torch.bfloat16), DTYPES), ids=dtype_id)
+@pytest.mark.parametrize("case", mainly(("ruled_out",), SAME))
 def test_forward_has_the_same_bits_at_any_budget_and_without_grad(case, dtype, backend, small_tiles):
     problem = case_of(case).problem(dtype)
     none = stats_of(problem, backend, 0)
@@ -376,7 +370,7 @@ def agree(a: list[Tensor], b: list[Tensor], dtype: torch.dtype, factor: float = 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
 @pytest.mark.parametrize("case", mainly(("softcap",), SAME))
-@pytest.mark.parametrize("tile", [(1, 16), (7, 48), (512, 2048)], ids=str)
+@pytest.mark.parametrize("tile", mainly(((7, 48), (512, 2048)), [(1, 16), (7, 48), (512, 2048)]), ids=str)
 def test_tile_size_changes_nothing_but_rounding(tile, case, dtype, backend, small_tiles):
     problem = case_of(case).problem(dtype)
     a, b = everything_of(problem, backend, budget_of(problem, "partial"))

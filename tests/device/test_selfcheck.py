@@ -19,6 +19,7 @@ import pytest
 import torch
 from cases import CASES, Problem, base, bias_of, cotangents, softcap
 from harness import F16, F32
+from runnable import mainly
 
 from tdpo_kernels.backends import launch, selfcheck, slab
 from tdpo_kernels.backends.selfcheck import peers, sample
@@ -148,9 +149,9 @@ BACKWARD = {
 }
 
 
-@pytest.mark.parametrize("bug", FORWARD)
+@pytest.mark.parametrize("bug", mainly(("wrong columns", "half a sum"), FORWARD))
 @pytest.mark.parametrize("budget", (0, EVERYTHING))
-@pytest.mark.parametrize("dtype", (F32, F16), ids=str)
+@pytest.mark.parametrize("dtype", mainly((F16,), (F32, F16)), ids=str)
 def test_a_wrong_forward_is_caught(monkeypatch, bug, budget, dtype):
     plant(monkeypatch, "fused_stats", **FORWARD[bug])
     for _ in range(2):  # having raised, it does not count as checked
@@ -159,9 +160,9 @@ def test_a_wrong_forward_is_caught(monkeypatch, bug, budget, dtype):
     assert "fused_stats" not in passed()
 
 
-@pytest.mark.parametrize("bug", BACKWARD)
+@pytest.mark.parametrize("bug", mainly(("stale rows", "no label"), BACKWARD))
 @pytest.mark.parametrize("kernel", ("recomputed", "staged"))
-@pytest.mark.parametrize("dtype", (F32, F16), ids=str)
+@pytest.mark.parametrize("dtype", mainly((F16,), (F32, F16)), ids=str)
 def test_a_wrong_backward_is_caught(monkeypatch, bug, kernel, dtype):
     name, budget = KERNELS[kernel]
     plant(monkeypatch, name, **BACKWARD[bug])
@@ -218,7 +219,7 @@ HARD = (
 
 
 @pytest.mark.parametrize("dtype", (F32, F16), ids=str)
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", mainly(("near_equal_offset", "ruled_out_by_policy"), HARD))
 def test_hard_cases_raise_no_alarm(name, dtype, comparisons):
     p = CASES[name]().problem(dtype)
     for budget, kind in ((0, "general"), (EVERYTHING, "general"), (EVERYTHING, "only_logp")):
@@ -228,7 +229,7 @@ def test_hard_cases_raise_no_alarm(name, dtype, comparisons):
     assert len(comparisons) == 6
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", mainly((1, 2), range(8)))
 def test_other_seeds_raise_no_alarm(seed):
     case = base(100 + seed, std=2.0 + 3 * seed, apart=10.0 ** -(seed % 4))
     if seed % 2:  # with heads as heavy as they get
@@ -309,8 +310,8 @@ def test_results_are_the_same_with_and_without(monkeypatch):
         assert (getattr(checked, name) == getattr(unchecked, name)).all()
 
 
-@pytest.mark.parametrize("where", ("hidden", "weight", "ref_weight", "cotangent"))
-@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("where", mainly(("weight", "cotangent"), ("hidden", "weight", "ref_weight", "cotangent")))
+@pytest.mark.parametrize("value", mainly((float("inf"),), (float("nan"), float("inf"))))
 def test_inputs_that_are_not_finite_are_warned_of_once_and_blamed_on_no_kernel(where, value):
     p = problem()
     g = list(cotangents("general", p.labels))

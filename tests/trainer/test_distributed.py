@@ -322,7 +322,7 @@ Case = Callable[[int], None]
 
 def run(cases: dict[str, Case]) -> None:
     """All of them in one pair of processes: to start those takes longer than the cases."""
-    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    results = torch.multiprocessing.get_context("forkserver").SimpleQueue()
     processes.run(_tried, cases, results, world=WORLD)
     if failed := results.get():
         text = "\n".join(f"--- {name}\n{trace}" for name, trace in failed.items())
