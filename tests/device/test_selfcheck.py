@@ -1,57 +1,31 @@
-"""The self-check of kernel configurations: what it catches, what it lets pass, when it does not look, who is told."""
+"""The self-check of kernel configurations: what it catches, what it lets pass, and when it does not look."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import closeness
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Problem, base, bias_of, cotangents, softcap
+from cases import CASES, base, bias_of, cotangents, softcap
+from checked_steps import (
+    EVERYTHING,
+    fresh_process,  # noqa: F401 - for every test here
+    problem,
+    step,
+    wrong_label,
+)
 from harness import F16, F32
 from runnable import mainly
 
 from tdpo_kernels.backends import launch, selfcheck, slab
-from tdpo_kernels.backends.selfcheck import peers, sample
-from tdpo_kernels.tuning import TileConfig
+from tdpo_kernels.backends.selfcheck import sample
 
-EVERYTHING = 2**40
 KERNELS = {"forward": ("fused_stats", 0), "recomputed": ("fused_dz", 0), "staged": ("staged_dz", EVERYTHING)}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process(monkeypatch: pytest.MonkeyPatch):
-    """Nothing checked yet, the switch at its default, and tiles so small that there are edges."""
-    monkeypatch.delenv(selfcheck.SWITCH, raising=False)
-    monkeypatch.setattr(launch, "choose", small_tile)
-    monkeypatch.setitem(slab.TILE, "cpu", (32, 128))
-    selfcheck.forget()
-    with np.errstate(over="ignore", invalid="ignore"):
-        yield
-    selfcheck.forget()
-
-
-def small_tile(*_, **__) -> TileConfig:
-    return TileConfig(16, 64, 32)
-
-
-def problem(dtype: torch.dtype = F32, seed: int = 1) -> Problem:
-    return base(seed, L=50).problem(dtype)
-
-
-def step(p: Problem, budget: int = EVERYTHING, kind: str = "general") -> None:
-    """Forward and backward."""
-    closeness.ours(p, cotangents(kind, p.labels), "fused", budget)
 
 
 def passed() -> set[str]:
@@ -85,10 +59,6 @@ def plant(monkeypatch: pytest.MonkeyPatch, kernel: str, before: Callable | None 
         return launched
 
     monkeypatch.setattr(launch, kernel, planted)
-
-
-def wrong_label(*args):
-    return (*args[:3], args[3] + 1, *args[4:])
 
 
 def wrong_columns(traits, policy, reference, *rest):
@@ -209,6 +179,7 @@ def test_the_message_has_what_a_report_needs(monkeypatch):
 
 
 # --- kernels that are right -------------------------------------------------------------------------------------------
+
 
 HARD = (
     "dense", "peaked_10", "peaked_30", "near_equal", "near_equal_offset", "offset_50", "offset_1000", "ruled_out",
@@ -374,86 +345,3 @@ def test_samples_hold_the_ends_and_tile_edges(length, block, tile):
     assert {0, length - 1, last_tile, length // 2} <= set(found) and max(found) < length
     if length > 64:
         assert {last - 1, last_tile - 1} <= set(found)
-
-
-# --- process groups ---------------------------------------------------------------------------------------------------
-
-RANK = """
-import os, sys, time, torch
-import torch.distributed as dist
-sys.path[:0] = {paths!r}
-from tdpo_kernels.backends import launch
-from tdpo_kernels.backends.selfcheck import peers
-import test_selfcheck as tests
-launch.choose = tests.small_tile
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-peers.Peers.GRACE = {grace}
-def attempt():
-    try:
-        tests.step(tests.problem(), 0)
-        return "fine"
-    except RuntimeError as error:
-        return " ".join(str(error).split())
-{work}
-print("SAID", said, flush=True)
-"""
-
-
-def two_ranks(work: str, grace: float) -> list[str]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent), str(Path(launch.__file__).parents[2])]
-    script = RANK.format(paths=paths, port=port, grace=grace, work=work)
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(r)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
-        )  # fmt: skip
-        for r in range(2)
-    ]
-    try:
-        texts = [rank.communicate(timeout=150)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(texts)
-    return [next(line for line in text.splitlines() if line.startswith("SAID")) for text in texts]
-
-
-def test_ranks_raise_together_though_only_one_is_wrong_and_late():
-    said = two_ranks(
-        """
-if rank == 1:
-    time.sleep(2)
-    run = launch.fused_stats
-    launch.fused_stats = lambda *a: run(*tests.wrong_label(*a))
-said = attempt()
-""",
-        grace=60.0,
-    )
-    assert "another process" in said[0] and "rank 1" in said[0] and "fused_stats" in said[0]
-    assert "a kernel disagrees" in said[1] and "another process" not in said[1]
-
-
-def test_a_rank_that_checks_alone_waits_once_and_no_longer():
-    """Rank 1 is in a collective that rank 0 has yet to join: an agreement that waited for it would never end."""
-    said = two_ranks(
-        """
-began = time.monotonic()
-first = attempt() if rank == 0 else "elsewhere"
-dist.barrier()
-second = attempt()
-said = (first, second, time.monotonic() - began < 60)
-""",
-        grace=2.0,
-    )
-    assert "('fine', 'fine', True)" in said[0] and "('elsewhere', 'fine', True)" in said[1]
-
-
-def test_the_wait_ends():
-    began = time.monotonic()
-    assert not peers.wait(lambda: False, 0.05) and peers.wait(lambda: True, 0.0)
-    assert time.monotonic() - began < 2
