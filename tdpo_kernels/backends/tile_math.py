@@ -19,7 +19,7 @@ A column is a part of KL 0, so that (9) says how a tile is summed as well: it is
 The Y_k want L - L' to more digits than the two are rounded to. Where the models nearly agree, and it matters, (8) with
 all Y_k too large by e sums to e instead of 0. That *excess* is added to ``lse_z - lse_r``.
 
-Backward's rows sum to 0 by it only if y is rounded there as it was in forward: `half_log_ratio_`.
+Over several parts backward's rows sum to 0 by it only if y is rounded there as it was in forward: `half_log_ratio_`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 from ..types import Model
 
 STEEP = 8.0  # log(p / q) above the negative of it throughout a tile: p e^-t is q to a few eps without being weighed
-NEAR = 16.0  # tops no farther apart: z - r is rounded by no more than logits are
+NEAR = 1.0  # tops no farther apart: what z - r is rounded by, half an eps of it, does not matter
 ROUNDING = 0.125  # more than staging in 16 bits moves a sum of probabilities by, of itself
 _MOVED = (math.log1p(-ROUNDING), math.log1p(ROUNDING))  # q, with both factors held, is right still
 LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
@@ -94,17 +94,17 @@ def divergence_(half_y: Tensor, p: Tensor, q: Tensor, scratch: Tensor, dim: int 
 def half_log_ratio_(z: Tensor, r: Tensor, tops_2R: Tensor, lse_diff: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """y / 2 of a tile of logits into `out`, and what is left to take off z and r for them to be relative to the tops.
 
-    The tops' difference is taken off last: so z - r is the same whatever the part, and exact where the models nearly
-    agree. Only where the tops are far apart, and z - r would lose what the lesser of the two has, they are taken off
-    first.
+    In rows whose tops are near one another their difference is taken off last: z - r is the same number in every part
+    that is near, too, and exact where the models nearly agree. Elsewhere the tops come first, and nothing is lost that
+    the lesser of the two logits has; but each part rounds y in its own way.
     """
     apart_R = torch.sub(*tops_2R.unbind())
     far_R = apart_R.abs() > NEAR
     if apart_R.device.type != "cpu" or far_R.any():  # others would have to be waited for
-        first_2R = tops_2R.masked_fill(~far_R, 0.0)
-        z.sub_(first_2R[0, :, None])
-        r.sub_(first_2R[1, :, None])
-        tops_2R, apart_R = tops_2R - first_2R, apart_R.masked_fill(far_R, 0.0)
+        left_2R = tops_2R.masked_fill(far_R, 0.0)
+        for x, first_R in zip((z, r), tops_2R - left_2R, strict=True):
+            x.sub_(first_R[:, None])
+        tops_2R, apart_R = left_2R, torch.sub(*left_2R.unbind())
     torch.sub(z, r, out=out).sub_(apart_R[:, None])
     return torch.add((-0.5 * lse_diff)[:, None], out, alpha=0.5, out=out), tops_2R
 
@@ -126,7 +126,7 @@ def merge(parts: list[Part]) -> Part:
 
 def rebase(tops_2K: Tensor, tops_2R: Tensor, lse_2K: Tensor) -> tuple[Tensor, Tensor]:
     """Both models' log-sum-exps of the parts, relative to the row's tops instead of the parts', and what that adds to
-    their difference: what `half_log_ratio_` takes off in a part, less what it takes off in the row."""
+    their difference: where `half_log_ratio_` takes off the difference of the tops, that of the two differences."""
     shift_2K, apart_K, apart_R = tops_2K - tops_2R[:, None], torch.sub(*tops_2K.unbind()), torch.sub(*tops_2R.unbind())
     near_K = torch.maximum(apart_K.abs(), apart_R.abs()) <= NEAR
     return lse_2K + shift_2K, torch.where(near_K, apart_K - apart_R, torch.sub(*shift_2K.unbind()))

@@ -4,7 +4,7 @@ Tiles are fp32 ``(R, C)``, row values ``(R,)``. LOWEST stands for -inf: in entri
 past V, so that inf - inf never happens.
 
 The state of a row over the part of the vocabulary seen so far is six numbers. ``m_z`` and ``m_r`` are the largest
-logits, and the others are relative to them, so that an offset between the models costs no digits (`above`):
+logits, and the others are relative to them, so that an offset between the models costs no digits:
 
     s_z = sum_v e^(z_v - m_z)        s_r = sum_v e^(r_v - m_r)        mean = E_q[(z - m_z) - (r - m_r)]
     M = sum_v e^(r_v - m_r) psi((z_v - m_z) - (r_v - m_r) - mean)     psi(y) = e^y - 1 - y
@@ -37,7 +37,7 @@ ROUNDING = tl.constexpr(0.125)  # more than staging in 16 bits moves a sum of pr
 LEAST, MOST = tl.constexpr(math.log1p(-0.125)), tl.constexpr(math.log1p(0.125))  # so q is right where both are held
 TINY = tl.constexpr(1.2e-38)
 NEAR = tl.constexpr(0.35)  # series below, exponentials above
-NEAR_TOPS = tl.constexpr(16.0)  # z - r is rounded by no more than logits are
+NEAR_TOPS = tl.constexpr(1.0)  # `tile_math.NEAR`
 
 
 @triton.jit
@@ -122,8 +122,8 @@ def softcap_slope(z, softcap):
 
 @triton.jit
 def anchored(z, r, m_z, m_r):
-    """Both tiles less their tops where these are far apart; where they are not, as they are. And what is left to take
-    off: `tile_math.half_log_ratio_` says why ``z - r`` is to come first."""
+    """Both tiles less their tops where these are far apart; where they are not, as they are, for ``z - r`` to come
+    first: `tile_math.half_log_ratio_` says why. And what is left to take off."""
     near = tl.abs(m_z - m_r) <= NEAR_TOPS
     z, r = z - tl.where(near, 0.0, m_z)[:, None], r - tl.where(near, 0.0, m_r)[:, None]
     return z, r, tl.where(near, m_z, 0.0), tl.where(near, m_r, 0.0)
@@ -131,13 +131,13 @@ def anchored(z, r, m_z, m_r):
 
 @triton.jit
 def above(z, r, m_z, m_r):
-    """``(z - m_z) - (r - m_r)`` of what `anchored` returned: the same in any part, but for what the row's tops add."""
+    """``(z - m_z) - (r - m_r)`` of what `anchored` returned."""
     return (z - r) - (m_z - m_r)[:, None]
 
 
 @triton.jit
 def raised(m_z, m_r, top_z, top_r):
-    """What `above` gains where tops rise to `top_z` and `top_r`."""
+    """What `above` gains where tops rise to `top_z` and `top_r`: `tile_math.rebase`."""
     apart, top_apart = m_z - m_r, top_z - top_r
     near = tl.maximum(tl.abs(apart), tl.abs(top_apart)) <= NEAR_TOPS
     return tl.where(near, apart - top_apart, (m_z - top_z) - (m_r - top_r))
@@ -147,27 +147,25 @@ def raised(m_z, m_r, top_z, top_r):
 
 
 @triton.jit
-def tile_state(z, r):
-    """The state of one tile.
+def tile_state(z, r, m_z, m_r):
+    """The state of one tile, but for its tops, of what `anchored` returned.
 
     Two passes over registers, the second about the first one's mean; phi is moved from there to its own mean, ``rest``
     away, by eq. (13). Where y is far from 0, q e^y is taken as an exponential of z: it cannot overflow
     before phi does. No exponential is taken twice, so that none is kept: registers are what the tile lacks.
     """
-    m_z, m_r = tl.max(z, 1), tl.max(r, 1)
-    z, r, left_z, left_r = anchored(z, r, m_z, m_r)
-    e_r = tl.exp(r - left_r[:, None])
-    s_r, s_z = tl.sum(e_r, 1), tl.sum(tl.exp(z - left_z[:, None]), 1)
-    mean = tl.sum(e_r * above(z, r, left_z, left_r), 1) / s_r
+    e_r = tl.exp(r - m_r[:, None])
+    s_r, s_z = tl.sum(e_r, 1), tl.sum(tl.exp(z - m_z[:, None]), 1)
+    mean = tl.sum(e_r * above(z, r, m_z, m_r), 1) / s_r
     log_s = tl.log(s_r)
-    y = above(z, r, left_z, left_r) - mean[:, None]
-    q = tl.exp((r - left_r[:, None]) - log_s[:, None])
+    y = above(z, r, m_z, m_r) - mean[:, None]
+    q = tl.exp((r - m_r[:, None]) - log_s[:, None])
     rest = tl.sum(q * y, 1)
-    mass = tl.exp(tl.minimum((z - left_z[:, None]) - (mean + log_s)[:, None], TOP_EXPONENT))
+    mass = tl.exp(tl.minimum((z - m_z[:, None]) - (mean + log_s)[:, None], TOP_EXPONENT))
     phi = tl.sum(tl.where(tl.abs(y) < NEAR, q * psi_series(y), mass - q * (1.0 + y)), 1)
     moved_phi = not_negative(tl.exp(-rest) * (phi - psi(rest)))
     phi = tl.where(tl.abs(rest) < 1.0, moved_phi, phi)  # a mean without digits to move by: phi is LARGE, and stays so
-    return m_z, s_z, m_r, s_r, mean + rest, phi * s_r
+    return s_z, s_r, mean + rest, phi * s_r
 
 
 @triton.jit

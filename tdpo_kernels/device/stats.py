@@ -97,17 +97,18 @@ def tile_forward(
     """All that a tile of both models' logits, at column `col` of `cols`, leaves behind; labels count from there."""
     z_y, r_y = pick(z, r, tl.where(label < cols - col, label, -1), C)
     z, r = within(z, cols - col, C), within(r, cols - col, C)
-    m_z, s_z, m_r, s_r, mean, M = tile_state(z, r)
-    store_state(part, rows, T, m_z, s_z, m_r, s_r, mean, M, z_y, r_y)
+    m_z, m_r = tl.max(z, 1), tl.max(r, 1)
     if EXTRAS:
         total, weighted = tile_extras(z, m_z, tl.arange(0, C) < cols - col)
         tl.store(part + 8 * T + rows, total, mask=rows < T)
         tl.store(part + 9 * T + rows, weighted, mask=rows < T)
+    if STAGE and HAS_SOFTCAP:
+        store_plane(staged + 2 * plane, softcap_slope(z, softcap), rows, T, col, cols, stride_p, C)
+    z, r, left_z, left_r = anchored(z, r, m_z, m_r)
+    s_z, s_r, mean, M = tile_state(z, r, left_z, left_r)
+    store_state(part, rows, T, m_z, s_z, m_r, s_r, mean, M, z_y, r_y)
     if STAGE:
-        stage(
-            staged, part, rows, T, stride_p, plane, col, cols, label, z, r,
-            m_z, s_z, m_r, s_r, mean, M, softcap, F, C, HAS_SOFTCAP,
-        )  # fmt: skip
+        stage(staged, part, rows, T, stride_p, plane, col, cols, label, z, r, left_z, s_z, left_r, s_r, mean, M, F, C)
 
 
 @triton.jit
@@ -128,34 +129,31 @@ def within(x, count, C: tl.constexpr):
 
 
 @triton.jit
-def stage(
-    out, part, rows, T, stride, plane, col, cols, label, z, r, m_z, s_z, m_r, s_r, mean, M, softcap, F,
-    C: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
+def stage(out, part, rows, T, stride, plane, col, cols, label, z, r, m_z, s_z, m_r, s_r, mean, M, F, C: tl.constexpr):
     """p within the tile and t = log(p / q), such that p e^-t is q though t is rounded, into planes at column `col` of
     `cols`; into the part's state what makes up for the rounding of both in the row's sums, but for the label's entry,
-    which backward has in full."""
+    which backward has in full. z, r, m_z and m_r are what `anchored` returned."""
     dtype = out.dtype.element_ty
-    c = tl.arange(0, C)
-    at = rows[:, None].to(tl.int64) * stride + (col + c)[None, :]
-    inside = (rows < T)[:, None] & (col + c < cols)[None, :]
-    if HAS_SOFTCAP:
-        tl.store(out + 2 * plane + at, softcap_slope(z, softcap).to(dtype), mask=inside)
-    z_down, r_down, left_z, left_r = anchored(z, r, m_z, m_r)
-    exact_t = log_ratio(z_down, r_down, left_z, left_r, lse_diff_of(tl.log(s_z), tl.log(s_r), mean, M / s_r), F)
+    exact_t = log_ratio(z, r, m_z, m_r, lse_diff_of(tl.log(s_z), tl.log(s_r), mean, M / s_r), F)
     t = exact_t.to(dtype)
-    tl.store(out + plane + at, t, mask=inside)
-    p, q = tl.exp(z_down - left_z[:, None]) / s_z[:, None], tl.exp(r_down - left_r[:, None]) / s_r[:, None]
+    store_plane(out + plane, t, rows, T, col, cols, stride, C)
+    p, q = tl.exp(z - m_z[:, None]) / s_z[:, None], tl.exp(r - m_r[:, None]) / s_r[:, None]
     kept_p = weigh(p, q, t.to(tl.float32)).to(dtype)
-    tl.store(out + at, kept_p, mask=inside)
+    store_plane(out, kept_p, rows, T, col, cols, stride, C)
     if dtype == tl.float32:  # nothing was rounded, and the sums' own rounding is not to be made up for
         more = tl.zeros_like(s_z)
         factor = more + 1.0
     else:
-        is_label = c[None, :] == label[:, None]
+        is_label = tl.arange(0, C)[None, :] == label[:, None]
         factor, more = made_up(p, q, exact_t, kept_p.to(tl.float32), t.to(tl.float32), is_label)
     tl.store(part + 10 * T + rows, factor, mask=rows < T)
     tl.store(part + 11 * T + rows, more, mask=rows < T)
+
+
+@triton.jit
+def store_plane(out, x, rows, T, col, cols, stride, C: tl.constexpr):
+    at = rows[:, None].to(tl.int64) * stride + (col + tl.arange(0, C))[None, :]
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=(rows < T)[:, None] & (col + tl.arange(0, C) < cols)[None, :])
 
 
 @triton.jit

@@ -70,7 +70,7 @@ RULES: dict[str, tuple[Rule, ...]] = {  # the first that fits
         *_ieee_rules(tma=True),
         *_rules(
             "fused_stats",
-            (dict(plain=True, staged=True), TileConfig(64, 128, 64, 8, 4, True, stack=40)),
+            (dict(plain=True, staged=True), TileConfig(64, 128, 64, 8, 4, True, stack=256)),
             (dict(plain=True), TileConfig(128, 128, 64, 16, 3, True)),
             (dict(staged=True), TileConfig(64, 64, 64, 4, 4, True, stack=272)),
             ({}, TileConfig(128, 64, 64, 8, 4, True)),
@@ -93,7 +93,7 @@ RULES: dict[str, tuple[Rule, ...]] = {  # the first that fits
     "gfx942": (  # 4 warps of 64 lanes can have 512 registers a thread, 8 have 256
         *_rules(
             "fused_stats",
-            (dict(plain=True, staged=False), TileConfig(128, 128, 32, 8, 2)),
+            (dict(plain=True, staged=False), TileConfig(128, 128, 32, 8, 2, stack=32)),
             ({}, TileConfig(64, 128, 32, 4, 2)),
         ),
         *_rules("fused_dz", ({}, TileConfig(128, 128, 32, 8, 2, stack=20))),

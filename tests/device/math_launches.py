@@ -45,7 +45,10 @@ def store_six(x, a, b, c, d, e, f, N: tl.constexpr):
 @triton.jit
 def _tile_state(z, r, out, R: tl.constexpr, C: tl.constexpr):
     at = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
-    m_z, s_z, m_r, s_r, mean, M = device.tile_state(tl.load(z + at), tl.load(r + at))
+    z, r = tl.load(z + at), tl.load(r + at)
+    m_z, m_r = tl.max(z, 1), tl.max(r, 1)
+    z, r, left_z, left_r = device.anchored(z, r, m_z, m_r)
+    s_z, s_r, mean, M = device.tile_state(z, r, left_z, left_r)
     store_six(out, m_z, s_z, m_r, s_r, mean, M, R)
 
 

@@ -20,7 +20,7 @@ from tdpo_kernels.device import math as device
 
 def test_device_and_host_mean_the_same_by_their_constants():
     assert float(device.LOWEST.value) == LOWEST
-    assert device.ROUNDING.value == tile_math.ROUNDING
+    assert (device.ROUNDING.value, device.NEAR_TOPS.value) == (tile_math.ROUNDING, tile_math.NEAR)
     assert math.log(LARGE) < float(device.TOP_EXPONENT.value) < math.log(torch.finfo(F32).max)
 
 
