@@ -1,0 +1,219 @@
+"""Nothing that nobody wants, and no product more than DESIGN's count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import EVERYTHING, backends, batch, grads
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
+from tdpo_kernels.backends import slab
+
+
+class GemmFlops(TorchDispatchMode):
+    """Adds up 2 m n k over the matrix products that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:] if name == "mm" else args[1:3]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        elif name == "_linear_pointwise":  # oneDNN's a @ b^T
+            self.flops += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[0]
+        elif name in ("linear", "matmul", "baddbmm", "_scaled_mm"):
+            raise AssertionError(f"{name} is not counted here")
+        return func(*args, **(kwargs or {}))
+
+
+# --- nothing that nobody wants ----------------------------------------------------------------------------------------
+
+
+def backward_flops(wanted: tuple[str, ...], budget: int, backend: str = "tiled") -> tuple[float, dict]:
+    """GEMM flops of a backward in units of G, with `wanted` requiring gradients."""
+    call = batch(torch.float32, length=16, D=8, V=64)
+    parts = {"hidden": call["hidden"], "weight": call["head"], "bias": torch.linspace(-1, 1, 64)}
+    parts = {n: x.detach().requires_grad_(n in wanted) for n, x in parts.items()}
+    heads = {"hidden": parts["hidden"], "head": LMHead(parts["weight"], parts["bias"])}
+    stats = token_stats(**call | heads, memory_budget=budget, backend=backend)
+    with GemmFlops() as gemms:
+        (stats.logp - 3 * stats.kl).sum().backward()
+    return gemms.flops / (2 * 64 * 64 * 8), parts
+
+
+@pytest.mark.parametrize(
+    "wanted", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("hidden", "weight", "bias")], ids=str
+)
+@pytest.mark.parametrize("budget, recompute", [(EVERYTHING, 0), (0, 2)])
+def test_frozen_parts_cost_nothing(wanted: tuple[str, ...], budget: int, recompute: int):
+    units, parts = backward_flops(wanted, budget)
+    assert units == recompute + len(set(wanted) - {"bias"})
+    assert all((x.grad is not None) == (n in wanted) for n, x in parts.items())
+
+
+@backends
+@pytest.mark.parametrize("wanted", [("hidden",), ("weight",), ("bias",)], ids=str)
+def test_frozen_parts_do_not_change_the_others(backend: str, wanted: tuple[str, ...]):
+    _, some = backward_flops(wanted, EVERYTHING, backend)
+    _, every = backward_flops(("hidden", "weight", "bias"), EVERYTHING, backend)
+    for name in wanted:
+        torch.testing.assert_close(some[name].grad, every[name].grad, rtol=1e-5, atol=1e-5)
+
+
+@backends
+def test_nothing_wanted_gives_no_graph(backend: str):
+    call = {n: x.detach() if isinstance(x, Tensor) else x for n, x in batch().items()}
+    out = fused_tdpo_loss(**call, backend=backend)
+    assert not out.loss.requires_grad and out.loss.grad_fn is None
+
+
+class Sizes(TorchDispatchMode):
+    """The storages that the operations under it return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, None], ids=["no_grad", "inference", "frozen"])
+def test_nothing_is_staged_without_a_gradient(mode, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(slab.TILE, "cpu", (16, 16))
+    call = batch(torch.float32, length=64, V=256)
+    if mode is None:
+        call |= {n: call[n].detach() for n in ("hidden", "head")}
+    sizes = {}
+    for name, enabled in (("with", False), ("without", True)):
+        with Sizes() as seen, (mode or torch.enable_grad)() if enabled else torch.enable_grad():
+            out = fused_tdpo_loss(**call, memory_budget=EVERYTHING)
+        sizes[name] = seen.largest
+    assert not out.loss.requires_grad
+    assert sizes["without"] < 64 * 1024
+    assert mode is None or sizes["with"] >= 2 * 4 * 256 * 256
+
+
+@backends
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+def test_values_are_the_same_without_a_gradient(backend: str, mode):
+    call = batch(torch.float32)
+    want = fused_tdpo_loss(**call, backend=backend)
+    with mode():
+        got = fused_tdpo_loss(**call, backend=backend)
+    assert torch.equal(got.loss, want.loss) and not got.loss.requires_grad
+    assert got.loss.is_inference() == (mode is torch.inference_mode)
+
+
+def test_a_reference_computed_in_inference_mode_can_be_trained_against():
+    """`with torch.inference_mode(): ref_hidden = ref_model(...)` is how people run a reference model."""
+    call = batch()
+    want = grads(fused_tdpo_loss(**call).loss, call["head"])
+    with torch.inference_mode():
+        ref_hidden = call["ref_hidden"] * 1.0
+    got = grads(fused_tdpo_loss(**call | {"ref_hidden": ref_hidden}).loss, call["head"])
+    assert torch.equal(got[0], want[0])
+
+
+def test_reference_is_asked_for_no_gradient():
+    call = batch()
+    call["ref_hidden"].requires_grad_(), call["ref_head"].requires_grad_()
+    with GemmFlops() as gemms:
+        fused_tdpo_loss(**call, memory_budget=EVERYTHING).loss.backward()
+    assert gemms.flops == 4 * 2 * 12 * 19 * 3
+    assert call["ref_hidden"].grad is None and call["ref_head"].grad is None
+
+
+# --- what a backward costs, section 4 ---------------------------------------------------------------------------------
+
+
+T, WIDTH, VOCAB = 32, 8, 64
+G = 2 * T * VOCAB * WIDTH
+
+
+@pytest.fixture
+def half_and_half(monkeypatch: pytest.MonkeyPatch):
+    """Row blocks of 16: the chosen rows are one, the rejected the other."""
+    monkeypatch.setitem(slab.TILE, "cpu", (16, 16))
+
+
+def cost(objective, budget: int, head=lambda w: w) -> tuple[float, float]:
+    """Forward and backward GEMM flops in units of G."""
+    call = batch(torch.float32, rows=2, length=16, D=WIDTH, V=VOCAB) | {"memory_budget": budget}
+    call["head"] = head(call["head"])
+    with GemmFlops() as forward:
+        loss = objective(call)
+    with GemmFlops() as backward:
+        loss.backward()
+    return forward.flops / G, backward.flops / G
+
+
+def fused(**options):
+    return lambda call: fused_tdpo_loss(**call, **options).loss
+
+
+def weighted(g_logp: Tensor | None, g_kl: Tensor | None):
+    def objective(call: dict) -> Tensor:
+        stats = token_stats(**call)
+        pairs = ((stats.logp, g_logp), (stats.kl, g_kl))
+        return sum((x * g).sum() for x, g in pairs if g is not None)
+
+    return objective
+
+
+ROWS = torch.arange(1.0, T + 1).view(2, 16)
+FIRST_HALF = ROWS * torch.tensor([[1.0], [0.0]])
+COSTS = {
+    "dpo": (fused(alpha=0.0), 1.0, 2.0),
+    "tdpo1": (fused(variant="tdpo1"), 1.0, 2.0),
+    "tdpo2": (fused(alpha=0.5), 1.5, 2.0),
+    "general": (weighted(ROWS, -ROWS), 2.0, 2.0),
+    "logp only": (weighted(ROWS, None), 1.0, 2.0),
+    "kl only": (weighted(None, ROWS), 2.0, 2.0),
+    "equal": (weighted(ROWS, ROWS), 1.0, 2.0),
+    "half the rows, logp": (weighted(FIRST_HALF, None), 0.5, 1.0),
+    "half the rows, both": (weighted(FIRST_HALF, -FIRST_HALF), 1.0, 1.0),
+    "no row": (weighted(0 * ROWS, 0 * ROWS), 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("objective, recompute, products", COSTS.values(), ids=COSTS)
+def test_backward_recomputes_what_its_rows_need_and_no_more(
+    objective, recompute: float, products: float, half_and_half
+):
+    assert cost(objective, 0) == (2.0, recompute + products)
+
+
+@pytest.mark.parametrize("objective, recompute, products", COSTS.values(), ids=COSTS)
+def test_a_staged_backward_recomputes_nothing(objective, recompute: float, products: float, half_and_half):
+    assert cost(objective, EVERYTHING) == (2.0, products)
+
+
+def test_half_a_budget_is_half_a_recomputation(half_and_half):
+    tile = int(2 * 16 * 16 * 4 * 1.12)  # p and t, and a few numbers per row
+    assert [cost(fused(variant="tdpo1"), n * tile)[1] for n in (0, 2, 4, 8)] == [3.0, 2.75, 2.5, 2.0]
+
+
+def test_softcap_costs_tdpo1_the_policy_s_logits(half_and_half):
+    """Its slope needs z, whatever else is needed."""
+    softcapped = {"head": lambda w: LMHead(w, softcap=5.0)}
+    assert cost(fused(variant="tdpo1"), 0, **softcapped) == (2.0, 4.0)
+    assert cost(fused(alpha=0.0), 0, **softcapped) == (2.0, 3.0)
+    assert cost(fused(variant="tdpo1"), EVERYTHING, **softcapped) == (2.0, 2.0)
+
+
+def test_ignored_rows_cost_nothing(half_and_half):
+    call = batch(torch.float32, rows=2, length=32, D=WIDTH, V=VOCAB)
+    call["labels"][:, ::2] = -100
+    with GemmFlops() as gemms:
+        fused_tdpo_loss(**call, memory_budget=EVERYTHING).loss.backward()
+    assert gemms.flops == 4 * G

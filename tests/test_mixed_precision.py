@@ -1,0 +1,130 @@
+"""Gradients under autocast and of 16-bit inputs, and cotangents too small or too large for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from batches import EVERYTHING, backends, batch, grads
+from torch import Tensor
+
+from tdpo_kernels import fused_tdpo_loss, token_stats
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm())
+
+
+def plain_tdpo2(call: dict, alpha: float = 0.5, beta: float = 0.1) -> Tensor:
+    """The loss as people write it, logits widened to at least fp32 after the product."""
+
+    def log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
+        z = F.linear(hidden, weight)
+        return (z if z.dtype == torch.float64 else z.float()).log_softmax(-1)
+
+    log_p, log_q = (log_probs(call[h], call[w]) for h, w in (("hidden", "head"), ("ref_hidden", "ref_head")))
+    pick = call["labels"][..., None]
+    margin = (log_p - log_q).gather(-1, pick)[..., 0].sum(-1)
+    kl = (log_q.exp() * (log_q - log_p)).sum((-1, -2))
+    half = len(margin) // 2
+    h = margin[:half] - margin[half:] - alpha * (kl[half:] - kl[:half].detach())
+    return -F.logsigmoid(beta * h).mean()
+
+
+FLOATS = ("hidden", "head", "ref_hidden", "ref_head")
+PRECISIONS = {
+    "fp32 hidden, fp32 head": (torch.float32, torch.float32),
+    "bf16 hidden, fp32 head": (torch.bfloat16, torch.float32),
+    "fp32 hidden, bf16 head": (torch.float32, torch.bfloat16),
+    "bf16 hidden, bf16 head": (torch.bfloat16, torch.bfloat16),
+}
+
+
+def mixed(dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[dict, dict]:
+    """A call in `dtypes`, and the same values, rounded to bf16, in float64."""
+    call = batch(torch.float64, length=6, D=16, V=97)
+    call |= {n: (call[n] * 0.6).detach().to(dtypes["head" in n]) for n in FLOATS}
+    exact = call | {n: call[n].bfloat16().double() for n in FLOATS}
+    for each in (call, exact):
+        each["hidden"].requires_grad_(), each["head"].requires_grad_()
+    return call, exact
+
+
+@backends
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
+@pytest.mark.parametrize("dtypes", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("budget", [0, EVERYTHING])
+def test_autocast_is_f_linear_s(backend: str, inside: bool, dtypes: tuple, budget: int):
+    call, exact = mixed(dtypes)
+    leaves = call["hidden"], call["head"]
+    results = []
+    for function in (
+        lambda: fused_tdpo_loss(**call, backend=backend, memory_budget=budget).loss,
+        lambda: plain_tdpo2(call),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function()
+            got = grads(loss, *leaves) if inside else None
+        results.append([loss, *(got or grads(loss, *leaves))])
+    truth = plain_tdpo2(exact)
+    truth = [truth, *grads(truth, exact["hidden"], exact["head"])]
+    for ours, plain, true in zip(*results, truth, strict=True):
+        assert ours.dtype == plain.dtype
+        assert relative(ours, true) <= 2 * relative(plain, true) + 4e-3
+
+
+def test_autocast_leaves_float64_alone():
+    call = batch()
+    want = fused_tdpo_loss(**call).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fused_tdpo_loss(**call).loss, want)
+
+
+@backends
+def test_autocast_rounds_operands_to_its_dtype(backend: str):
+    """fp32 operands are rounded, not the logits: the statistics are those of the rounded operands to fp32 accuracy."""
+    call, exact = mixed((torch.float32, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = token_stats(**call, backend=backend)
+    want = token_stats(**exact, backend="naive")
+    assert relative(got.logp, want.logp) < 1e-6 and relative(got.kl, want.kl) < 1e-5
+    assert relative(token_stats(**call, backend=backend).logp, want.logp) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("budget", [0, EVERYTHING])
+def test_tiny_cotangents_do_not_underflow(dtype: torch.dtype, budget: int):
+    """Every row of W carries the same large number, so dh cancels only if the small entries of dz are all there."""
+    call = batch(dtype, length=4, D=4, V=4096)
+    weight = call["head"].detach().float() * 0.1
+    weight[:, 0] = 16.0
+    head, hidden = weight.to(dtype).requires_grad_(), (call["hidden"].detach() * 0.1).requires_grad_()
+    ref = {"ref_hidden": call["ref_hidden"] * 0.1, "ref_head": call["ref_head"] * 0.1}
+    stats = token_stats(**call | ref | {"head": head, "hidden": hidden}, memory_budget=budget)
+    for scale in (1.0, 2.0**-13):
+        (g,) = torch.autograd.grad((stats.logp * scale).sum(), hidden, retain_graph=True)
+        assert g[..., 0].abs().max() <= 0.02 * 16.0 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_power_of_two_cotangents_scale_gradients_exactly(dtype: torch.dtype):
+    call = batch(dtype, length=6, D=8, V=300)
+    stats = token_stats(**call)
+    big, small = (grads_of(stats, call, scale) for scale in (1.0, 2.0**-6))
+    for a, b in zip(big, small, strict=True):
+        torch.testing.assert_close(b.float() * 2.0**6, a.float(), rtol=2e-2, atol=1e-3)
+
+
+def grads_of(stats, call: dict, scale: float) -> tuple[Tensor, ...]:
+    loss = ((stats.logp - stats.kl) * scale).sum()
+    return torch.autograd.grad(loss, (call["hidden"], call["head"]), retain_graph=True)
+
+
+def test_huge_fp16_cotangents_do_not_overflow():
+    call = batch(torch.float16, length=4, D=4, V=50)
+    stats = token_stats(**call)
+    (g,) = torch.autograd.grad((stats.logp * 2.0**15).sum() * 2.0**-3, call["hidden"], retain_graph=True)
+    (unit,) = torch.autograd.grad(stats.logp.sum(), call["hidden"])
+    assert g.isfinite().all()
+    torch.testing.assert_close(g.float() / 2.0**12, unit.float(), rtol=1e-2, atol=1e-3)
