@@ -1,0 +1,90 @@
+"""The benchmark's tables, figures and report."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_bench import made_up
+
+from bench import __main__ as command
+from bench import rows
+from bench.conditions import conditions
+from bench.report import tables as tabled
+from bench.shapes import SHAPES
+
+
+def test_the_table_says_who_does_less_and_who_was_disturbed():
+    shown = tabled.markdown(tabled.tables([made_up(partial=True, busy_cores=1.5, peak_extra_bytes=2 * 10**9)]))
+    assert "ours@0 *" in shown and "no KL" in shown and "kept 1.5 cores busy" in shown and "2.00 GB" in shown
+    assert conditions().torch in shown and conditions().commit in shown
+
+
+@pytest.fixture
+def measured() -> list[rows.Row]:
+    where = conditions()
+    growing = [
+        rows.Row(
+            f"rows-{T}",
+            T,
+            8016,
+            256,
+            "float32",
+            name,
+            budget,
+            3,
+            where,
+            (T / 1e4,) * 3,
+            (1.5, 1.4, 1.6),
+            T * 1000,
+            1e-7,
+        )
+        for T in (256, 1024)
+        for name, budget in (("eager", None), ("ours", 0))
+    ]
+    wall = rows.Row(
+        "rows-131072", 131072, 8016, 256, "float32", "eager", None, 1, where, note="out of memory: needs 25 GB"
+    )
+    return [*growing, wall, made_up(shape="drift-1e-02", drift=0.0123, kl_error=4.5e-6, error=6.7e-5)]
+
+
+def test_the_report_stands_alone_and_says_what_was_not_measured(measured, tmp_path):
+    pytest.importorskip("matplotlib")
+    out, to = tmp_path / "cpu.jsonl", tmp_path / "report"
+    rows.append(out, measured)
+    assert command.main(["report", "--out", str(out), "--to", str(to)]) == 0
+    text, page = (to / "report.md").read_text(), (to / "report.html").read_text()
+    names = {path.name for path in to.glob("*.png")}
+    figures = ("cpu-rows", "cpu-errors", "cpu-drift", "scaling")
+    assert names == {f"{name}-{theme}.png" for name in figures for theme in ("light", "dark")}
+    assert "Estimated" in text.split("scaling-light.png")[1].split("\n")[2]
+    assert all(name in text for name in names) and page.count("data:image/png;base64,") == len(names)
+    assert "://" not in page and 'src="cpu' not in page and "prefers-color-scheme: dark" in page
+    for shown in (text, page):
+        assert "Not yet measured on a GPU." in shown and "out of memory: needs 25 GB" in shown
+        assert all(number in shown for number in ("4.5e-06", "6.7e-05", "1.50 (1.40-1.60)", "102.40"))
+
+
+def test_where_a_gpu_has_measured_the_report_does_not_say_otherwise(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench.report.build import write
+
+    write({"cpu": [], "nvidia-h200": [made_up(provider="gemm", budget_bytes=None, ratio=(1.0, 1.0, 1.0))]}, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Not yet measured" not in text and "time / one product" in text and "of floor" not in text
+
+
+def test_colours_of_light_and_dark_differ(measured, tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    from bench.report import figures
+
+    (drawn,) = figures.draw([row for row in measured if row.drift], tmp_path, "cpu")
+    light, dark = imread(drawn.light), imread(drawn.dark)
+    assert light[2, 2, :3].mean() > 0.9 and dark[2, 2, :3].mean() < 0.2
+
+
+def test_every_provider_has_a_colour():
+    pytest.importorskip("matplotlib")
+    from bench.report.figures import COLOURS
+
+    assert {name.split("@")[0] for s in SHAPES.values() for name in s.contenders} <= set(COLOURS)
