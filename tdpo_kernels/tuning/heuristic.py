@@ -52,7 +52,7 @@ def _rules(kernel: str, *rules: tuple[dict, TileConfig]) -> tuple[Rule, ...]:
 
 def _ieee_rules(tma: bool) -> tuple[Rule, ...]:
     """fp32 as it is, without tensor cores."""
-    stats, dz = TileConfig(64, 64, 32, 8, 2, tma, stack=32), TileConfig(64, 128, 32, 8, 2, tma, stack=8)
+    stats, dz = TileConfig(64, 64, 32, 8, 2, tma, stack=40), TileConfig(64, 128, 32, 8, 2, tma, stack=8)
     return Rule("fused_stats", stats, ieee=True), Rule("fused_dz", dz, ieee=True)
 
 
