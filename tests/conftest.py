@@ -15,9 +15,7 @@ from tdpo_kernels.backends import selfcheck, slab
 
 if interpreting():
     interpreted.round_bf16()
-    os.environ.setdefault(
-        selfcheck.SWITCH, "0"
-    )  # of two interpreted steps one would be a check; its own tests turn it on
+    os.environ.setdefault(selfcheck.SWITCH, "0")  # checks would take half of the time; their own tests turn them on
 torch.set_num_threads(1)  # thousands of tiny products: threads only wait for one another
 
 WAIT = {"trainer", "test_parallel.py", "test_parallel_laws.py"}  # whose `long` tests run when asked for (``-m long``)

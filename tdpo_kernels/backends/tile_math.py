@@ -91,8 +91,8 @@ def divergence_(half_y: Tensor, p: Tensor, q: Tensor, scratch: Tensor, dim: int 
     return excess, torch.sub(q, half_y, alpha=2, out=half_y).sum(dim).clamp_(min=0.0)
 
 
-def half_log_ratio_(z: Tensor, r: Tensor, tops_2R: Tensor, lse_diff: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """y / 2 of a tile of logits into `out`, and what is left to take off z and r for them to be relative to the tops.
+def half_log_ratio_(logits_2RC: Tensor, tops_2R: Tensor, lse_diff: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """y / 2 of a tile into `out`, and what is left to take off the logits for them to be relative to the tops.
 
     In rows whose tops are near one another their difference is taken off last: z - r is the same number in every part
     that is near, too, and exact where the models nearly agree. Elsewhere the tops come first, and nothing is lost that
@@ -102,10 +102,9 @@ def half_log_ratio_(z: Tensor, r: Tensor, tops_2R: Tensor, lse_diff: Tensor, out
     far_R = apart_R.abs() > NEAR
     if apart_R.device.type != "cpu" or far_R.any():  # others would have to be waited for
         left_2R = tops_2R.masked_fill(far_R, 0.0)
-        for x, first_R in zip((z, r), tops_2R - left_2R, strict=True):
-            x.sub_(first_R[:, None])
+        logits_2RC.sub_((tops_2R - left_2R)[..., None])
         tops_2R, apart_R = left_2R, torch.sub(*left_2R.unbind())
-    torch.sub(z, r, out=out).sub_(apart_R[:, None])
+    torch.sub(*logits_2RC.unbind(), out=out).sub_(apart_R[:, None])
     return torch.add((-0.5 * lse_diff)[:, None], out, alpha=0.5, out=out), tops_2R
 
 

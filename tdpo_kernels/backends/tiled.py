@@ -79,7 +79,7 @@ def _row_block(
     if kept:
         stage.rows_of(i, R).copy_(kept[0] if stage.whole else _tile_weights(kept, parts, state))
     logps_2R, labels_2R1 = labels_2R - state.tops_2R - state.lse_2R, labels_2R.clone()[..., None]
-    half_y_R1, _ = tile_math.half_log_ratio_(*labels_2R1, state.tops_2R, state.lse_diff, out=labels_2R1[1])
+    half_y_R1, _ = tile_math.half_log_ratio_(labels_2R1, state.tops_2R, state.lse_diff, out=labels_2R1[1])
     found = state._asdict() | dict(logps_2R=logps_2R, label_ratio=half_y_R1[:, 0] * -2.0)
     return found if extras is None else found | extras.results(state, labels_2R[0], grid.V)
 
@@ -102,7 +102,7 @@ def _part(
     if extras is not None:
         extras.add(z, p, tops_2R[0], lse_2R[0], scratch=work.get("t", z.dtype, *z.shape))
     lse_diff = torch.sub(*lse_2R.unbind())
-    half_y, _ = tile_math.half_log_ratio_(z, r, tops_2R, lse_diff, out=r)
+    half_y, _ = tile_math.half_log_ratio_(tiles_2RC, tops_2R, lse_diff, out=r)
     weighed = staged is not None and not staged.whole
     t = torch.mul(half_y, 2.0, out=work.get("t", z.dtype, *z.shape)) if weighed else None
     steep = weighed and (not exact or tile_math.is_steep(half_y))
@@ -189,21 +189,21 @@ def _dz(
     policy, reference = sides
     label = LabelColumn(block_of(inputs.rows.labels_T, rows), cols, inputs.policy.head.weight.shape[0])
     R, C = rows.stop - rows.start, cols.stop - cols.start
-
-    def tile(name: str) -> Tensor:
-        return policy.work.get(name, inputs.stats_dtype, R, C)
-
+    work, dtype = policy.work, inputs.stats_dtype
+    tiles_2RC, y = work.get("tiles", dtype, 2, R, C), work.get("y", dtype, R, C)
+    z, r = tiles_2RC.unbind()
     if staged is not None:
-        return dlogits.from_stage(c, kind, rows, staged, label, tile("z"), tile("y"))
+        return dlogits.from_stage(c, kind, rows, staged, label, z, y)
     if kind is Kind.ONLY_Q:
-        return dlogits.from_q(c, rows, _tile(reference, rows, cols, tile("r")), label)
-    z = _tile(policy, rows, cols, tile("z"))
+        return dlogits.from_q(c, rows, _tile(reference, rows, cols, r), label)
+    _tile(policy, rows, cols, z)
     softcap = inputs.policy.head.softcap
-    slope = None if softcap is None else _softcap_slope(z, softcap, tile("slope"))
+    slope = None if softcap is None else _softcap_slope(z, softcap, work.get("slope", dtype, R, C))
     if kind is Kind.ONLY_P:
         dz = dlogits.from_p(c, rows, z, label)
     else:
-        dz = dlogits.from_both(c, rows, z, _tile(reference, rows, cols, tile("r")), label, tile("y"))
+        _tile(reference, rows, cols, r)
+        dz = dlogits.from_both(c, rows, tiles_2RC, label, y)
     return dz if slope is None else dz.mul_(slope)
 
 
