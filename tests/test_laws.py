@@ -119,7 +119,7 @@ def test_as_accurate_as_plain_torch_on_cuda(dtype, backend, small_tiles):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=dtype_id)
 @pytest.mark.parametrize("case", mainly(("ruled_out",), ("scaled", "more_rows_than_V", "ruled_out")))
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("wanted", mainly(((1,), (0, 2)), [(0,), (1,), (2,), (0, 2), (1, 2)]), ids=str)
 def test_gradients_are_as_accurate_when_only_some_are_wanted(wanted, case, dtype, backend, small_tiles):
     problem, law = judge_of(case, dtype, "general")
     live, parts = leaves(problem)
@@ -151,6 +151,7 @@ def test_backward_runs_twice_on_a_retained_graph(backend, small_tiles):
     assert same_bits(first, second)
 
 
+@pytest.mark.long
 def test_partial_budget_stages_some_tiles_and_not_others(small_tiles):
     """Or the budgets above would all test the same thing."""
     for name in ("scaled", "softcap"):
@@ -216,7 +217,7 @@ def kl_gradients(case: Case, dtype: torch.dtype, backend: str, budget: str) -> t
 
 @pytest.mark.parametrize("budget", EACH_BUDGET)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", mainly(("softcap", "bias"), EQUAL))
+@pytest.mark.parametrize("case", mainly(("bias",), EQUAL))
 def test_policy_equal_to_reference_gives_exactly_zero(case, dtype, budget, backend, small_tiles):
     """The KL and its gradient exactly, tokens too unlikely for fp32 to hold included."""
     out, grads = kl_gradients(EQUAL[case](), dtype, backend, budget)
@@ -301,7 +302,7 @@ def test_rows_of_dz_of_models_that_nearly_agree_sum_to_zero(cols, budget, dtype,
 @pytest.mark.parametrize("budget", EACH_BUDGET)
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=dtype_id)
 @pytest.mark.parametrize("cotangent", mainly(("general", "equal"), ("general", "logp_zero", "kl_zero", "equal")))
-@pytest.mark.parametrize("case", mainly(("scaled", "shared_ratio_sure"), (*SUMMED, "shared_ratio_sure")))
+@pytest.mark.parametrize("case", mainly(("scaled",), (*SUMMED, "shared_ratio_sure")))
 def test_rows_of_16_bit_dz_sum_to_zero(case, cotangent, dtype, budget, backend, small_tiles):
     """As nearly as entries rounded each on its own, in this dtype: being staged, which is coarser, leaves no trace."""
     small_tiles(*case_of(case).tile)
@@ -309,7 +310,7 @@ def test_rows_of_16_bit_dz_sum_to_zero(case, cotangent, dtype, budget, backend, 
     assert (total <= 2 * torch.finfo(dtype).eps * np.sqrt((dz * dz).sum(-1))).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", mainly((torch.bfloat16,), DTYPES), ids=dtype_id)
 def test_alpha_zero_is_dpo(dtype, backend, small_tiles):
     """Value and gradients, against DPO written out on the logp of the same backend: to the bit."""
     case = base(46, B=4)
