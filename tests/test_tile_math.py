@@ -54,7 +54,7 @@ def tile(z: Tensor, r: Tensor) -> Tile:
     tops_2R, lse_2R = tile_math.softmax(tiles, out=pair)
     (z, r), (p, q) = tiles, pair
     lse_diff = lse_2R[0] - lse_2R[1]
-    half_y, _ = tile_math.half_log_ratio_(tiles, tops_2R, lse_diff, out=r)
+    half_y, _ = tile_math.half_log_ratio_(tiles, tops_2R, lse_diff, out=r, whole=False)
     t, q_before = 2 * half_y, q.clone()
     excess, kl = tile_math.divergence_(half_y, p, q, scratch=z)
     tile_math.subtract_(t, excess)

@@ -189,10 +189,14 @@ def _softmax_only_(x: Tensor, model: int, c: Coefficients, rows: slice, label: L
     return x
 
 
-def from_both(c: Coefficients, rows: slice, logits_2RC: Tensor, label: LabelColumn, scratch: Tensor) -> Tensor:
+def from_both(
+    c: Coefficients, rows: slice, logits_2RC: Tensor, label: LabelColumn, scratch: Tensor, whole: bool
+) -> Tensor:
     """dz from recomputed logits, which are used up, into `scratch`. p - q is had by (8) of `tile_math`."""
-    half_y, tops_2R = half_log_ratio_(logits_2RC, c.tops_2T[:, rows], c.lse_diff[rows], out=scratch)
-    p, q = logits_2RC.sub_(tops_2R[..., None]).sub_(c.lse_2T[:, rows, None]).exp_().unbind()
+    half_y, left_2R = half_log_ratio_(logits_2RC, c.tops_2T[:, rows], c.lse_diff[rows], scratch, whole)
+    if left_2R is not None:
+        logits_2RC.sub_(left_2R[..., None])
+    p, q = logits_2RC.sub_(c.lse_2T[:, rows, None]).exp_().unbind()
     dz = half_y.tanh_().mul_(q.add_(p)).mul_(-c.a[rows, None]).add_(p.mul_(c.b[rows, None]))
     label.write_(dz, c.label[rows])
     return dz

@@ -91,13 +91,21 @@ def divergence_(half_y: Tensor, p: Tensor, q: Tensor, scratch: Tensor, dim: int 
     return excess, torch.sub(q, half_y, alpha=2, out=half_y).sum(dim).clamp_(min=0.0)
 
 
-def half_log_ratio_(logits_2RC: Tensor, tops_2R: Tensor, lse_diff: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """y / 2 of a tile into `out`, and what is left to take off the logits for them to be relative to the tops.
+def half_log_ratio_(
+    logits_2RC: Tensor, tops_2R: Tensor, lse_diff: Tensor, out: Tensor, whole: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y / 2 of a tile into `out`, and what is left (None: nothing) to take off the logits for them to be relative to
+    the tops.
 
     In rows whose tops are near one another their difference is taken off last: z - r is the same number in every part
     that is near, too, and exact where the models nearly agree. Elsewhere the tops come first, and nothing is lost that
-    the lesser of the two logits has; but each part rounds y in its own way.
+    the lesser of the two logits has; but each part rounds y in its own way. They do in a tile that is the `whole`
+    vocabulary, too: there is no other part to agree with.
     """
+    minus_half = (-0.5 * lse_diff)[:, None]
+    if whole:
+        torch.sub(*logits_2RC.sub_(tops_2R[..., None]).unbind(), out=out)
+        return torch.add(minus_half, out, alpha=0.5, out=out), None
     apart_R = torch.sub(*tops_2R.unbind())
     far_R = apart_R.abs() > NEAR
     if apart_R.device.type != "cpu" or far_R.any():  # others would have to be waited for
@@ -105,7 +113,7 @@ def half_log_ratio_(logits_2RC: Tensor, tops_2R: Tensor, lse_diff: Tensor, out: 
         logits_2RC.sub_((tops_2R - left_2R)[..., None])
         tops_2R, apart_R = left_2R, torch.sub(*left_2R.unbind())
     torch.sub(*logits_2RC.unbind(), out=out).sub_(apart_R[:, None])
-    return torch.add((-0.5 * lse_diff)[:, None], out, alpha=0.5, out=out), tops_2R
+    return torch.add(minus_half, out, alpha=0.5, out=out), tops_2R
 
 
 def merge(parts: list[Part]) -> Part:

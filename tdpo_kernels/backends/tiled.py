@@ -71,17 +71,23 @@ def _row_block(
             staged.slope.copy_(slope)
         label = LabelColumn(labels_R, cols, grid.V)
         labels_2R = label.pick(tiles_2RC, labels_2R)
-        part, wants = _part(tiles_2RC, z, r, staged, label, work, extras)
+        part, wants = _part(tiles_2RC, z, r, staged, label, work, extras, _is_whole(inputs, cols))
         parts.append(part)
         if staged is not None:
             kept.append(wants)
     state = tile_math.merge(parts)
     if kept:
         stage.rows_of(i, R).copy_(kept[0] if stage.whole else _tile_weights(kept, parts, state))
-    logps_2R, labels_2R1 = labels_2R - state.tops_2R - state.lse_2R, labels_2R.clone()[..., None]
-    half_y_R1, _ = tile_math.half_log_ratio_(labels_2R1, state.tops_2R, state.lse_diff, out=labels_2R1[1])
-    found = state._asdict() | dict(logps_2R=logps_2R, label_ratio=half_y_R1[:, 0] * -2.0)
+    labels_2R1, whole = labels_2R.clone()[..., None], _is_whole(inputs, columns[-1])
+    half_y_R1, _ = tile_math.half_log_ratio_(labels_2R1, state.tops_2R, state.lse_diff, labels_2R1[1], whole)
+    logps_2R, label_ratio = labels_2R - state.tops_2R - state.lse_2R, half_y_R1[:, 0] * -2.0
+    found = state._asdict() | dict(logps_2R=logps_2R, label_ratio=label_ratio)
     return found if extras is None else found | extras.results(state, labels_2R[0], grid.V)
+
+
+def _is_whole(inputs: Inputs, cols: slice) -> bool:
+    """Whether a block of columns is the whole vocabulary."""
+    return not inputs.partial and cols.stop - cols.start == inputs.policy.head.weight.shape[0]
 
 
 def _part(
@@ -92,6 +98,7 @@ def _part(
     label: LabelColumn,
     work: Workspace,
     extras: tile_math.Extras | None,
+    whole: bool,
 ) -> tuple[tile_math.Part, Tensor | tile_math.Rounding | None]:
     """The part, and what backward has to know besides of a staged tile: the excess of one that is the whole vocabulary,
     or what 16 bits do to another. The tiles are used up."""
@@ -102,7 +109,7 @@ def _part(
     if extras is not None:
         extras.add(z, p, tops_2R[0], lse_2R[0], scratch=work.get("t", z.dtype, *z.shape))
     lse_diff = torch.sub(*lse_2R.unbind())
-    half_y, _ = tile_math.half_log_ratio_(tiles_2RC, tops_2R, lse_diff, out=r)
+    half_y, _ = tile_math.half_log_ratio_(tiles_2RC, tops_2R, lse_diff, r, whole)
     weighed = staged is not None and not staged.whole
     t = torch.mul(half_y, 2.0, out=work.get("t", z.dtype, *z.shape)) if weighed else None
     steep = weighed and (not exact or tile_math.is_steep(half_y))
@@ -203,7 +210,7 @@ def _dz(
         dz = dlogits.from_p(c, rows, z, label)
     else:
         _tile(reference, rows, cols, r)
-        dz = dlogits.from_both(c, rows, tiles_2RC, label, y)
+        dz = dlogits.from_both(c, rows, tiles_2RC, label, y, _is_whole(inputs, cols))
     return dz if slope is None else dz.mul_(slope)
 
 
