@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import batches
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,17 +26,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(slab.TILE, "cpu", (4, 16))
 
 
-def batch(dtype: torch.dtype = torch.float64, rows: int = 2, length: int = 6, D: int = 8, V: int = 37) -> dict:
-    gen = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
-
-    return dict(
-        hidden=randn(rows, length, D).requires_grad_(), head=randn(V, D).requires_grad_(),
-        ref_hidden=randn(rows, length, D), ref_head=randn(V, D),
-        labels=torch.randint(0, V, (rows, length), generator=gen), shift=False,
-    )  # fmt: skip
+batch = partial(batches.batch, rows=2, length=6, D=8, V=37)
 
 
 def plain(call: dict) -> tuple[Tensor, Tensor, Tensor]:

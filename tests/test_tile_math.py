@@ -136,6 +136,19 @@ def test_the_difference_of_the_lses_has_the_digits_of_the_log_ratios(size):
     assert (state.lse_diff - want).abs().max() <= 3e-8
 
 
+@pytest.mark.parametrize("offset", (0.5, 8.0, -8.0, 1000.0))
+def test_an_offset_between_the_models_costs_log_ratios_no_digits(offset):
+    """Logits and what they are above their tops are exact: only the order of the differences can lose anything."""
+    units = torch.randint(-(2**20), 2**20, (2, 64, 24), generator=torch.Generator().manual_seed(0))
+    steps = torch.tensor([2.0**-13 if abs(offset) > 8 else 2.0**-20, 2.0**-22])
+    tiles = (units.double() * steps[:, None, None].double() / torch.tensor([1.0, 2.0]).double()[:, None, None]).float()
+    tiles[0] += offset
+    tops, wide = tiles.amax(-1), tiles.double()
+    want = 0.5 * torch.sub(*(wide - tops.double()[..., None]))
+    half_y, _ = tile_math.half_log_ratio_(tiles, tops, torch.zeros(64), out=torch.empty_like(tiles[0]), whole=False)
+    assert (half_y - want).abs().max() <= torch.finfo(F32).eps * want.abs().max()
+
+
 SPLITS = (
     [range(0, 8), range(8, 16), range(16, 24)],
     [range(0, 1), range(1, 24)],
