@@ -14,7 +14,7 @@ import torch
 
 import tdpo_kernels
 from tdpo_kernels import fused_tdpo_loss, token_stats
-from tdpo_kernels.backends import products, slab
+from tdpo_kernels.backends import one_tile, products, slab
 
 PACKAGE = Path(tdpo_kernels.__file__).parent
 ORDER = [  # each layer imports from earlier ones only
@@ -26,7 +26,7 @@ ORDER = [  # each layer imports from earlier ones only
     {"backends.dlogits", "backends.launch", "backends.sums"},
     {"backends.selfcheck"},
     {"backends.kernel_walk"},
-    {"backends.rowwise"},
+    {"backends.rowwise", "backends.one_tile"},
     {"backends.naive", "backends.tiled", "backends.fused"},
     {"backends.regroup"},
     {"backends.sharded"},
@@ -194,9 +194,14 @@ def test_product_precision_is_the_user_s_before_during_and_after(
     shown, during = precision.fp32_precision, []
 
     def seeing(make):
-        return lambda *args: (during.append(precision.fp32_precision), make(*args))[1]
+        return lambda *args, **named: (during.append(precision.fp32_precision), make(*args, **named))[1]
 
-    for module, name in ((slab, "logits_"), (products, "accumulate_")):
+    for module, name in (
+        (slab, "logits_"),
+        (products, "accumulate_"),
+        (one_tile, "logits_"),
+        (one_tile, "accumulate_"),
+    ):
         monkeypatch.setattr(module, name, seeing(getattr(module, name)))
     fused_tdpo_loss(**batch(dtype), memory_budget=0).loss.backward()
     assert len(during) > 2 and set(during) == {shown} == {precision.fp32_precision}

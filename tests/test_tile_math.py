@@ -54,7 +54,7 @@ def tile(z: Tensor, r: Tensor) -> Tile:
     tops_2R, lse_2R = tile_math.softmax(tiles, out=pair)
     (z, r), (p, q) = tiles, pair
     lse_diff = lse_2R[0] - lse_2R[1]
-    half_y, _ = tile_math.half_log_ratio_(tiles, tops_2R, lse_diff, out=r, whole=False)
+    half_y, _ = tile_math.half_log_ratio_(tiles, tops_2R, lse_diff, out=r)
     t, q_before = 2 * half_y, q.clone()
     excess, kl = tile_math.divergence_(half_y, p, q, scratch=z)
     tile_math.subtract_(t, excess)
@@ -145,7 +145,7 @@ def test_an_offset_between_the_models_costs_log_ratios_no_digits(offset):
     tiles[0] += offset
     tops, wide = tiles.amax(-1), tiles.double()
     want = 0.5 * torch.sub(*(wide - tops.double()[..., None]))
-    half_y, _ = tile_math.half_log_ratio_(tiles, tops, torch.zeros(64), out=torch.empty_like(tiles[0]), whole=False)
+    half_y, _ = tile_math.half_log_ratio_(tiles, tops, torch.zeros(64), out=torch.empty_like(tiles[0]))
     assert (half_y - want).abs().max() <= torch.finfo(F32).eps * want.abs().max()
 
 

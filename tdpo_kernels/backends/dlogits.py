@@ -44,7 +44,7 @@ class Coefficients:
         g_label_T: Tensor | None = None,
     ) -> None:
         self.tops_2T, self.lse_2T, logps_2T, self.lse_diff, ratio = row_values
-        logp, ref_logp = logps_2T.unbind()
+        logp = logps_2T[0]
         g_logp = torch.zeros_like(logp) if g_logp_T is None else g_logp_T.to(logp.dtype)
         g_kl = torch.zeros_like(logp) if g_kl_T is None else g_kl_T.to(logp.dtype)
         only_q, head = g_kl == g_logp, inputs.policy.head
@@ -62,17 +62,29 @@ class Coefficients:
             self.scale = _fp16_scale(largest * abs(head.logit_scale)) if fp16 else 1.0
         factor = self.scale * head.logit_scale
         self.a, self.b = g_kl * -factor, g_logp * -factor
-        p_y, q_y = logps_2T.exp().unbind()
-        log_y = torch.where(only_q, ref_logp, logp) if some_only_q else logp
-        without_kl, own_T = torch.expm1(log_y), inputs.rows.own_T
-        if own_T is not None:  # elsewhere an entry like the others
-            without_kl = torch.where(own_T, without_kl, log_y.exp())
-        times_a = difference(p_y, q_y, ratio)
-        if some_only_q:
-            times_a.masked_fill_(only_q, 0.0)
-        self.label = torch.addcmul(self.b * without_kl, self.a, times_a)  # dz at each row's label
+        self.label = at_label(self.a, self.b, logps_2T, ratio, only_q if some_only_q else None, inputs.rows.own_T)
         if g_label_T is not None:
             self.label.add_(g_label_T, alpha=factor)
+
+
+def at_label(
+    a: Tensor, b: Tensor, logps_2T: Tensor, ratio: Tensor, only_q: Tensor | None, own_T: Tensor | None = None
+) -> Tensor:
+    """dz at each row's label.
+
+    Args:
+        ratio: ``log(q / p)`` there.
+        only_q: in which rows a = b; None: in none.
+        own_T: False where the label is elsewhere, and its entry one like the others.
+    """
+    logp, ref_logp = logps_2T.unbind()
+    log_y = logp if only_q is None else torch.where(only_q, ref_logp, logp)
+    without_kl, times_a = torch.expm1(log_y), difference(*logps_2T.exp().unbind(), ratio)
+    if own_T is not None:
+        without_kl = torch.where(own_T, without_kl, log_y.exp())
+    if only_q is not None:
+        times_a.masked_fill_(only_q, 0.0)
+    return torch.addcmul(b * without_kl, a, times_a)
 
 
 def _read(grid: Grid, spared_FT: Tensor, sizes_T: Tensor | None) -> tuple[list[tuple[int, ...]], float]:
@@ -140,20 +152,9 @@ def from_stage(
     c: Coefficients, kind: Kind, rows: slice, staged: StagedTile, label: LabelColumn, dz: Tensor, scratch: Tensor
 ) -> Tensor:
     """dz of a staged tile into `dz`. Torch's addcmul does not vectorise rows' values."""
-    a, b = block_of(c.a, rows), block_of(c.b, rows)
-    if staged.whole:
-        _from_difference(staged, kind, a, b, dz, scratch)
-    else:
-        _from_log_ratio(staged, kind, a, b, dz, scratch)
+    _from_log_ratio(staged, kind, block_of(c.a, rows), block_of(c.b, rows), dz, scratch)
     label.write_(dz, block_of(c.label, rows))
     return dz if staged.slope is None else dz.mul_(staged.slope)
-
-
-def _from_difference(staged: StagedTile, kind: Kind, a: Tensor, b: Tensor, dz: Tensor, scratch: Tensor) -> None:
-    p, p_less_q = staged.pair.unbind()
-    torch.mul(p, torch.addcmul(b, a, staged.row_values[0])[:, None], out=dz)
-    if kind is not Kind.ONLY_P:
-        dz.sub_(torch.mul(p_less_q, a[:, None], out=scratch))
 
 
 def _from_log_ratio(staged: StagedTile, kind: Kind, a: Tensor, b: Tensor, dz: Tensor, scratch: Tensor) -> None:
@@ -189,14 +190,10 @@ def _softmax_only_(x: Tensor, model: int, c: Coefficients, rows: slice, label: L
     return x
 
 
-def from_both(
-    c: Coefficients, rows: slice, logits_2RC: Tensor, label: LabelColumn, scratch: Tensor, whole: bool
-) -> Tensor:
+def from_both(c: Coefficients, rows: slice, logits_2RC: Tensor, label: LabelColumn, scratch: Tensor) -> Tensor:
     """dz from recomputed logits, which are used up, into `scratch`. p - q is had by (8) of `tile_math`."""
-    half_y, left_2R = half_log_ratio_(logits_2RC, c.tops_2T[:, rows], c.lse_diff[rows], scratch, whole)
-    if left_2R is not None:
-        logits_2RC.sub_(left_2R[..., None])
-    p, q = logits_2RC.sub_(c.lse_2T[:, rows, None]).exp_().unbind()
+    half_y, left_2R = half_log_ratio_(logits_2RC, c.tops_2T[:, rows], c.lse_diff[rows], scratch)
+    p, q = logits_2RC.sub_(left_2R[..., None]).sub_(c.lse_2T[:, rows, None]).exp_().unbind()
     dz = half_y.tanh_().mul_(q.add_(p)).mul_(-c.a[rows, None]).add_(p.mul_(c.b[rows, None]))
     label.write_(dz, c.label[rows])
     return dz

@@ -7,7 +7,6 @@ are staged, as far as the budget goes.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,17 +71,12 @@ def forward(maker: Maker, inputs: Inputs, needs: Needs) -> Forward:
     launches: dict[Launch, None] = {}
     for i, rows, _ in blocks(call.grid.row_blocks()):
         launches |= dict.fromkeys(_row_block(maker, call, stage, i, rows, values_T[:, rows]))
-    kl, logp, ref_logp, _, entropy, total, is_argmax = values_T[5:]
-    infinite = tile_math.kl_is_infinite(inputs.policy, inputs.reference)
-    if infinite is not None:
-        kl = kl.masked_fill(infinite, math.inf)
+    kl, logp, ref_logp, _, entropy, total, is_argmax = (x.clone() for x in values_T[5:])
     every = dict(entropy=entropy, mean_logit=total / call.grid.V, is_argmax=is_argmax)
-    shown = [logp, ref_logp, kl, *(every[name] for name in inputs.extras)]
-    has_bias = any(side.model.head.bias is not None for side in call.sides)
-    shown = [tile_math.to_infinity(x) if has_bias else x.clone() for x in shown]
-    extras = dict(zip(inputs.extras, shown[3:], strict=True))
-    state = values_T[:5].unbind() if inputs.partial else ()
-    out = Forward(*shown[:3], extras, (values_T, stage.flat, stage.weights) if needs else (), state)
+    saved, state = (values_T, stage.flat, stage.weights), values_T[:5].unbind()
+    out = tile_math.finished(
+        inputs, [logp, ref_logp, kl], every, saved if needs else (), state if inputs.partial else ()
+    )
     selfcheck.forward(inputs, call.grid, launches, out)
     return out
 

@@ -62,6 +62,11 @@ def make_grid(inputs: Inputs) -> Grid:
     return cut(inputs, per_tile, per_row, per_col, pair=2 * stats.itemsize)
 
 
+def tile_of(device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a tile, at most."""
+    return TILE.get(device.type, TILE["cpu"])
+
+
 def has_slab(inputs: Inputs) -> bool:
     """Whether products come back in 16 bits, as the gradients are, and dz of all rows and some columns is small: then
     backward has a slab of it (`sums.SlabSums`). fp16 would overflow."""
@@ -77,7 +82,7 @@ def cut(inputs: Inputs, per_tile: int, per_row: int, per_col: int, multiple: int
     """The grid whose tiles, with this many bytes held per entry, row and column, fit into the workspace; and of which
     `pair` bytes per entry fit into a GPU's cache. Columns are cut at multiples of `multiple`."""
     device = inputs.policy.hidden.device
-    workspace, tile = WORKSPACE.get(device.type, WORKSPACE["cpu"]), TILE.get(device.type, TILE["cpu"])
+    workspace, tile = WORKSPACE.get(device.type, WORKSPACE["cpu"]), tile_of(device)
     if pair and device.type == "cuda":
         tile = in_cache(tile, pair, _cache_bytes(device), inputs.policy.hidden.shape[1])
     T, V = inputs.rows.count, inputs.policy.head.weight.shape[0]
@@ -220,17 +225,12 @@ class StagedTile:
     """One tile as backward wants it: p within the tile, and t, such that ``p e^-t`` is q within the tile
     (`tile_math.weigh_`); the softcap's slope, if any; and each row's weights and ratio, with which p is ``weight * p``
     in the whole vocabulary, and q ``ref_weight * p e^-(t + ratio)`` (`tile_math.tile_weights`).
-
-    A tile that is the whole vocabulary, in full precision, has ``p - q`` in t's place, of which each row's excess times
-    p is to be taken off: eq. (6) then needs no exponential. A q far below p has no digits there, but nor has it in any
-    sum with p; part of a vocabulary it may be all that the row's part has.
     """
 
     pair: Tensor  # (2, R, C)
     exact: bool  # in full precision
-    whole: bool  # and the whole vocabulary
     slope: Tensor | None
-    row_values: Tensor  # (3, R): weight, ref_weight and ratio; where `whole` (1, R): the excess
+    row_values: Tensor  # (3, R): weight, ref_weight and ratio
 
 
 class Stage:
@@ -245,13 +245,12 @@ class Stage:
         self.flat, self.row_values = flat, row_values
         columns, stats = len(grid.col_blocks()), inputs.stats_dtype
         self.exact = self.dtype == stats
-        self.whole = self.exact and columns == 1 and not inputs.partial
         if flat is None:
             slot = self.planes * grid.R * grid.C
             per_tile = slot * self.dtype.itemsize + 3 * grid.R * stats.itemsize
             count = min(inputs.memory_budget // per_tile, self.row_count * columns)
             self.flat = inputs.keep(count, slot, dtype=self.dtype)
-            self.row_values = inputs.keep(1 if self.whole else 3, count, grid.R, dtype=stats)
+            self.row_values = inputs.keep(3, count, grid.R, dtype=stats)
 
     def tile(self, i: int, k: int, rows: int, cols: int) -> StagedTile | None:
         """Where row block i and column block k are staged, or None if they are to be recomputed."""
@@ -263,10 +262,10 @@ class Stage:
         pair = self.flat.as_strided((2, rows, cols), strides, begin)
         slope = None if self.planes == 2 else self.flat.as_strided((rows, cols), strides[1:], begin + 2 * size)
         values = self.row_values.select(1, slot)
-        return StagedTile(pair, self.exact, self.whole, slope, values if rows == self.grid.R else values[:, :rows])
+        return StagedTile(pair, self.exact, slope, values if rows == self.grid.R else values[:, :rows])
 
     def rows_of(self, i: int, rows: int) -> Tensor:
-        """``(3, k, rows)`` or ``(1, 1, rows)``: the values of the tiles of row block i that are staged."""
+        """``(3, k, rows)``: the values of the tiles of row block i that are staged."""
         return self.row_values[:, i :: self.row_count, :rows]
 
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Model
+from ..types import Forward, Inputs, LMHead, Model
 
 STEEP = 8.0  # log(p / q) above the negative of it throughout a tile: p e^-t is q to a few eps without being weighed
 NEAR = 1.0  # tops no farther apart: what z - r is rounded by, half an eps of it, does not matter
@@ -40,8 +40,44 @@ _MOVED = (math.log1p(-ROUNDING), math.log1p(ROUNDING))  # q, with both factors h
 LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
 
 
+def apply_head_(out: Tensor, head: LMHead, bias: Tensor | None) -> Tensor:
+    """Bias (the tile's columns of it, in its dtype), scale and softcap. Only a bias can rule an entry out: there -inf
+    becomes `LOWEST`."""
+    if bias is not None:
+        out.add_(bias)
+    if head.logit_scale != 1.0:
+        out.mul_(head.logit_scale)
+    if head.softcap is not None:
+        out.mul_(1.0 / head.softcap).tanh_().mul_(head.softcap)
+    return out if bias is None else out.clamp_(min=LOWEST)
+
+
+def softcap_slope(z: Tensor, softcap: float, out: Tensor) -> Tensor:
+    """d softcap * tanh(x / softcap) / dx = 1 - (z / softcap)^2."""
+    torch.div(z, softcap, out=out)
+    return out.mul_(out).neg_().add_(1.0)
+
+
 def is_lowest(x: Tensor) -> Tensor:
     return x < LOWEST / 10
+
+
+def finished(
+    inputs: Inputs,
+    logps_kl: Sequence[Tensor],
+    extras: dict[str, Tensor],
+    saved: tuple[Tensor | None, ...],
+    state: tuple[Tensor, ...] = (),
+) -> Forward:
+    """What forward returns, of logp, ref_logp and KL; what leans on LOWEST is the infinity it stands for. Only a bias
+    can put an entry at -inf."""
+    shown = [*logps_kl, *(extras[name] for name in inputs.extras)]
+    infinite = kl_is_infinite(inputs.policy, inputs.reference)
+    if infinite is not None:
+        shown[2] = shown[2].masked_fill(infinite, math.inf)
+    if inputs.policy.head.bias is not None or inputs.reference.head.bias is not None:
+        shown = [to_infinity(x) for x in shown]
+    return Forward(*shown[:3], dict(zip(inputs.extras, shown[3:], strict=True)), saved, state)
 
 
 def kl_is_infinite(policy: Model, reference: Model) -> Tensor | None:
@@ -91,21 +127,13 @@ def divergence_(half_y: Tensor, p: Tensor, q: Tensor, scratch: Tensor, dim: int 
     return excess, torch.sub(q, half_y, alpha=2, out=half_y).sum(dim).clamp_(min=0.0)
 
 
-def half_log_ratio_(
-    logits_2RC: Tensor, tops_2R: Tensor, lse_diff: Tensor, out: Tensor, whole: bool
-) -> tuple[Tensor, Tensor | None]:
-    """y / 2 of a tile into `out`, and what is left (None: nothing) to take off the logits for them to be relative to
-    the tops.
+def half_log_ratio_(logits_2RC: Tensor, tops_2R: Tensor, lse_diff: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """y / 2 of a tile into `out`, and what is left to take off the logits for them to be relative to the tops.
 
     In rows whose tops are near one another their difference is taken off last: z - r is the same number in every part
     that is near, too, and exact where the models nearly agree. Elsewhere the tops come first, and nothing is lost that
-    the lesser of the two logits has; but each part rounds y in its own way. They do in a tile that is the `whole`
-    vocabulary, too: there is no other part to agree with.
+    the lesser of the two logits has; but each part rounds y in its own way.
     """
-    minus_half = (-0.5 * lse_diff)[:, None]
-    if whole:
-        torch.sub(*logits_2RC.sub_(tops_2R[..., None]).unbind(), out=out)
-        return torch.add(minus_half, out, alpha=0.5, out=out), None
     apart_R = torch.sub(*tops_2R.unbind())
     far_R = apart_R.abs() > NEAR
     if apart_R.device.type != "cpu" or far_R.any():  # others would have to be waited for
@@ -113,7 +141,7 @@ def half_log_ratio_(
         logits_2RC.sub_((tops_2R - left_2R)[..., None])
         tops_2R, apart_R = left_2R, torch.sub(*left_2R.unbind())
     torch.sub(*logits_2RC.unbind(), out=out).sub_(apart_R[:, None])
-    return torch.add(minus_half, out, alpha=0.5, out=out), tops_2R
+    return torch.add((-0.5 * lse_diff)[:, None], out, alpha=0.5, out=out), tops_2R
 
 
 def merge(parts: list[Part]) -> Part:

@@ -8,13 +8,11 @@ kernels run, they do the row mathematics (`rowwise.py`), but for float64.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ..types import Forward, Gradients, Inputs, LMHead, Needs
-from . import dlogits, kernel_walk, rowwise, tile_math
+from ..types import Forward, Gradients, Inputs, Needs
+from . import dlogits, kernel_walk, one_tile, rowwise, tile_math
 from .dlogits import Coefficients, Kind, LabelColumn
 from .products import block_of
 from .rowwise import Rowwise
@@ -27,6 +25,8 @@ ROW_VALUES = ("tops_2R", "lse_2R", "logps_2R", "lse_diff", "label_ratio")  # wha
 def forward(inputs: Inputs, needs: Needs) -> Forward:
     if _by_kernels(inputs):
         return kernel_walk.forward(Rowwise(), inputs, needs)
+    if one_tile.takes(inputs):
+        return one_tile.forward(inputs, needs)
     grid, work = make_grid(inputs), Workspace(inputs.policy.hidden.device)
     sides = sides_of(inputs, work)
     stage = Stage(inputs, grid) if needs else None
@@ -35,18 +35,8 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
     whole = found[0] if len(found) == 1 else {name: torch.cat([x[name] for x in found], -1) for name in found[0]}
     saved = (*(whole[name] for name in ROW_VALUES), stage.flat, stage.row_values) if stage else ()
     state = (*whole["tops_2R"], *whole["lse_2R"], whole["lse_diff"]) if inputs.partial else ()
-    shown = [*whole["logps_2R"].unbind(), whole["kl"], *(whole[name] for name in inputs.extras)]
-    infinite = tile_math.kl_is_infinite(inputs.policy, inputs.reference)
-    if infinite is not None:
-        shown[2] = shown[2].masked_fill(infinite, math.inf)
-    if _can_rule_out(inputs):
-        shown = [tile_math.to_infinity(x) for x in shown]
-    return Forward(*shown[:3], dict(zip(inputs.extras, shown[3:], strict=True)), saved, state)
-
-
-def _can_rule_out(inputs: Inputs) -> bool:
-    """Only a bias can put an entry at -inf."""
-    return inputs.policy.head.bias is not None or inputs.reference.head.bias is not None
+    extras = {name: whole[name] for name in inputs.extras}
+    return tile_math.finished(inputs, [*whole["logps_2R"].unbind(), whole["kl"]], extras, saved, state)
 
 
 def _row_block(
@@ -57,7 +47,7 @@ def _row_block(
     R, columns = labels_R.numel(), grid.col_blocks()
     work, dtype = sides[0].work, inputs.stats_dtype
     parts: list[tile_math.Part] = []
-    kept: list[Tensor | tile_math.Rounding | None] = []
+    kept: list[tile_math.Rounding | None] = []
     extras = tile_math.Extras() if inputs.extras else None
     labels_2R = None
     for k, cols, C in blocks(columns):
@@ -67,27 +57,22 @@ def _row_block(
         _tile(sides[1], rows, cols, r)
         staged = stage.tile(i, k, R, C) if stage else None
         if staged is not None and staged.slope is not None:
-            slope = _softcap_slope(z, inputs.policy.head.softcap, work.get("slope", dtype, R, C))
+            slope = tile_math.softcap_slope(z, inputs.policy.head.softcap, work.get("slope", dtype, R, C))
             staged.slope.copy_(slope)
         label = LabelColumn(labels_R, cols, grid.V)
         labels_2R = label.pick(tiles_2RC, labels_2R)
-        part, wants = _part(tiles_2RC, z, r, staged, label, work, extras, _is_whole(inputs, cols))
+        part, wants = _part(tiles_2RC, z, r, staged, label, work, extras)
         parts.append(part)
         if staged is not None:
             kept.append(wants)
     state = tile_math.merge(parts)
     if kept:
-        stage.rows_of(i, R).copy_(kept[0] if stage.whole else _tile_weights(kept, parts, state))
-    labels_2R1, whole = labels_2R.clone()[..., None], _is_whole(inputs, columns[-1])
-    half_y_R1, _ = tile_math.half_log_ratio_(labels_2R1, state.tops_2R, state.lse_diff, labels_2R1[1], whole)
+        stage.rows_of(i, R).copy_(_tile_weights(kept, parts, state))
+    labels_2R1 = labels_2R.clone()[..., None]
+    half_y_R1, _ = tile_math.half_log_ratio_(labels_2R1, state.tops_2R, state.lse_diff, labels_2R1[1])
     logps_2R, label_ratio = labels_2R - state.tops_2R - state.lse_2R, half_y_R1[:, 0] * -2.0
     found = state._asdict() | dict(logps_2R=logps_2R, label_ratio=label_ratio)
     return found if extras is None else found | extras.results(state, labels_2R[0], grid.V)
-
-
-def _is_whole(inputs: Inputs, cols: slice) -> bool:
-    """Whether a block of columns is the whole vocabulary."""
-    return not inputs.partial and cols.stop - cols.start == inputs.policy.head.weight.shape[0]
 
 
 def _part(
@@ -98,10 +83,8 @@ def _part(
     label: LabelColumn,
     work: Workspace,
     extras: tile_math.Extras | None,
-    whole: bool,
-) -> tuple[tile_math.Part, Tensor | tile_math.Rounding | None]:
-    """The part, and what backward has to know besides of a staged tile: the excess of one that is the whole vocabulary,
-    or what 16 bits do to another. The tiles are used up."""
+) -> tuple[tile_math.Part, tile_math.Rounding | None]:
+    """The part, and what 16 bits do to a staged tile. The logits are used up."""
     exact = staged is not None and staged.exact
     pair = staged.pair if exact else work.get("pair", tiles_2RC.dtype, *tiles_2RC.shape)
     tops_2R, lse_2R = tile_math.softmax(tiles_2RC, out=pair)
@@ -109,14 +92,13 @@ def _part(
     if extras is not None:
         extras.add(z, p, tops_2R[0], lse_2R[0], scratch=work.get("t", z.dtype, *z.shape))
     lse_diff = torch.sub(*lse_2R.unbind())
-    half_y, _ = tile_math.half_log_ratio_(tiles_2RC, tops_2R, lse_diff, r, whole)
-    weighed = staged is not None and not staged.whole
-    t = torch.mul(half_y, 2.0, out=work.get("t", z.dtype, *z.shape)) if weighed else None
-    steep = weighed and (not exact or tile_math.is_steep(half_y))
+    half_y, _ = tile_math.half_log_ratio_(tiles_2RC, tops_2R, lse_diff, r)
+    t = None if staged is None else torch.mul(half_y, 2.0, out=work.get("t", z.dtype, *z.shape))
+    steep = staged is not None and (not exact or tile_math.is_steep(half_y))
     excess, kl = tile_math.divergence_(half_y, p, q, scratch=z)
     part = tile_math.Part(tops_2R, lse_2R, kl, lse_diff + excess)
-    if not weighed:
-        return part, excess
+    if staged is None:
+        return part, None
     if steep:
         tile_math.subtract_(t, excess)
         return part, _weigh_(p, q, t, staged, label, scratch=z)
@@ -165,6 +147,8 @@ def backward(
 ) -> Gradients:
     if _by_kernels(inputs):
         return kernel_walk.backward(Rowwise(), inputs, needs, saved, g_logp_T, g_kl_T, g_label_T)
+    if one_tile.takes(inputs):
+        return one_tile.backward(inputs, needs, saved, g_logp_T, g_kl_T)
     *row_values, flat, stage_rows = saved
     grid, work = make_grid(inputs), Workspace(inputs.policy.hidden.device)
     sides, stage = sides_of(inputs, work), Stage(inputs, grid, flat, stage_rows)
@@ -205,32 +189,17 @@ def _dz(
         return dlogits.from_q(c, rows, _tile(reference, rows, cols, r), label)
     _tile(policy, rows, cols, z)
     softcap = inputs.policy.head.softcap
-    slope = None if softcap is None else _softcap_slope(z, softcap, work.get("slope", dtype, R, C))
+    slope = None if softcap is None else tile_math.softcap_slope(z, softcap, work.get("slope", dtype, R, C))
     if kind is Kind.ONLY_P:
         dz = dlogits.from_p(c, rows, z, label)
     else:
         _tile(reference, rows, cols, r)
-        dz = dlogits.from_both(c, rows, tiles_2RC, label, y, _is_whole(inputs, cols))
+        dz = dlogits.from_both(c, rows, tiles_2RC, label, y)
     return dz if slope is None else dz.mul_(slope)
 
 
 def _tile(side: Side, rows: slice, cols: slice, out: Tensor) -> Tensor:
     """One tile of one model's logits, in the statistics' dtype."""
-    return _apply_head_(side.products(rows, cols, out), side.model.head, cols, side.model.dtype)
-
-
-def _apply_head_(out: Tensor, head: LMHead, cols: slice, compute: torch.dtype) -> Tensor:
-    """Bias, scale and softcap. Only a bias can rule an entry out: there -inf becomes `tile_math.LOWEST`."""
-    if head.bias is not None:
-        out.add_(head.bias[cols].to(compute))
-    if head.logit_scale != 1.0:
-        out.mul_(head.logit_scale)
-    if head.softcap is not None:
-        out.mul_(1.0 / head.softcap).tanh_().mul_(head.softcap)
-    return out if head.bias is None else out.clamp_(min=tile_math.LOWEST)
-
-
-def _softcap_slope(z: Tensor, softcap: float, out: Tensor) -> Tensor:
-    """d softcap * tanh(x / softcap) / dx = 1 - (z / softcap)^2."""
-    torch.div(z, softcap, out=out)
-    return out.mul_(out).neg_().add_(1.0)
+    head = side.model.head
+    bias = None if head.bias is None else head.bias[cols].to(side.model.dtype)
+    return tile_math.apply_head_(side.products(rows, cols, out), head, bias)

@@ -1,0 +1,142 @@
+"""All of ``[T, V]`` in one tile: no walk, no merge, and nothing asked of the device. What a small call costs is the
+launching of operations, and here they are as few as can be. The mathematics are `tile_math.py`'s and `dlogits.py`'s.
+
+Kept for backward, or computed once more: p, p - q, of which each row's excess times p is to be taken off, and a
+softcap's slope. From those eq. (6) needs no exponential: ``dz = g_kl (p - q) - g_logp p``, but for the label's entry.
+A q far below p has no digits in p - q, but nor has it in any sum with p; of a part of a vocabulary it may be all that
+there is, and so the walk keeps t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import Forward, Gradients, Inputs, Model, Needs
+from . import tile_math
+from .dlogits import at_label
+from .products import accumulate_, logits_
+from .slab import tile_of
+
+
+def takes(inputs: Inputs) -> bool:
+    """Whether the call has no more rows than the walk's tiles, nor more bytes than one in fp32, a copy of a hidden
+    state included; and all of it is in one dtype."""
+    policy, reference, dtype = inputs.policy, inputs.reference, inputs.stats_dtype
+    T, V = inputs.rows.count, policy.head.weight.shape[0]
+    D = max(policy.hidden.shape[1], reference.hidden.shape[1])
+    R, C = tile_of(policy.hidden.device)
+    if inputs.partial or T > R or T * (V + D) * dtype.itemsize > R * C * torch.float32.itemsize:
+        return False
+    return all(dtype == x.dtype == x.hidden.dtype == x.head.weight.dtype for x in (policy, reference))
+
+
+class _Statistics(NamedTuple):
+    logps_2T: Tensor
+    label_ratio: Tensor  # log(p / q) at the label
+    excess: Tensor
+    kl: Tensor
+    extras: dict[str, Tensor]
+
+
+def forward(inputs: Inputs, needs: Needs) -> Forward:
+    shape = _planes(inputs)
+    keep = needs and shape.numel() * inputs.stats_dtype.itemsize <= inputs.memory_budget
+    planes = inputs.keep(*shape, dtype=inputs.stats_dtype) if keep else _empty(inputs, shape)
+    found = _statistics(inputs, planes)
+    saved = (found.logps_2T, found.label_ratio, found.excess, planes if keep else None) if needs else ()
+    return tile_math.finished(inputs, [*found.logps_2T.unbind(), found.kl], found.extras, saved)
+
+
+def backward(
+    inputs: Inputs,
+    needs: Needs,
+    saved: tuple[Tensor | None, ...],
+    g_logp_T: Tensor | None,
+    g_kl_T: Tensor | None,
+) -> Gradients:
+    *found, planes = saved
+    if planes is None:
+        planes = _empty(inputs, _planes(inputs))
+        _statistics(inputs, planes)
+    dz = _dz(inputs, planes, found, g_logp_T, g_kl_T)
+    dw = None
+    if needs.weight:
+        weight = inputs.policy.head.weight
+        dw = _product(dz.T, _rows(inputs, inputs.policy), torch.empty_like(weight))
+    return Gradients(_dh(inputs, dz) if needs.hidden else None, dw, dz.sum(0) if needs.bias else None)
+
+
+def _dh(inputs: Inputs, dz: Tensor) -> Tensor:
+    policy, index = inputs.policy, inputs.rows.hidden_T
+    if index is None:
+        return _product(dz, policy.head.weight, torch.empty_like(policy.hidden))
+    dh_TD = _product(dz, policy.head.weight, dz.new_empty(len(dz), policy.hidden.shape[1]))
+    return torch.zeros_like(policy.hidden).index_copy_(0, index, dh_TD)
+
+
+def _planes(inputs: Inputs) -> torch.Size:
+    planes = 2 if inputs.policy.head.softcap is None else 3
+    return torch.Size((planes, inputs.rows.count, inputs.policy.head.weight.shape[0]))
+
+
+def _empty(inputs: Inputs, shape: torch.Size) -> Tensor:
+    return torch.empty(shape, dtype=inputs.stats_dtype, device=inputs.policy.hidden.device)
+
+
+def _rows(inputs: Inputs, model: Model) -> Tensor:
+    index = inputs.rows.hidden_T
+    return model.hidden if index is None else model.hidden.index_select(0, index)
+
+
+def _statistics(inputs: Inputs, planes: Tensor) -> _Statistics:
+    """Of every row; and `planes`, filled."""
+    pair_2TV, slope = planes[:2], planes[2:]
+    logits_2TV = _empty(inputs, pair_2TV.shape)
+    z, r = logits_2TV.unbind()
+    for model, out in ((inputs.policy, z), (inputs.reference, r)):
+        logits_(out, _rows(inputs, model), model.head.weight)
+        tile_math.apply_head_(out, model.head, model.head.bias)
+    if len(slope):
+        tile_math.softcap_slope(z, inputs.policy.head.softcap, out=slope[0])
+    labels_2T = logits_2TV.gather(2, inputs.rows.labels_T[:, None].expand(2, -1, 1))[..., 0]
+    tops_2T, lse_2T = tile_math.softmax(logits_2TV, out=pair_2TV)
+    p, q = pair_2TV.unbind()
+    extras = tile_math.Extras()
+    if inputs.extras:
+        extras.add(z, p, tops_2T[0], lse_2T[0], scratch=torch.empty_like(z))
+    lse_diff, relative_2T = torch.sub(*lse_2T.unbind()), labels_2T - tops_2T
+    torch.sub(*logits_2TV.sub_(tops_2T[..., None]).unbind(), out=z)
+    half_y = torch.add((-0.5 * lse_diff)[:, None], z, alpha=0.5, out=z)
+    excess, kl = tile_math.divergence_(half_y, p, q, scratch=r)
+    part = tile_math.Part(tops_2T, lse_2T, kl, lse_diff)
+    more = extras.results(part, labels_2T[0], z.shape[1]) if inputs.extras else {}
+    ratio = lse_diff - torch.sub(*relative_2T.unbind())
+    return _Statistics(relative_2T - lse_2T, ratio, excess, kl, more)
+
+
+def _dz(
+    inputs: Inputs,
+    planes: Tensor,
+    found: Sequence[Tensor],
+    g_logp_T: Tensor | None,
+    g_kl_T: Tensor | None,
+) -> Tensor:
+    """Eq. (6), at the outputs of ``h W^T + b``."""
+    logps_2T, ratio, excess = found
+    scale = -inputs.policy.head.logit_scale
+    a, b = (torch.zeros_like(excess) if g is None else g * scale for g in (g_kl_T, g_logp_T))
+    p, p_less_q, *slope = planes.unbind()
+    dz = torch.mul(p, torch.addcmul(b, a, excess)[:, None])
+    if g_kl_T is not None:
+        dz.sub_(torch.mul(p_less_q, a[:, None]))
+    dz.scatter_(1, inputs.rows.labels_T[:, None], at_label(a, b, logps_2T, ratio, a == b)[:, None])
+    return dz.mul_(slope[0]) if slope else dz
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    accumulate_(out, a, b, 1.0, keep=0)
+    return out
