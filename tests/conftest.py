@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from runnable import backend_params, interpreting
 
 from tdpo_kernels.backends import selfcheck, slab
+from tdpo_kernels.backends.products import SIXTEEN_BIT
 
 if interpreting():
     interpreted.round_bf16()
@@ -19,6 +20,8 @@ if interpreting():
 torch.set_num_threads(1)  # thousands of tiny products: threads only wait for one another
 
 WAIT = {"trainer", "test_parallel.py", "test_parallel_laws.py"}  # whose `long` tests run when asked for (``-m long``)
+
+ONE_TILE = "one_tile"
 
 settings.register_profile(
     "laws",
@@ -41,6 +44,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "long" in item.keywords and not config.option.markexpr and WAIT & set(item.path.parts):
             item.add_marker(pytest.mark.skip(reason="long: -m long runs it"))
 
+    wide = [x for x in items if _in_one_tile(x) and (interpreting() or x.callspec.params.get("dtype") in SIXTEEN_BIT)]
+    config.hook.pytest_deselected(items=wide)  # kernels, and 16 bits, have no way of their own for one tile
+    items[:] = [x for x in items if x not in set(wide)]
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
@@ -59,20 +66,26 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch):
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Tiles so small that tiny inputs have several row blocks, many column tiles and ragged last ones. Call it for
     another size.
     """
 
     def set_(rows: int = 16, cols: int = 64) -> None:
-        for device in slab.TILE:
-            monkeypatch.setitem(slab.TILE, device, (rows, cols))
+        if not _in_one_tile(request.node):
+            for device in slab.TILE:
+                monkeypatch.setitem(slab.TILE, device, (rows, cols))
 
     set_()
     return set_
 
 
-@pytest.fixture(params=backend_params())
+@pytest.fixture(params=[*backend_params(), ONE_TILE])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend there is, by name: a later one joins by itself."""
-    return request.param
+    """Every backend there is, by name: a later one joins by itself; and `tiled` where its tiles hold every case whole,
+    whatever `small_tiles` says."""
+    return "tiled" if _in_one_tile(request.node) else request.param
+
+
+def _in_one_tile(item: pytest.Item) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("backend") == ONE_TILE

@@ -36,7 +36,7 @@ def takes(inputs: Inputs) -> bool:
 
 class _Statistics(NamedTuple):
     logps_2T: Tensor
-    label_ratio: Tensor  # log(p / q) at the label
+    label_ratio: Tensor  # log(q / p) at the label
     excess: Tensor
     kl: Tensor
     extras: dict[str, Tensor]
@@ -112,9 +112,8 @@ def _statistics(inputs: Inputs, planes: Tensor) -> _Statistics:
     torch.sub(*logits_2TV.sub_(tops_2T[..., None]).unbind(), out=z)
     half_y = torch.add((-0.5 * lse_diff)[:, None], z, alpha=0.5, out=z)
     excess, kl = tile_math.divergence_(half_y, p, q, scratch=r)
-    part = tile_math.Part(tops_2T, lse_2T, kl, lse_diff)
-    more = extras.results(part, labels_2T[0], z.shape[1]) if inputs.extras else {}
-    ratio = lse_diff - torch.sub(*relative_2T.unbind())
+    more = extras.results(tops_2T[0], lse_2T[0], labels_2T[0], z.shape[1]) if inputs.extras else {}
+    ratio = (lse_diff + excess).sub_(torch.sub(*relative_2T.unbind()))
     return _Statistics(relative_2T - lse_2T, ratio, excess, kl, more)
 
 
@@ -133,7 +132,7 @@ def _dz(
     dz = torch.mul(p, torch.addcmul(b, a, excess)[:, None])
     if g_kl_T is not None:
         dz.sub_(torch.mul(p_less_q, a[:, None]))
-    dz.scatter_(1, inputs.rows.labels_T[:, None], at_label(a, b, logps_2T, ratio, a == b)[:, None])
+    dz.scatter_(1, inputs.rows.labels_T[:, None], at_label(a, b, logps_2T, ratio)[:, None])
     return dz.mul_(slope[0]) if slope else dz
 
 

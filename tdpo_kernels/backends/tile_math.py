@@ -281,8 +281,9 @@ class Extras:
         self.parts.append((top, lse, torch.linalg.vecdot(p, z)))
         self.total = torch.add(z.sum(-1), top, alpha=z.shape[1]) + self.total
 
-    def results(self, whole: Part, z_y: Tensor, vocab: int) -> dict[str, Tensor]:
-        entropy, top, lse = 0.0, whole.tops_2R[0], whole.lse_2R[0]
+    def results(self, top: Tensor, lse: Tensor, z_y: Tensor, vocab: int) -> dict[str, Tensor]:
+        """From the whole's top and log-sum-exp, and the label's logit."""
+        entropy = 0.0
         for top_k, lse_k, mean_k in self.parts:
             shift_k = top_k - top
             entropy += (lse_k + shift_k - lse).exp() * (lse - (mean_k + shift_k))

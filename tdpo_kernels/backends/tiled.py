@@ -72,7 +72,7 @@ def _row_block(
     half_y_R1, _ = tile_math.half_log_ratio_(labels_2R1, state.tops_2R, state.lse_diff, labels_2R1[1])
     logps_2R, label_ratio = labels_2R - state.tops_2R - state.lse_2R, half_y_R1[:, 0] * -2.0
     found = state._asdict() | dict(logps_2R=logps_2R, label_ratio=label_ratio)
-    return found if extras is None else found | extras.results(state, labels_2R[0], grid.V)
+    return found if extras is None else found | extras.results(state.tops_2R[0], state.lse_2R[0], labels_2R[0], grid.V)
 
 
 def _part(

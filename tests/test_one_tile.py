@@ -1,0 +1,103 @@
+"""Which calls run straight through (`backends/one_tile.py`), and what the laws of `test_laws.py` do not say of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, Problem, base, cotangents
+from closeness import leaves, pull, stats_of
+from torch import Tensor
+
+from tdpo_kernels import LMHead
+from tdpo_kernels.backends import one_tile, slab
+from tdpo_kernels.types import Inputs, Model, Needs, Rows
+
+T, V, D = 16, 64, 8
+EVERYTHING = 2**40
+ALL = Needs(True, True, True)
+
+
+@pytest.fixture(autouse=True)
+def tile(monkeypatch: pytest.MonkeyPatch):
+    """Just large enough for T rows of V logits and D hidden features."""
+    monkeypatch.setitem(slab.TILE, "cpu", (T, V + D))
+
+
+def inputs(
+    rows: int = T, vocab: int = V, dtype: torch.dtype = torch.float32, ref_width: int = D, **options: object
+) -> Inputs:
+    policy, reference = (Model(torch.zeros(rows, d), LMHead(torch.zeros(vocab, d)), dtype) for d in (D, ref_width))
+    policy, reference = (
+        replace(x, hidden=x.hidden.to(dtype), head=LMHead(x.head.weight.to(dtype))) for x in (policy, reference)
+    )
+    return Inputs(policy, reference, Rows(None, None, torch.zeros(rows, dtype=torch.int64)), 0, **options)
+
+
+def autocast(dtype: torch.dtype) -> Inputs:
+    """fp32 parameters, multiplied in `dtype`."""
+    plain = inputs()
+    return replace(plain, policy=replace(plain.policy, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "made, want",
+    [
+        (inputs(), True),
+        (inputs(T // 2, dtype=torch.float64), True),
+        (inputs(T // 2, 2 * V), True),  # fewer rows leave room for more columns
+        (inputs(0), True),
+        (inputs(T + 1, 1), False),
+        (inputs(vocab=V + 1), False),
+        (inputs(ref_width=D + 1), False),
+        (inputs(dtype=torch.float64), False),  # twice the bytes
+        (inputs(dtype=torch.bfloat16), False),
+        (inputs(dtype=torch.float16), False),
+        (autocast(torch.bfloat16), False),
+        (replace(inputs(T // 2, dtype=torch.float64), reference=inputs(T // 2).reference), False),
+        (inputs(partial=True), False),
+    ],
+)
+def test_takes_what_fits_into_a_tile_in_one_dtype(made: Inputs, want: bool):
+    assert one_tile.takes(made) is want
+
+
+def test_the_walk_is_left_to_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch):
+    """`tiled` asks, and does as it is told: the numbers are those of either way."""
+    problem = small().problem(torch.float64)
+    by_itself = forward_and_backward(problem, EVERYTHING)
+    monkeypatch.setattr(one_tile, "takes", lambda inputs: False)
+    monkeypatch.setattr(one_tile, "forward", None)
+    walked = forward_and_backward(problem, EVERYTHING)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(by_itself, walked, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(by_itself, walked, strict=True)), "both went the same way"
+
+
+def small(**options: object) -> Case:
+    return replace(base(9, B=1, L=T // 2, V=V // 2, D=D), options=options)
+
+
+def forward_and_backward(problem: Problem, budget: int) -> list[Tensor]:
+    live, parts = leaves(problem)
+    out = stats_of(live, "tiled", budget, extras=("entropy", "mean_logit", "is_argmax"))
+    g = tuple(g.to(out.kl.dtype) for g in cotangents("general", live.labels))
+    values = (out.logp.detach(), out.ref_logp.detach(), out.kl.detach(), *out.extras.values())
+    return [*values, *pull((out.logp, out.kl), g, parts)]
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "logit_scale": 0.5}], ids=("plain", "softcap"))
+def test_recomputed_for_backward_to_the_bits_that_are_kept(options: dict):
+    kept, recomputed = (forward_and_backward(small(**options).problem(torch.float64), b) for b in (EVERYTHING, 0))
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("softcap, planes", [(None, 2), (3.0, 3)])
+def test_keeps_its_planes_if_all_of_them_fit_into_the_budget(softcap: float | None, planes: int):
+    size = planes * T * V * torch.float32.itemsize
+    for budget, want in ((size, size), (size - 1, 0)):
+        call = replace(inputs(), memory_budget=budget)
+        call = replace(call, policy=replace(call.policy, head=replace(call.policy.head, softcap=softcap)))
+        saved = one_tile.forward(call, ALL).saved
+        assert sum(x.nbytes for x in saved if x is not None and x.dim() == 3) == want
+    assert one_tile.forward(call, Needs(False, False, False)).saved == ()
