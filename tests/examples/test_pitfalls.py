@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_code_of_the_page_runs_from_top_to_bottom():
-    assert len(BLOCKS) == TEXT.count("```python") == 6
+    assert len(BLOCKS) == TEXT.count("```python") == 7
     names: dict = {}
     for number, block in enumerate(BLOCKS, 1):
         exec(compile(block, f"{PAGE.name}, block {number}", "exec"), names)
