@@ -56,7 +56,7 @@ def tile(z: Tensor, r: Tensor) -> Tile:
     lse_diff = lse_2R[0] - lse_2R[1]
     half_y, _ = tile_math.half_log_ratio_(tiles, tops_2R, lse_diff, out=r)
     t, q_before = 2 * half_y, q.clone()
-    excess, kl = tile_math.divergence_(half_y, p, q, scratch=z)
+    excess, kl = tile_math.divergence_(half_y, p, q, q, scratch=z)
     tile_math.subtract_(t, excess)
     return Tile(tile_math.Part(tops_2R, lse_2R, kl, lse_diff + excess), p, q_before, q, t, excess)
 

@@ -68,7 +68,7 @@ class Coefficients:
 
 
 def at_label(
-    a: Tensor, b: Tensor, logps_2T: Tensor, ratio: Tensor, only_q: Tensor | None = None, own_T: Tensor | None = None
+    a: Tensor, b: Tensor, logps_2T: Tensor, ratio: Tensor, only_q: Tensor | None, own_T: Tensor | None
 ) -> Tensor:
     """dz at each row's label.
 

@@ -1,15 +1,14 @@
 """All of ``[T, V]`` in one tile: no walk, no merge, and nothing asked of the device. What a small call costs is the
-launching of operations, and here they are as few as can be. The mathematics are `tile_math.py`'s and `dlogits.py`'s.
+launching of operations, and here they are as few as can be. The mathematics are `tile_math.py`'s.
 
-Kept for backward, or computed once more: p, p - q, of which each row's excess times p is to be taken off, and a
-softcap's slope. From those eq. (6) needs no exponential: ``dz = g_kl (p - q) - g_logp p``, but for the label's entry.
-A q far below p has no digits in p - q, but nor has it in any sum with p; of a part of a vocabulary it may be all that
-there is, and so the walk keeps t.
+Kept for backward, or computed once more: p, q, p - q, of which each row's excess times p is to be taken off, and a
+softcap's slope. From those eq. (6) needs no exponential: ``dz = g_kl (p - q) - g_logp p``, or ``-g_kl q`` where both
+cotangents are equal. What the label's entry has besides makes up for the other entries of p (q): 1 - p_y, however sure
+the label is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,28 +16,26 @@ from torch import Tensor
 
 from ..types import Forward, Gradients, Inputs, Model, Needs
 from . import tile_math
-from .dlogits import at_label
 from .products import accumulate_, logits_
 from .slab import tile_of
 
 
 def takes(inputs: Inputs) -> bool:
-    """Whether the call has no more rows than the walk's tiles, nor more bytes than one in fp32, a copy of a hidden
-    state included; and all of it is in one dtype."""
+    """Whether the call has no more rows and columns than the walk's tiles, nor more bytes than one in fp32, a copy of a
+    hidden state included; and all of it is in one dtype."""
     policy, reference, dtype = inputs.policy, inputs.reference, inputs.stats_dtype
     T, V = inputs.rows.count, policy.head.weight.shape[0]
     D = max(policy.hidden.shape[1], reference.hidden.shape[1])
     R, C = tile_of(policy.hidden.device)
-    if inputs.partial or T > R or T * (V + D) * dtype.itemsize > R * C * torch.float32.itemsize:
+    if inputs.partial or T > R or V > C or T * (V + D) * dtype.itemsize > R * C * torch.float32.itemsize:
         return False
     return all(dtype == x.dtype == x.hidden.dtype == x.head.weight.dtype for x in (policy, reference))
 
 
 class _Statistics(NamedTuple):
     logps_2T: Tensor
-    label_ratio: Tensor  # log(q / p) at the label
-    excess: Tensor
     kl: Tensor
+    excess: Tensor
     extras: dict[str, Tensor]
 
 
@@ -47,7 +44,7 @@ def forward(inputs: Inputs, needs: Needs) -> Forward:
     keep = needs and shape.numel() * inputs.stats_dtype.itemsize <= inputs.memory_budget
     planes = inputs.keep(*shape, dtype=inputs.stats_dtype) if keep else _empty(inputs, shape)
     found = _statistics(inputs, planes)
-    saved = (found.logps_2T, found.label_ratio, found.excess, planes if keep else None) if needs else ()
+    saved = (found.excess, planes if keep else None) if needs else ()
     return tile_math.finished(inputs, [*found.logps_2T.unbind(), found.kl], found.extras, saved)
 
 
@@ -58,11 +55,11 @@ def backward(
     g_logp_T: Tensor | None,
     g_kl_T: Tensor | None,
 ) -> Gradients:
-    *found, planes = saved
+    excess, planes = saved
     if planes is None:
         planes = _empty(inputs, _planes(inputs))
         _statistics(inputs, planes)
-    dz = _dz(inputs, planes, found, g_logp_T, g_kl_T)
+    dz = _dz(inputs, planes, excess, g_logp_T, g_kl_T)
     dw = None
     if needs.weight:
         weight = inputs.policy.head.weight
@@ -79,7 +76,7 @@ def _dh(inputs: Inputs, dz: Tensor) -> Tensor:
 
 
 def _planes(inputs: Inputs) -> torch.Size:
-    planes = 2 if inputs.policy.head.softcap is None else 3
+    planes = 3 if inputs.policy.head.softcap is None else 4
     return torch.Size((planes, inputs.rows.count, inputs.policy.head.weight.shape[0]))
 
 
@@ -94,45 +91,44 @@ def _rows(inputs: Inputs, model: Model) -> Tensor:
 
 def _statistics(inputs: Inputs, planes: Tensor) -> _Statistics:
     """Of every row; and `planes`, filled."""
-    pair_2TV, slope = planes[:2], planes[2:]
+    pair_2TV = planes[:2]
+    p, q, p_less_q, *slope = planes.unbind()
     logits_2TV = _empty(inputs, pair_2TV.shape)
     z, r = logits_2TV.unbind()
     for model, out in ((inputs.policy, z), (inputs.reference, r)):
         logits_(out, _rows(inputs, model), model.head.weight)
         tile_math.apply_head_(out, model.head, model.head.bias)
-    if len(slope):
+    if slope:
         tile_math.softcap_slope(z, inputs.policy.head.softcap, out=slope[0])
     labels_2T = logits_2TV.gather(2, inputs.rows.labels_T[:, None].expand(2, -1, 1))[..., 0]
     tops_2T, lse_2T = tile_math.softmax(logits_2TV, out=pair_2TV)
-    p, q = pair_2TV.unbind()
     extras = tile_math.Extras()
     if inputs.extras:
-        extras.add(z, p, tops_2T[0], lse_2T[0], scratch=torch.empty_like(z))
-    lse_diff, relative_2T = torch.sub(*lse_2T.unbind()), labels_2T - tops_2T
-    torch.sub(*logits_2TV.sub_(tops_2T[..., None]).unbind(), out=z)
-    half_y = torch.add((-0.5 * lse_diff)[:, None], z, alpha=0.5, out=z)
-    excess, kl = tile_math.divergence_(half_y, p, q, scratch=r)
+        extras.add(z, p, tops_2T[0], lse_2T[0], scratch=p_less_q)
+    half_y, _ = tile_math.half_log_ratio_(logits_2TV, tops_2T, torch.sub(*lse_2T.unbind()), out=z)
+    excess, kl = tile_math.divergence_(half_y, p, q, p_less_q, scratch=r)
     more = extras.results(tops_2T[0], lse_2T[0], labels_2T[0], z.shape[1]) if inputs.extras else {}
-    ratio = (lse_diff + excess).sub_(torch.sub(*relative_2T.unbind()))
-    return _Statistics(relative_2T - lse_2T, ratio, excess, kl, more)
+    return _Statistics(labels_2T - tops_2T - lse_2T, kl, excess, more)
 
 
-def _dz(
-    inputs: Inputs,
-    planes: Tensor,
-    found: Sequence[Tensor],
-    g_logp_T: Tensor | None,
-    g_kl_T: Tensor | None,
-) -> Tensor:
-    """Eq. (6), at the outputs of ``h W^T + b``."""
-    logps_2T, ratio, excess = found
-    scale = -inputs.policy.head.logit_scale
-    a, b = (torch.zeros_like(excess) if g is None else g * scale for g in (g_kl_T, g_logp_T))
-    p, p_less_q, *slope = planes.unbind()
-    dz = torch.mul(p, torch.addcmul(b, a, excess)[:, None])
-    if g_kl_T is not None:
-        dz.sub_(torch.mul(p_less_q, a[:, None]))
-    dz.scatter_(1, inputs.rows.labels_T[:, None], at_label(a, b, logps_2T, ratio)[:, None])
+def _dz(inputs: Inputs, planes: Tensor, excess_T: Tensor, g_logp_T: Tensor | None, g_kl_T: Tensor | None) -> Tensor:
+    """Eq. (6), at the outputs of ``h W^T + b``: b times p, or times q where a = b, whose label's entry is such that
+    they sum to 0; and a times q - p."""
+    zero, scale = torch.zeros_like(excess_T), -inputs.policy.head.logit_scale
+    a, b = (zero[:, None] if g is None else (g * scale)[:, None] for g in (g_kl_T, g_logp_T))
+    (p, q, p_less_q, *slope), label = planes.unbind(), inputs.rows.labels_T[:, None]
+    if g_kl_T is None:
+        dz = p.scatter(1, label, 0.0)
+        at_label = dz.sum(-1, keepdim=True) * -b
+        dz.mul_(b)
+    else:
+        only_q, excess = a == b, excess_T[:, None]
+        dz = torch.where(only_q, q, p).scatter_(1, label, 0.0)
+        a = a.masked_fill(only_q, 0.0)
+        p_y, p_less_q_y = planes[0:3:2].gather(2, label.expand(2, -1, 1)).unbind()
+        at_label = (excess * p_y).sub_(p_less_q_y).mul_(a).sub_(dz.sum(-1, keepdim=True).mul_(b))
+        dz.mul_(torch.addcmul(b, a, excess)).sub_(p_less_q * a)
+    dz.scatter_(1, label, at_label)
     return dz.mul_(slope[0]) if slope else dz
 
 

@@ -118,13 +118,15 @@ class Part(NamedTuple):
     lse_diff: Tensor  # of lse_2R, without cancellation
 
 
-def divergence_(half_y: Tensor, p: Tensor, q: Tensor, scratch: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """From y / 2, excess included: the excess, and the sum of (9) but for the parts' own KL. Leaves ``p - q`` in q, and
-    uses up y / 2."""
+def divergence_(
+    half_y: Tensor, p: Tensor, q: Tensor, p_less_q: Tensor, scratch: Tensor, dim: int = -1
+) -> tuple[Tensor, Tensor]:
+    """From y / 2, excess included: the excess, and the sum of (9) but for the parts' own KL. Puts ``p - q`` into
+    `p_less_q`, which may be q itself, and uses up y / 2."""
     tanh = torch.tanh(half_y, out=scratch)
     half_y.mul_(q)
-    excess = q.add_(p).mul_(tanh).sum(dim)
-    return excess, torch.sub(q, half_y, alpha=2, out=half_y).sum(dim).clamp_(min=0.0)
+    excess = torch.add(p, q, out=p_less_q).mul_(tanh).sum(dim)
+    return excess, torch.sub(p_less_q, half_y, alpha=2, out=half_y).sum(dim).clamp_(min=0.0)
 
 
 def half_log_ratio_(logits_2RC: Tensor, tops_2R: Tensor, lse_diff: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +157,7 @@ def merge(parts: list[Part]) -> Part:
     P_K, Q_K = (lse_2K - lse_2R[:, None]).exp_()
     lse_diff, kl = torch.sub(*lse_2R.unbind()), (Q_K * kl_K).sum(0)
     half_y_K = (diff_K + gap_K - lse_diff).mul_(0.5)
-    excess, between = divergence_(half_y_K, P_K, Q_K, torch.empty_like(P_K), dim=0)
+    excess, between = divergence_(half_y_K, P_K, Q_K, Q_K, torch.empty_like(P_K), dim=0)
     return Part(tops_2R, lse_2R, kl + between, lse_diff + excess)
 
 

@@ -96,7 +96,7 @@ def _part(
     half_y, _ = tile_math.half_log_ratio_(tiles_2RC, tops_2R, lse_diff, r)
     t = None if staged is None else torch.mul(half_y, 2.0, out=work.get("t", z.dtype, *z.shape))
     steep = staged is not None and (not exact or tile_math.is_steep(half_y))
-    excess, kl = tile_math.divergence_(half_y, p, q, scratch=z)
+    excess, kl = tile_math.divergence_(half_y, p, q, q, scratch=z)
     part = tile_math.Part(tops_2R, lse_2R, kl, lse_diff + excess)
     if staged is None:
         return part, None
