@@ -367,4 +367,5 @@ RUNS += [
     ("shared_ratio_sure", "kl_zero"),
     ("sure_of_different_tokens", "logp_zero"),
     ("surer_by_32", "only_kl"),
+    ("labels_of_reference", "equal"),
 ]

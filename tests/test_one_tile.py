@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from cases import Case, Problem, base, cotangents
-from closeness import leaves, pull, stats_of
+from cases import Case, Problem, base, cotangents, every_label, surer_than
+from closeness import judge, leaves, ours, pull, stats_of, truth
 from torch import Tensor
 
 from tdpo_kernels import LMHead
@@ -85,6 +86,27 @@ def forward_and_backward(problem: Problem, budget: int) -> list[Tensor]:
     g = tuple(g.to(out.kl.dtype) for g in cotangents("general", live.labels))
     values = (out.logp.detach(), out.ref_logp.detach(), out.kl.detach(), *out.extras.values())
     return [*values, *pull((out.logp, out.kl), g, parts)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("cotangent", ["general", "equal"])
+@pytest.mark.parametrize("policy, reference", [(0.0, 14.0), (0.0, 30.0), (0.0, 40.0), (14.0, 0.0), (14.0, 15.0)])
+def test_rows_sum_to_zero_however_sure_the_label_is(policy, reference, cotangent, dtype, monkeypatch):
+    """And every entry is right, where 1 - p_y, or 1 - q_y, has no digits as a difference."""
+    monkeypatch.setitem(slab.TILE, "cpu", (1024, 1024))
+    case = every_label(surer_than(reference, policy, V=V), [0])
+    case = replace(case, hidden=ones_last(case.hidden, 0.0), weight=ones_last(case.weight, 1.0))
+    problem, given = case.problem(dtype), cotangents(cotangent, case.labels)
+    assert not judge(problem, given).faults(ours(problem, given, "tiled", EVERYTHING)[0])
+    live, parts = leaves(problem)
+    out = stats_of(live, "tiled", EVERYTHING)
+    dh = pull((out.logp, out.kl), tuple(g.to(dtype) for g in given), parts)[0].flatten(0, 1).double()
+    size = torch.from_numpy(np.abs(truth(problem, given).dz).sum(-1).astype(np.float64))
+    assert (dh[problem.rows()[1], -1].abs() <= 16 * torch.finfo(dtype).eps * size).all()
+
+
+def ones_last(x: Tensor, value: float) -> Tensor:
+    return torch.cat([x, torch.full_like(x[..., :1], value)], -1)
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "logit_scale": 0.5}], ids=("plain", "softcap"))
