@@ -7,14 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import Case, Problem, base, cotangents, every_label, surer_than
+from cases import Case, Problem, base, bias_of, cotangents, every_label, surer_than
 from closeness import judge, leaves, ours, pull, stats_of, truth
+from runnable import interpreting
 from torch import Tensor
 
 from tdpo_kernels import LMHead
 from tdpo_kernels.backends import one_tile, slab
 from tdpo_kernels.types import Inputs, Model, Needs, Rows
 
+pytestmark = pytest.mark.skipif(interpreting(), reason="kernels have no way of their own for one tile")
 T, V, D = 16, 64, 8
 EVERYTHING = 2**40
 ALL = Needs(True, True, True)
@@ -103,6 +105,18 @@ def test_rows_sum_to_zero_however_sure_the_label_is(policy, reference, cotangent
     dh = pull((out.logp, out.kl), tuple(g.to(dtype) for g in given), parts)[0].flatten(0, 1).double()
     size = torch.from_numpy(np.abs(truth(problem, given).dz).sum(-1).astype(np.float64))
     assert (dh[problem.rows()[1], -1].abs() <= 16 * torch.finfo(dtype).eps * size).all()
+
+
+@pytest.mark.parametrize("apart", [1e-7, 1e-5])
+def test_what_logits_nearly_agree_in_is_had_without_rounding(apart: float):
+    """Each rounds by more, less its top, than the models are apart."""
+    plain = small()
+    bias = bias_of(plain).float().double()
+    case = replace(plain, weight=0 * plain.weight, ref_weight=0 * plain.ref_weight, bias=bias)
+    case = replace(case, ref_bias=bias + bias_of(case, seed=2, size=apart))
+    problem, given = case.problem(torch.float32), cotangents("only_kl", case.labels)
+    found, want = ours(problem, given, "tiled", EVERYTHING)[0], truth(problem, given).result
+    assert np.abs(found.bias - want.bias).max() <= 1e-5 * np.abs(want.bias).max()
 
 
 def ones_last(x: Tensor, value: float) -> Tensor:
