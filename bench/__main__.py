@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         p.error(str(error))
     where = conditions(device)
-    out = options.out or rows.file_of("cpu" if device.type == "cpu" else where.device)
+    out = options.out or rows.file_of(where.device)
     jobs = _left(jobs, out, where) if options.resume else jobs
     measured = _measure(jobs, where, None if options.no_save else out)
     print(markdown(tables(measured)))

@@ -11,7 +11,6 @@ from pathlib import Path
 from .conditions import Conditions
 
 FOLDER = Path(__file__).resolve().parent / "results"
-CPU = FOLDER / "cpu.jsonl"
 Spread = tuple[float, float, float]  # median, p20, p80
 SPREADS = ("seconds", "ratio", "forward", "backward", "joules")
 
@@ -58,8 +57,8 @@ class Row:
 
 
 def file_of(device: str) -> Path:
-    """Where rows of a device, by its name, are kept: every CPU's in one file."""
-    return CPU if device == "cpu" else FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
+    """Where rows of a device, by its name, are kept: two processors' ratios are never shown together."""
+    return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:

@@ -21,7 +21,8 @@ def write(rows: Mapping[str, list[Row]], folder: Path) -> list[Path]:
         drawn = figures.draw(measured, folder, device)
         sections.append((device, drawn, tables(measured)))
     sections.append((ESTIMATED, [scaling.draw(folder)], [scaling.table()]))
-    missing = [] if any(device != "cpu" for device in rows) else [NO_GPU]
+    gpu = any(row.conditions.driver for measured in rows.values() for row in measured)
+    missing = [] if gpu else [NO_GPU]
     text, html = folder / "report.md", folder / "report.html"
     text.write_text(_markdown(sections, missing))
     html.write_text(page.html(sections, missing))

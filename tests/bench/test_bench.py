@@ -30,6 +30,11 @@ def test_committed_rows_are_readable():
     assert old and all(row.conditions.commit and not row.red for row in old)
 
 
+def test_a_file_is_of_one_device():
+    for path in rows.FOLDER.glob("*.jsonl"):
+        assert {rows.file_of(row.conditions.device) for row in rows.load(path)} == {path}
+
+
 def test_only_what_was_measured_together_is_shown_together():
     early, late = (replace(conditions(), date=f"2026-11-2{day}T00:00:00Z") for day in (1, 2))
     first = [made_up(conditions=early, budget_bytes=b) for b in (0, 1)]

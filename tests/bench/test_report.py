@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tiny_bench import made_up
 
@@ -67,7 +69,9 @@ def test_where_a_gpu_has_measured_the_report_does_not_say_otherwise(tmp_path):
     pytest.importorskip("matplotlib")
     from bench.report.build import write
 
-    write({"cpu": [], "nvidia-h200": [made_up(provider="gemm", budget_bytes=None, ratio=(1.0, 1.0, 1.0))]}, tmp_path)
+    where = replace(conditions(), driver="CUDA 13.0")
+    gemm = made_up(provider="gemm", budget_bytes=None, ratio=(1.0, 1.0, 1.0), conditions=where)
+    write({"some-cpu": [], "nvidia-h200": [gemm]}, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "Not yet measured" not in text and "time / one product" in text and "of floor" not in text
 
