@@ -43,10 +43,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "long" in item.keywords and not config.option.markexpr and WAIT & set(item.path.parts):
             item.add_marker(pytest.mark.skip(reason="long: -m long runs it"))
-
-    wide = [x for x in items if _in_one_tile(x) and (interpreting() or x.callspec.params.get("dtype") in SIXTEEN_BIT)]
-    config.hook.pytest_deselected(items=wide)  # kernels, and 16 bits, have no way of their own for one tile
-    items[:] = [x for x in items if x not in set(wide)]
+    walked = [item for item in items if _in_one_tile(item) and _is_walked(item)]
+    config.hook.pytest_deselected(items=walked)
+    items[:] = [item for item in items if not (_in_one_tile(item) and _is_walked(item))]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -85,6 +84,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Every backend there is, by name: a later one joins by itself; and `tiled` where its tiles hold every case whole,
     whatever `small_tiles` says."""
     return "tiled" if _in_one_tile(request.node) else request.param
+
+
+def _is_walked(item: pytest.Item) -> bool:
+    """Kernels, and 16 bits, have no way of their own for one tile."""
+    return interpreting() or item.callspec.params.get("dtype") in SIXTEEN_BIT
 
 
 def _in_one_tile(item: pytest.Item) -> bool:
