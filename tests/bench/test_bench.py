@@ -103,7 +103,7 @@ def test_keys_of_a_plan_are_those_of_its_rows(swift):
         (["--parts", "nope"], "--parts: unknown nope, wanted some of accuracy"),
         (["--rounds", "0"], "--rounds: got 0"),
         (["--device", "tpu"], "--device: got 'tpu'"),
-        (["--shapes", "cpu-152k", "--providers", "eager"], "nothing to measure"),
+        (["--shapes", "cpu-152k", "--providers", "trl"], "nothing to measure"),
     ],
 )
 def test_unknown_names_are_named(arguments, wanted, capsys):
