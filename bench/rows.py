@@ -1,4 +1,4 @@
-"""A measured row, and where rows are kept: JSON Lines, one file per kind of device, only ever appended to."""
+"""A measured row, and where rows are kept: JSON Lines, one file per name that a device has, only ever appended to."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Row:
 
 
 def file_of(device: str) -> Path:
-    """Where rows of a device, by its name, are kept: two processors' ratios are never shown together."""
+    """Where rows of a device, by its name, are kept: ratios of two kinds of processor are not shown together."""
     return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
 
 

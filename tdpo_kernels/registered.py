@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import choose
+from .backends import choose, one_tile
 from .backends.products import SIXTEEN_BIT
 from .call import lay_out
 from .pack import pack
@@ -150,7 +150,8 @@ def _none(like: Tensor) -> Tensor:
 
 def room(policy: Model, reference: Model, memory_budget: int) -> tuple[int, int]:
     """Bytes of row values and of stage, at most, were every row to count. DESIGN section 4: 2 + 2, 4 + 4 or 8 + 8
-    bytes an entry, half as much again with a softcap; and what tiles of even size may stick out by."""
+    bytes an entry, half as much again with a softcap; and what tiles of even size may stick out by. A call that is one
+    tile keeps a plane more."""
     N, V = math.prod(policy.hidden.shape[:-1]), policy.head.weight.shape[0]
     stats = stats_dtype(policy, reference).itemsize
     planes = 2 if policy.head.softcap is None else 3
@@ -158,7 +159,7 @@ def room(policy: Model, reference: Model, memory_budget: int) -> tuple[int, int]
     everything = (N + N // 16 + 16) * (V + V // 16 + 16) * per_entry
     per_row = 2 * torch.int64.itemsize + Kept.ROW_VALUES * stats
     rows = -(-N * per_row // Kept.ALIGNMENT) * Kept.ALIGNMENT + Kept.MOST * Kept.ALIGNMENT
-    return rows, min(memory_budget, everything)
+    return rows, min(memory_budget, max(everything, one_tile.most_kept(policy, N)))
 
 
 class Kept:

@@ -81,8 +81,8 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(params=[*backend_params(), ONE_TILE])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend there is, by name: a later one joins by itself; and `tiled` where its tiles hold every case whole,
-    whatever `small_tiles` says."""
+    """Every backend there is, by name: a later one joins by itself; and `tiled` with its own tiles, which hold a small
+    case whole, whatever `small_tiles` says."""
     return "tiled" if _in_one_tile(request.node) else request.param
 
 

@@ -14,10 +14,10 @@ from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
 from tdpo_kernels.backends import slab
 
 
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch):
-    """Tiles of 3 x 16: several of them, and a short last one, in a few rows and columns."""
-    monkeypatch.setitem(slab.TILE, "cpu", (3, 16))
+@pytest.fixture(params=[(3, 16), (1024, 1024)], ids=["tiles", "one_tile"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Tiles of 3 x 16: several of them, and a short last one, in a few rows and columns; and one tile."""
+    monkeypatch.setitem(slab.TILE, "cpu", request.param)
 
 
 # --- right gradients --------------------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ backends = pytest.mark.parametrize("backend", backend_params())
 variants = pytest.mark.parametrize("options", [{"variant": "tdpo1"}, {"alpha": 0.7}, {"alpha": 0.0}, {}], ids=str)
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch):
-    """Tiles of 5 x 16, so that a few rows already cross row blocks and column blocks."""
-    monkeypatch.setitem(slab.TILE, "cpu", (5, 16))
+@pytest.fixture(autouse=True, params=[(5, 16), (1024, 1024)], ids=["tiles", "one_tile"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Tiles of 5 x 16, so that a few rows already cross row blocks and column blocks; and one tile."""
+    monkeypatch.setitem(slab.TILE, "cpu", request.param)
 
 
 def batch(dtype: torch.dtype = torch.float64, seed: int = 0, rows: tuple[int, ...] = (2 * P, L)) -> dict:

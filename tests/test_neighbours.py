@@ -21,9 +21,9 @@ backends = pytest.mark.parametrize("backend", backend_params())
 budgets = pytest.mark.parametrize("budget", [0, EVERYTHING])
 
 
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(slab.TILE, "cpu", (4, 16))
+@pytest.fixture(params=[(4, 16), (1024, 1024)], ids=["tiles", "one_tile"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(slab.TILE, "cpu", request.param)
 
 
 batch = partial(batches.batch, rows=2, length=6, D=8, V=37)

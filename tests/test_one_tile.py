@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, Problem, base, bias_of, cotangents, every_label, surer_than
-from closeness import judge, leaves, ours, pull, stats_of, truth
+from closeness import judge, leaves, ours, pull, round_cotangents, stats_of, truth
 from runnable import interpreting
 from torch import Tensor
 
 from tdpo_kernels import LMHead
 from tdpo_kernels.backends import one_tile, slab
+from tdpo_kernels.registered import room
 from tdpo_kernels.types import Inputs, Model, Needs, Rows
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels have no way of their own for one tile")
@@ -29,13 +30,19 @@ def tile(monkeypatch: pytest.MonkeyPatch):
 
 
 def inputs(
-    rows: int = T, vocab: int = V, dtype: torch.dtype = torch.float32, ref_width: int = D, **options: object
+    rows: int = T,
+    vocab: int = V,
+    dtype: torch.dtype = torch.float32,
+    width: int = D,
+    ref_width: int = D,
+    **options: object,
 ) -> Inputs:
-    policy, reference = (Model(torch.zeros(rows, d), LMHead(torch.zeros(vocab, d)), dtype) for d in (D, ref_width))
+    policy, reference = (Model(torch.zeros(rows, d), LMHead(torch.zeros(vocab, d)), dtype) for d in (width, ref_width))
     policy, reference = (
         replace(x, hidden=x.hidden.to(dtype), head=LMHead(x.head.weight.to(dtype))) for x in (policy, reference)
     )
-    return Inputs(policy, reference, Rows(None, None, torch.zeros(rows, dtype=torch.int64)), 0, **options)
+    rows_T = Rows(None, None, torch.zeros(rows, dtype=torch.int64))
+    return Inputs(policy, reference, rows_T, **{"memory_budget": 0} | options)
 
 
 def autocast(dtype: torch.dtype) -> Inputs:
@@ -55,6 +62,8 @@ def autocast(dtype: torch.dtype) -> Inputs:
         (inputs(1, V + D), True),
         (inputs(1, V + D + 1), False),  # one row of a large vocabulary would be summed in fewer parts
         (inputs(ref_width=D + 1), False),
+        (inputs(1, 2, width=4 * V), True),
+        (inputs(1, V, width=4 * V), False),  # dW is larger than a tile
         (inputs(dtype=torch.float64), False),  # twice the bytes
         (inputs(dtype=torch.bfloat16), False),
         (inputs(dtype=torch.float16), False),
@@ -82,10 +91,10 @@ def small(**options: object) -> Case:
     return replace(base(9, B=1, L=T // 2, V=V // 2, D=D), options=options)
 
 
-def forward_and_backward(problem: Problem, budget: int) -> list[Tensor]:
+def forward_and_backward(problem: Problem, budget: int, cotangent: str = "general") -> list[Tensor]:
     live, parts = leaves(problem)
     out = stats_of(live, "tiled", budget, extras=("entropy", "mean_logit", "is_argmax"))
-    g = tuple(g.to(out.kl.dtype) for g in cotangents("general", live.labels))
+    g = round_cotangents(live, cotangents(cotangent, live.labels))
     values = (out.logp.detach(), out.ref_logp.detach(), out.kl.detach(), *out.extras.values())
     return [*values, *pull((out.logp, out.kl), g, parts)]
 
@@ -124,8 +133,10 @@ def ones_last(x: Tensor, value: float) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "logit_scale": 0.5}], ids=("plain", "softcap"))
-def test_recomputed_for_backward_to_the_bits_that_are_kept(options: dict):
-    kept, recomputed = (forward_and_backward(small(**options).problem(torch.float64), b) for b in (EVERYTHING, 0))
+@pytest.mark.parametrize("cotangent", ["general", "only_logp", "only_kl"])
+def test_recomputed_for_backward_to_the_bits_that_are_kept(cotangent: str, options: dict):
+    problem = small(**options).problem(torch.float64)
+    kept, recomputed = (forward_and_backward(problem, b, cotangent) for b in (EVERYTHING, 0))
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
 
@@ -138,3 +149,27 @@ def test_keeps_its_planes_if_all_of_them_fit_into_the_budget(softcap: float | No
         saved = one_tile.forward(call, ALL).saved
         assert sum(x.nbytes for x in saved if x is not None and x.dim() == 3) == want
     assert one_tile.forward(call, Needs(False, False, False)).saved == ()
+
+
+def test_a_product_that_is_spared(monkeypatch: pytest.MonkeyPatch):
+    """Recomputing for log-probabilities alone asks nothing of the reference."""
+    made = []
+    real = one_tile.logits_
+    monkeypatch.setattr(one_tile, "logits_", lambda *args: (made.append(args), real(*args))[1])
+    problem = small().problem(torch.float64)
+    for cotangent, want in (("general", 4), ("only_logp", 3)):
+        made.clear()
+        forward_and_backward(problem, 0, cotangent)
+        assert len(made) == want
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rows", [64, 512, 2000])
+def test_room_for_its_planes_under_torch_compile(rows: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(slab.TILE, "cpu", (1024, 1024))
+    call = inputs(rows, 1000)
+    policy = replace(call.policy, head=replace(call.policy.head, softcap=softcap))
+    _, stage = room(policy, call.reference, EVERYTHING)
+    kept = inputs(min(rows, 1024), 1000, memory_budget=stage)
+    saved = one_tile.forward(replace(kept, policy=replace(kept.policy, head=policy.head)), ALL).saved
+    assert saved[-1] is not None

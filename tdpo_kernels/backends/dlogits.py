@@ -62,12 +62,12 @@ class Coefficients:
             self.scale = _fp16_scale(largest * abs(head.logit_scale)) if fp16 else 1.0
         factor = self.scale * head.logit_scale
         self.a, self.b = g_kl * -factor, g_logp * -factor
-        self.label = at_label(self.a, self.b, logps_2T, ratio, only_q if some_only_q else None, inputs.rows.own_T)
+        self.label = _at_label(self.a, self.b, logps_2T, ratio, only_q if some_only_q else None, inputs.rows.own_T)
         if g_label_T is not None:
             self.label.add_(g_label_T, alpha=factor)
 
 
-def at_label(
+def _at_label(
     a: Tensor, b: Tensor, logps_2T: Tensor, ratio: Tensor, only_q: Tensor | None, own_T: Tensor | None
 ) -> Tensor:
     """dz at each row's label.

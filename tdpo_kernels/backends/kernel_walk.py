@@ -71,7 +71,7 @@ def forward(maker: Maker, inputs: Inputs, needs: Needs) -> Forward:
     launches: dict[Launch, None] = {}
     for i, rows, _ in blocks(call.grid.row_blocks()):
         launches |= dict.fromkeys(_row_block(maker, call, stage, i, rows, values_T[:, rows]))
-    kl, logp, ref_logp, _, entropy, total, is_argmax = (x.clone() for x in values_T[5:])
+    kl, logp, ref_logp, _, entropy, total, is_argmax = values_T[5:].clone().unbind()
     every = dict(entropy=entropy, mean_logit=total / call.grid.V, is_argmax=is_argmax)
     saved, state = (values_T, stage.flat, stage.weights), values_T[:5].unbind()
     out = tile_math.finished(

@@ -1,5 +1,5 @@
 """All of ``[T, V]`` in one tile: no walk, no merge, and nothing asked of the device. What a small call costs is the
-launching of operations, and here they are as few as can be. The mathematics are `tile_math.py`'s.
+launching of operations, and here they are few. The mathematics are `tile_math.py`'s.
 
 Kept for backward, or computed once more: p, q, p - q, of which each row's excess times p is to be taken off, and a
 softcap's slope. From those eq. (6) needs no exponential: ``dz = g_kl (p - q) - g_logp p``, or ``-g_kl q`` where both
@@ -9,27 +9,42 @@ the label is.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..types import Forward, Gradients, Inputs, Model, Needs
+from ..types import Forward, Gradients, Inputs, LMHead, Model, Needs
 from . import tile_math
-from .products import accumulate_, logits_
+from .products import SIXTEEN_BIT, accumulate_, logits_
 from .slab import tile_of
 
 
 def takes(inputs: Inputs) -> bool:
-    """Whether the call has no more rows and columns than the walk's tiles, nor more bytes than one in fp32, a copy of a
-    hidden state included; and all of it is in one dtype."""
+    """Whether the call has no more rows and columns than the walk's tiles; logits and a copy of a hidden state, or dW,
+    no more bytes than one in fp32; and all of it one dtype."""
     policy, reference, dtype = inputs.policy, inputs.reference, inputs.stats_dtype
     T, V = inputs.rows.count, policy.head.weight.shape[0]
     D = max(policy.hidden.shape[1], reference.hidden.shape[1])
     R, C = tile_of(policy.hidden.device)
-    if inputs.partial or T > R or V > C or T * (V + D) * dtype.itemsize > R * C * torch.float32.itemsize:
+    entries = max(T * (V + D), V * D)
+    if inputs.partial or T > R or V > C or entries * dtype.itemsize > R * C * torch.float32.itemsize:
         return False
     return all(dtype == x.dtype == x.hidden.dtype == x.head.weight.dtype for x in (policy, reference))
+
+
+def most_kept(policy: Model, rows: int) -> int:
+    """Bytes of planes that are kept of a call of so many rows, or fewer; 0 where `takes` would have none of it."""
+    V = policy.head.weight.shape[0]
+    R, C = tile_of(policy.hidden.device)
+    if V > C or policy.dtype in SIXTEEN_BIT:
+        return 0
+    return _plane_count(policy.head) * min(rows, R) * V * policy.dtype.itemsize
+
+
+def _plane_count(head: LMHead) -> int:
+    return 3 if head.softcap is None else 4
 
 
 class _Statistics(NamedTuple):
@@ -40,10 +55,10 @@ class _Statistics(NamedTuple):
 
 
 def forward(inputs: Inputs, needs: Needs) -> Forward:
-    shape = _planes(inputs)
-    keep = needs and shape.numel() * inputs.stats_dtype.itemsize <= inputs.memory_budget
-    planes = inputs.keep(*shape, dtype=inputs.stats_dtype) if keep else _empty(inputs, shape)
-    found = _statistics(inputs, planes)
+    shape, dtype = _shape(inputs, _plane_count(inputs.policy.head)), inputs.stats_dtype
+    keep = bool(needs) and math.prod(shape) * dtype.itemsize <= inputs.memory_budget
+    planes = inputs.keep(*shape, dtype=dtype) if keep else _empty(inputs, shape)
+    found = _statistics(inputs, planes, inputs.extras)
     saved = (found.excess, planes if keep else None) if needs else ()
     return tile_math.finished(inputs, [*found.logps_2T.unbind(), found.kl], found.extras, saved)
 
@@ -57,8 +72,7 @@ def backward(
 ) -> Gradients:
     excess, planes = saved
     if planes is None:
-        planes = _empty(inputs, _planes(inputs))
-        _statistics(inputs, planes)
+        planes = _again(inputs, only_p=g_kl_T is None)
     dz = _dz(inputs, planes, excess, g_logp_T, g_kl_T)
     dw = None
     if needs.weight:
@@ -75,12 +89,11 @@ def _dh(inputs: Inputs, dz: Tensor) -> Tensor:
     return torch.zeros_like(policy.hidden).index_copy_(0, index, dh_TD)
 
 
-def _planes(inputs: Inputs) -> torch.Size:
-    planes = 3 if inputs.policy.head.softcap is None else 4
-    return torch.Size((planes, inputs.rows.count, inputs.policy.head.weight.shape[0]))
+def _shape(inputs: Inputs, planes: int) -> tuple[int, int, int]:
+    return planes, inputs.rows.count, inputs.policy.head.weight.shape[0]
 
 
-def _empty(inputs: Inputs, shape: torch.Size) -> Tensor:
+def _empty(inputs: Inputs, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=inputs.stats_dtype, device=inputs.policy.hidden.device)
 
 
@@ -89,25 +102,43 @@ def _rows(inputs: Inputs, model: Model) -> Tensor:
     return model.hidden if index is None else model.hidden.index_select(0, index)
 
 
-def _statistics(inputs: Inputs, planes: Tensor) -> _Statistics:
-    """Of every row; and `planes`, filled."""
+def _logits_(out: Tensor, inputs: Inputs, model: Model) -> Tensor:
+    logits_(out, _rows(inputs, model), model.head.weight)
+    return tile_math.apply_head_(out, model.head, model.head.bias)
+
+
+def _again(inputs: Inputs, only_p: bool) -> Tensor:
+    """The planes, for backward; or of them no more than p and a softcap's slope."""
+    planes = _empty(inputs, _shape(inputs, _plane_count(inputs.policy.head)))
+    if not only_p:
+        _statistics(inputs, planes, ())
+        return planes
+    p, z, _, *slope = planes.unbind()
+    _logits_(z, inputs, inputs.policy)
+    if slope:
+        tile_math.softcap_slope(z, inputs.policy.head.softcap, out=slope[0])
+    torch.softmax(z, -1, out=p)
+    return planes
+
+
+def _statistics(inputs: Inputs, planes: Tensor, wanted: tuple[str, ...]) -> _Statistics:
+    """Of every row, with the extras if any is `wanted`; and `planes`, filled."""
     pair_2TV = planes[:2]
     p, q, p_less_q, *slope = planes.unbind()
     logits_2TV = _empty(inputs, pair_2TV.shape)
     z, r = logits_2TV.unbind()
-    for model, out in ((inputs.policy, z), (inputs.reference, r)):
-        logits_(out, _rows(inputs, model), model.head.weight)
-        tile_math.apply_head_(out, model.head, model.head.bias)
+    _logits_(z, inputs, inputs.policy)
+    _logits_(r, inputs, inputs.reference)
     if slope:
         tile_math.softcap_slope(z, inputs.policy.head.softcap, out=slope[0])
     labels_2T = logits_2TV.gather(2, inputs.rows.labels_T[:, None].expand(2, -1, 1))[..., 0]
     tops_2T, lse_2T = tile_math.softmax(logits_2TV, out=pair_2TV)
     extras = tile_math.Extras()
-    if inputs.extras:
+    if wanted:
         extras.add(z, p, tops_2T[0], lse_2T[0], scratch=p_less_q)
     half_y, _ = tile_math.half_log_ratio_(logits_2TV, tops_2T, torch.sub(*lse_2T.unbind()), out=z)
     excess, kl = tile_math.divergence_(half_y, p, q, p_less_q, scratch=r)
-    more = extras.results(tops_2T[0], lse_2T[0], labels_2T[0], z.shape[1]) if inputs.extras else {}
+    more = extras.results(tops_2T[0], lse_2T[0], labels_2T[0], z.shape[1]) if wanted else {}
     return _Statistics(labels_2T - tops_2T - lse_2T, kl, excess, more)
 
 

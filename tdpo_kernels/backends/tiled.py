@@ -3,8 +3,8 @@
 
 Forward, row blocks outside: both logits tiles, their parts (`tile_math.py`), one merge per row block. Backward: each
 tile's dz (`dlogits.py`) from the stage or from recomputed logits, then the products (7) (`sums.py`). Where Triton's
-kernels run, they do the row mathematics (`rowwise.py`), but for float64. A call that is one tile goes straight through
-(`one_tile.py`).
+kernels run, they do the row mathematics (`rowwise.py`), but for float64. A call that is one tile of fp32 or float64
+goes straight through (`one_tile.py`).
 """
 
 from __future__ import annotations
