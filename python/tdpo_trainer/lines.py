@@ -33,7 +33,7 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         try:
-            yield from ((where, value) for value in _values(line.decode()))
+            yield from ((where, value) for value in _values(line.decode().rstrip("\r\n")))
         except json.JSONDecodeError as error:
             raise BadPair(f"{where}: not JSON in UTF-8: {error.msg} (column {error.colno})") from error
         except UnicodeDecodeError as error:

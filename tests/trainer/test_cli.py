@@ -176,6 +176,7 @@ def test_other_columns_are_refused(here: Path, tmp_path: Path, capsys: pytest.Ca
     "line, said",
     [
         ('{"prompt": "a", "chosen": }', "not JSON in UTF-8: Expecting value (column 27)"),
+        ('{"prompt": "a"', "not JSON in UTF-8: Expecting ',' delimiter (column 15)"),
         ('{"prompt": "a", "chosen": "b"}', "field 'rejected' is missing: got prompt, chosen, wanted prompt, chosen,"),
     ],
 )
