@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
-from tdpo_kernels.backends import slab
+from tdpo_kernels.backends import products, slab
 from tdpo_kernels.types import Inputs, Model, Rows
 
 MIB = 2**20
@@ -100,6 +100,17 @@ def test_budget_zero_never_allocates_tokens_by_vocabulary(dtype: torch.dtype, op
 def test_budget_zero_never_allocates_it_for_any_shape(T: int, V: int):
     book = ledger(batch(T, V, 8), 0)
     assert book.most_elements < T * V and book.peak <= WORKSPACE + (T + V) * 8 * 4 * 2
+
+
+@pytest.mark.parametrize("budget", [0, 2**40])
+@pytest.mark.parametrize("T, V, D", [(1000, 1000, 16), (64, 1000, 1000), (32, 1024, 24000)])
+def test_a_small_call_takes_no_more_than_the_workspace(T: int, V: int, D: int, budget: int, monkeypatch):
+    """Where a product comes back in a new tensor, too; the first two are one tile, the last has too much of a head."""
+    monkeypatch.setattr(products, "mkl_is_held_back", lambda: True)
+    monkeypatch.setattr(products, "ONEDNN_LEAST", 0)
+    call = batch(T, V, D)
+    book = ledger(call, budget)
+    assert book.peak - own(call) <= WORKSPACE
 
 
 @pytest.mark.parametrize("budget", [0, BUDGET // 8, BUDGET, 2**40])

@@ -10,6 +10,7 @@ the label is.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,9 +103,12 @@ def _rows(inputs: Inputs, model: Model) -> Tensor:
     return model.hidden if index is None else model.hidden.index_select(0, index)
 
 
-def _logits_(out: Tensor, inputs: Inputs, model: Model) -> Tensor:
+def _logits_(out: Tensor, inputs: Inputs, model: Model, slope: Sequence[Tensor] = ()) -> None:
+    """And the slope of a softcap, if there is a place for it."""
     logits_(out, _rows(inputs, model), model.head.weight)
-    return tile_math.apply_head_(out, model.head, model.head.bias)
+    tile_math.apply_head_(out, model.head, model.head.bias)
+    for place in slope:
+        tile_math.softcap_slope(out, model.head.softcap, out=place)
 
 
 def _again(inputs: Inputs, only_p: bool) -> Tensor:
@@ -114,9 +118,7 @@ def _again(inputs: Inputs, only_p: bool) -> Tensor:
         _statistics(inputs, planes, ())
         return planes
     p, z, _, *slope = planes.unbind()
-    _logits_(z, inputs, inputs.policy)
-    if slope:
-        tile_math.softcap_slope(z, inputs.policy.head.softcap, out=slope[0])
+    _logits_(z, inputs, inputs.policy, slope)
     torch.softmax(z, -1, out=p)
     return planes
 
@@ -127,10 +129,8 @@ def _statistics(inputs: Inputs, planes: Tensor, wanted: tuple[str, ...]) -> _Sta
     p, q, p_less_q, *slope = planes.unbind()
     logits_2TV = _empty(inputs, pair_2TV.shape)
     z, r = logits_2TV.unbind()
-    _logits_(z, inputs, inputs.policy)
+    _logits_(z, inputs, inputs.policy, slope)
     _logits_(r, inputs, inputs.reference)
-    if slope:
-        tile_math.softcap_slope(z, inputs.policy.head.softcap, out=slope[0])
     labels_2T = logits_2TV.gather(2, inputs.rows.labels_T[:, None].expand(2, -1, 1))[..., 0]
     tops_2T, lse_2T = tile_math.softmax(logits_2TV, out=pair_2TV)
     extras = tile_math.Extras()
