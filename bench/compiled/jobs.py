@@ -126,6 +126,7 @@ def _specialised(kernel: JITFunction, arguments: dict[str, Any], aligned: bool) 
         types = ["constexpr" if path in fixed else part for path, part in parts.items()]
         signature[parameter.name] = type(given)(*types) if isinstance(given, tuple) else types[0]
         constants |= fixed
-        if not parameter.do_not_specialize and (aligned or parameter.name not in OF_MATRICES):
-            divisible += [path for path, part in zip(parts, types, strict=True) if part.startswith(("*", "i"))]
+        if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+            whole = [path for path, part in zip(parts, types, strict=True) if part.startswith(("*", "i"))]
+            divisible += whole if aligned or parameter.name not in OF_MATRICES else []
     return kernel, signature, constants, tuple(divisible)
