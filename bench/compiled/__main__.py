@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     targets = [TARGETS[name] for name in arguments.target or TARGETS]
     wanted = [job for target in targets for job in (core if arguments.core else jobs)(target)]
     with redirect_stdout(arguments.out):
+        print("python -m bench.compiled", *(sys.argv[1:] if argv is None else argv))
         return print_reports(wanted, arguments.jobs)
 
 
