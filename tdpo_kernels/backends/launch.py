@@ -16,18 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..tuning import Case, Device, TileConfig
-from ..tuning import _choose as _old_choose
-from ..tuning.heuristic import family_of, widths
-from ..tuning.table import TABLES
+from ..tuning import Case, Device, TileConfig, choose, family_of
 from ..types import LMHead
 
 STATE, EXTRAS, ROWS = 6, 2, 9  # rows of a part's state, of its extras, of what backward knows of a row
 INTERPRETED = Device("interpreter", "interpreter")
-
-
-def choose(case: Case, device: Device, width: int) -> TileConfig:
-    return _old_choose(case.relevant().with_columns(widths(case.kernel)), device, width, TABLES)
 
 
 class Head(NamedTuple):
