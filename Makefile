@@ -62,7 +62,7 @@ verify: $(READY)  ## every backend against float64
 	$(PY) -m tdpo_kernels verify
 
 kernels: $(READY)  ## every kernel configuration compiled for every target, without a GPU (minutes)
-	$(PY) -m tdpo_kernels kernels $(ARGS)
+	$(PY) -m bench.compiled $(ARGS)
 
 # triton alone, no torch: 3.6's interpreter needs numpy < 2.4, and no other package matters to a compiler.
 kernels-versions:  ## the same under the oldest and the newest Triton
@@ -70,7 +70,7 @@ kernels-versions:  ## the same under the oldest and the newest Triton
 		there=$(VENV)/triton-$${version%%.\*}; \
 		test -x $$there/bin/python || $(PYTHON) -m venv $$there; \
 		$$there/bin/python -m pip install -q "triton==$$version" "numpy<2.4"; \
-		$$there/bin/python tests/without_torch.py $(ARGS); \
+		$$there/bin/python -m bench.compiled $(ARGS); \
 	done
 
 bench: $(READY)  ## everything that a CPU can be measured by (20 minutes); rows go to bench/results/

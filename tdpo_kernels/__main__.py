@@ -1,5 +1,4 @@
-"""``python -m tdpo_kernels env | verify | kernels``: what runs here and why; every backend against float64; what the
-kernels compile to."""
+"""``python -m tdpo_kernels env | verify``: what runs here and why; every backend against float64."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ import sys
 
 import torch
 
-from . import kernels
 from .backends import availability, choose
 from .verify import Line, skipped, verify
 from .version import __version__
@@ -22,13 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("env", help="versions, devices, and each backend: available, or why not")
     check = commands.add_parser("verify", help="worst errors of every backend against float64; exits 1 on a failure")
     check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    offline = "what every shipped configuration compiles to, with no GPU; exits 1 on a fault"
-    kernels.add_arguments(commands.add_parser("kernels", help=offline))
     arguments = parser.parse_args(argv)
     if arguments.command == "env":
         return _env()
-    if arguments.command == "kernels":
-        return kernels.run(arguments)
     try:
         device = torch.device(arguments.device)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the truth is float64, and wants reading

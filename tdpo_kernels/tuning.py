@@ -77,7 +77,7 @@ def choose(case: Case, device: Device, width: int, explicit: TileConfig | None =
     """
     if explicit is not None:
         return explicit
-    own = _heuristic(case, device.arch, width)
+    own = heuristic(case, device.arch, width)
     known = asdict(replace(case, columns=own.C if case.columns else 0)).items()
     rows = [row for row in _table(device)["configs"] if row["case"].items() <= known and row["config"].K == own.K]
     return min(rows, key=lambda row: abs(log(row["D"] / width)))["config"] if rows else own
@@ -136,7 +136,7 @@ def family_of(arch: str) -> str:
     raise ValueError(f"no configuration for {arch!r}: there are some for {', '.join(RULES)}; pass one explicitly")
 
 
-def _heuristic(case: Case, arch: str, width: int) -> TileConfig:
+def heuristic(case: Case, arch: str, width: int) -> TileConfig:
     if case.columns > max(WIDTHS):
         raise ValueError(f"a tile of {case.columns} columns, wanted {max(WIDTHS)} at most")
     C = min(C for C in WIDTHS if C >= case.columns) if case.columns else 0
