@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import checks, pack
-from .backends import choose, grid, rowmath, sharded
+from .backends import BACKENDS, choose, grid, rowmath, sharded
 from .backends.logits import ruled_out
 from .types import Inputs, LMHead, Model, Needs, Rows, TokenStats, VocabParallelHead, stats_dtype
 
@@ -69,6 +69,7 @@ def token_stats(
     head, ref_head = checks.as_head(head, "head"), checks.as_head(ref_head, "ref_head")
     checks.check_inputs(hidden, head, ref_hidden, ref_head, labels)
     checks.check_options(ignore_index, shift, extras, memory_budget)
+    checks.check_backend(backend, BACKENDS)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, hidden)
     policy = Model(hidden, head, checks.compute_dtype(hidden, head, ""))
@@ -98,7 +99,8 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, ignore_index, extras, room, options = arguments
-        logp, kl, ref_logp, extra, *kept = _forward(*tensors, ignore_index, extras, room, *options)
+        run = _forward_op if torch.compiler.is_compiling() else _forward
+        logp, kl, ref_logp, extra, *kept = run(*tensors, ignore_index, extras, room, *options)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ref_logp, extra)
         if any(options[-1]):
@@ -111,7 +113,8 @@ class _TokenStats(torch.autograd.Function):
     def backward(ctx: Any, g_logp: Tensor | None, g_kl: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         grads = (None,) * 3
         if g_logp is not None or g_kl is not None:
-            grads = _backward(*_saved(ctx), g_logp, g_kl, *ctx.options)
+            run = _backward_op if torch.compiler.is_compiling() else _backward
+            grads = run(*_saved(ctx), g_logp, g_kl, *ctx.options)
         wanted = (g if need else None for g, need in zip(grads, ctx.options[-1], strict=True))
         return *wanted, *(None,) * (_ARGUMENTS - 3)
 
@@ -136,7 +139,7 @@ def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
-# --- the operators ----------------------------------------------------------------------------------------------------
+# --- the operators: what a graph has of the two functions below, which are called as they are where none is traced ----
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias"
 _OPTIONS = ", ".join(
@@ -174,7 +177,6 @@ def _models(tensors: tuple, options: tuple) -> tuple[Model, Model]:
     return _model(*tensors[:3], options[:_EACH]), _model(*tensors[3:], options[_EACH : 2 * _EACH])
 
 
-@torch.library.custom_op("tdpo_kernels::token_stats", mutates_args=(), schema=FORWARD, tags=TAGS)
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     labels, cu_seqlens, ignore_index, extras, room, *options, shift, backend, needs = args[_MODELS:]
     policy, reference = _models(args[:_MODELS], options)
@@ -189,6 +191,9 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     return logp, kl, ref_logp, extra, *_sized(found.row, rows, labels.numel()), kept
 
 
+_forward_op = torch.library.custom_op("tdpo_kernels::token_stats", _forward, mutates_args=(), schema=FORWARD, tags=TAGS)
+
+
 def _sized(row: Tensor, rows: Rows, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the row values, positions and labels of the rows that count, in the size of all rows, and how many do."""
     T, index = rows.count, rows.labels_T.new_zeros(2, count)
@@ -199,7 +204,7 @@ def _sized(row: Tensor, rows: Rows, count: int) -> tuple[Tensor, Tensor, Tensor]
     return row, index, torch.tensor(T)
 
 
-@_forward.register_fake
+@_forward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     labels, _, _, extras, room, *options, _, backend, _ = args[_MODELS:]
     policy, reference = _models(args[:_MODELS], options)
@@ -222,7 +227,6 @@ def _statistics(inputs: Inputs, backend: str, needs: Needs, kept: Tensor) -> row
         return found if out is None else rowmath.with_infinities(found, out)
 
 
-@torch.library.custom_op("tdpo_kernels::token_stats_backward", mutates_args=(), schema=BACKWARD, tags=TAGS)
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     row, index, count, kept, g_logp, g_kl, *options, shift, backend, needs = args[_MODELS:]
     policy, reference = _models(args[:_MODELS], options)
@@ -241,7 +245,12 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     return tuple(row.new_empty(0) if g is None else g for g in (dh, dw, db))  # an operator returns no None
 
 
-@_backward.register_fake
+_backward_op = torch.library.custom_op(
+    "tdpo_kernels::token_stats_backward", _backward, mutates_args=(), schema=BACKWARD, tags=TAGS
+)
+
+
+@_backward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     none = args[0].new_empty(0)
     return tuple(x.new_empty(x.shape) if need else none.clone() for x, need in zip(args[:3], args[-1], strict=True))

@@ -15,7 +15,6 @@ from . import rowmath
 from .grid import Grid, kept_tile
 from .logits import Side, Sums
 
-
 FP16_HEADROOM = 2.0**14  # |dz| is scaled to stay below it
 
 
