@@ -5,9 +5,11 @@ Tiles are fp32 ``(R, C)``, row values ``(R,)``. LOWEST stands for -inf, so that 
 that a bias rules out, and in those that a tile leaves to others, its label's and those past its last one. An
 exponential of LOWEST less a top is 0, and every weight below is one.
 
-What registers cost decides how this is written: a tile of both models' logits takes half of them. No exponential is
-asked for twice in the same words, or the compiler would keep the first one's tile until the second one.
+Registers decide how this is written: both models' tiles take half of them, so nothing of a tile's size may be kept from
+one pass over them to the next.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -16,6 +18,13 @@ LOWEST = tl.constexpr(-1e30)
 RULED_OUT = tl.constexpr(-1e29)  # a bias below this rules its column out
 NEAR = tl.constexpr(0.35)  # e^y - 1 - y is a series below, exponentials above
 FAR = tl.constexpr(8.0)  # from here on e^y is had from p itself, which cannot overflow
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def exp(x):
+    """Return e^x, or 0 where that is not a normal number. `tl.exp` keeps those, at twice the instructions."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -32,7 +41,7 @@ def psi_series(y):
 @triton.jit
 def expm1(y):
     """Return ``e^y - 1``."""
-    return tl.where(tl.abs(y) < NEAR, y + psi_series(y), tl.exp(y) - 1.0)
+    return tl.where(tl.abs(y) < NEAR, y + psi_series(y), exp(y) - 1.0)
 
 
 @triton.jit
@@ -68,7 +77,7 @@ def tanh(x):
 @triton.jit
 def softcap_slope(x, softcap):
     """Return d (softcap tanh(x / softcap)) / dx = sech^2(x / softcap), which 1 - tanh^2 has no digits of near 1."""
-    e = tl.exp(-2.0 * tl.abs(x / softcap))
+    e = exp(-2.0 * tl.abs(x / softcap))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
@@ -76,19 +85,27 @@ def softcap_slope(x, softcap):
 
 
 @triton.jit
-def part(z, r):
-    """Return the state of a tile: top_z, top_r, lse_z, lse_r, kl, gap.
-
-    A column is a part with KL 0, and y is too large by e in all of them where gap was rounded.
-    """
+def sums(z, r):
+    """Return the tops of a tile, and the log-sum-exps relative to them."""
     top_z, top_r = tl.max(z, 1), tl.max(r, 1)
-    lse_z, lse_r = tl.log(tl.sum(tl.exp(z - top_z[:, None]), 1)), tl.log(tl.sum(tl.exp(r - top_r[:, None]), 1))
+    s_z, s_r = tl.sum(exp(z - top_z[:, None]), 1), tl.sum(exp(r - top_r[:, None]), 1)
+    return top_z, top_r, tl.log(s_z), tl.log(s_r)
+
+
+@triton.jit
+def kl_and_gap(z, r, top_z, top_r, lse_z, lse_r):
+    """Return what is left of a tile's state. A column is a part with KL 0; where gap was rounded, y is too large by e
+    in all of them."""
     gap = lse_z - lse_r
     y = exact_difference(z, r, top_z, top_r) - gap[:, None]
-    q = tl.exp((r - top_r[:, None]) - lse_r[:, None])
+    top_z, top_r = (
+        tl.where(lse_z >= 0.0, top_z, 0.0),
+        tl.where(lse_r >= 0.0, top_r, 0.0),
+    )  # it is, unknown to compilers,
+    q = softmax(r, top_r, lse_r)  # who would keep r - top_r and z - top_z from `sums` until here
     more, psi = gained(q, y, z, top_z, lse_z)
     e = tl.sum(more, 1)
-    return top_z, top_r, lse_z, lse_r, not_negative(tl.sum(psi, 1) - 0.5 * e * e), gap + e
+    return not_negative(tl.sum(psi, 1) - 0.5 * e * e), gap + e
 
 
 @triton.jit
@@ -96,7 +113,7 @@ def gained(q, y, z, top_z, lse_z):
     """Return ``p - q`` and ``q psi(y)`` of each column."""
     near, far = tl.abs(y) < NEAR, y >= FAR
     series = psi_series(y)
-    power = tl.exp(tl.where(far, (z - top_z[:, None]) - lse_z[:, None], y))
+    power = exp(tl.where(far, (z - top_z[:, None]) - lse_z[:, None], y))
     more = tl.where(near, q * (y + series), tl.where(far, power, q * power) - q)
     return more, tl.where(near, q * series, more - q * y)
 
@@ -104,9 +121,8 @@ def gained(q, y, z, top_z, lse_z):
 @triton.jit
 def extras(z, top_z, lse_z, counts):
     """Return the entropy of a tile's own softmax, and the sum of its logits where `counts`."""
-    down = z - top_z[:, None]
-    entropy = lse_z - tl.sum(tl.exp(down) * down, 1) / tl.exp(lse_z)
-    return entropy, tl.sum(tl.where(counts, z, 0.0), 1)
+    log_p = (z - top_z[:, None]) - lse_z[:, None]
+    return -tl.sum(exp(log_p) * log_p, 1), tl.sum(tl.where(counts, z, 0.0), 1)
 
 
 # --- backward: eq. (9), from the state of the whole row ---------------------------------------------------------------
@@ -118,7 +134,7 @@ def dz_of_both(z, r, top_z, top_r, lse_z, lse_r, gap, a, b, c):
     y = exact_difference(z, r, top_z, top_r) - gap[:, None]
     q = softmax(r, top_r, lse_r)
     far = (y >= FAR) | (a == 0.0)[:, None]
-    power = tl.exp(tl.where(far, (z - top_z[:, None]) - lse_z[:, None], y))
+    power = exp(tl.where(far, (z - top_z[:, None]) - lse_z[:, None], y))
     more = tl.where(tl.abs(y) < NEAR, y + psi_series(y), power - 1.0)
     return tl.where(far, c[:, None] * power + a[:, None] * q, q * (b[:, None] + c[:, None] * more))
 
@@ -131,4 +147,4 @@ def dz_of_one(x, top, lse, b):
 
 @triton.jit
 def softmax(x, top, lse):
-    return tl.exp((x - top[:, None]) - lse[:, None])
+    return exp((x - top[:, None]) - lse[:, None])

@@ -1,13 +1,14 @@
 """Forward of a tile of logits, whoever made it: its state without the labels, its labels' logits; and the kernel of
 `fused`, which makes both models' tiles in registers.
 
-States are ``(parts, STATE, T)``, STATE being the six of `math.part`, and with EXTRAS the two of `math.extras`.
+States are ``(parts, STATE, T)``: the four of `math.sums`, the two of `math.kl_and_gap`, and with EXTRAS those of
+`math.extras`.
 """
 
 import triton
 import triton.language as tl
 
-from .math import LOWEST, extras, part
+from .math import LOWEST, extras, kl_and_gap, sums
 from .tile import ROWS, VARYING, product, store_tile, through_head, two_products
 
 
@@ -53,14 +54,22 @@ def reduce(z, r, labels, state, label_logits, rows, first, T, V, col, stride_lab
         tl.store(label_logits + stride_labels + rows, tl.sum(tl.where(is_label, r, 0.0), 1), mask=has_label)
     counts = (cols < V)[None, :] & (is_label == 0)
     z, r = tl.where(counts, z, LOWEST), tl.where(counts, r, LOWEST)
-    top_z, top_r, lse_z, lse_r, kl, gap = part(z, r)
-    tl.store(state + rows, top_z, mask=inside)
-    tl.store(state + T + rows, top_r, mask=inside)
-    tl.store(state + 2 * T + rows, lse_z, mask=inside)
-    tl.store(state + 3 * T + rows, lse_r, mask=inside)
-    tl.store(state + 4 * T + rows, kl, mask=inside)
-    tl.store(state + 5 * T + rows, gap, mask=inside)
-    if EXTRAS:
-        entropy, total = extras(z, top_z, lse_z, counts)
-        tl.store(state + 6 * T + rows, entropy, mask=inside)
-        tl.store(state + 7 * T + rows, total, mask=inside)
+    top_z, top_r, lse_z, lse_r = sums(z, r)
+    store(state, 0, top_z, rows, T)
+    store(state, 1, top_r, rows, T)
+    store(state, 2, lse_z, rows, T)
+    store(state, 3, lse_r, rows, T)
+    if T > 0:  # it is; but no compiler begins the next pass over the tiles within this one, for want of registers
+        if EXTRAS:
+            entropy, total = extras(z, top_z, lse_z, counts)
+            store(state, 6, entropy, rows, T)
+            store(state, 7, total, rows, T)
+    if T > 0:
+        kl, gap = kl_and_gap(z, r, top_z, top_r, lse_z, lse_r)
+        store(state, 4, kl, rows, T)
+        store(state, 5, gap, rows, T)
+
+
+@triton.jit
+def store(state, i: tl.constexpr, x, rows, T):
+    tl.store(state + i * T + rows, x, mask=rows < T)
