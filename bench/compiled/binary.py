@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
 KIB = 1024
+STACK = 16  # bytes a thread that may be spilled
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Build:
             descriptor with its block, a NamedTuple of types for one of arguments, ``"constexpr"`` for what is constant.
         constants: the value of each constant by its index path, ``(2,)`` or ``(2, 1)`` within a NamedTuple.
         divisible: the index paths of arguments that are multiples of 16: pointers in bytes, integers in value.
-        stack: bytes a thread that may be spilled.
         wide: whether products are meant for warpgroup instructions, where the target has some.
     """
 
@@ -64,7 +64,6 @@ class Build:
     constants: Mapping[tuple[int, ...], Any] = field(default_factory=dict)
     divisible: tuple[tuple[int, ...], ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-    stack: int = 0
     wide: bool = False
 
 
@@ -135,8 +134,8 @@ def report(build: Build, target: Target) -> Report:
 
 
 def _faults(build: Build, target: Target, out: Report) -> Iterator[str]:
-    if out.stack > build.stack:
-        yield f"{out.stack} bytes of stack, {build.stack} allowed"
+    if out.stack > STACK:
+        yield f"{out.stack} bytes of stack, {STACK} allowed"
     if out.shared > target.shared:
         yield f"{out.shared} bytes of shared memory, {target.name} has {target.shared}"
     if out.tensor_memory > target.tensor_memory:

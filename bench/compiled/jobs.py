@@ -107,7 +107,7 @@ def build_of(job: Job) -> Build:
     )  # fmt: skip
     specialised = _specialised(_kernel(case.kernel), arguments, case.aligned)
     wide = case.kernel.startswith("fused") and case.product != "ieee"
-    return Build(str(job), *specialised, config.options, config.stack, wide)
+    return Build(str(job), *specialised, config.options, wide)
 
 
 def _kernel(name: str) -> JITFunction:
