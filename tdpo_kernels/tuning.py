@@ -19,8 +19,7 @@ from functools import cache, lru_cache
 from math import log
 from pathlib import Path
 
-SWITCH, TABLES = "TDPO_KERNELS_TUNING", Path(__file__).parent / "tables"
-INTERPRETER = "interpreter"
+SWITCH, TABLES, INTERPRETER = "TDPO_KERNELS_TUNING", Path(__file__).parent / "tables", "interpreter"
 WIDTHS = (1024, 2048, 4096, 8192)  # of the tiles in memory that `tile_stats` and `tile_dz` have configurations for
 SMALL = 1024  # up to this hidden size a program's epilogue wants another's product beside it
 
@@ -41,8 +40,8 @@ class TileConfig:
     @property
     def options(self) -> dict[str, int | bool]:
         """Return a launch's options. A fused multiply-add would make a difference of equal logits a rounding error."""
-        capped = dict(maxnreg=self.registers) if self.registers else {}
-        return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=False, **capped)
+        options = dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=False)
+        return options | (dict(maxnreg=self.registers) if self.registers else {})
 
 
 @dataclass(frozen=True)
@@ -114,11 +113,11 @@ def _table(device: Device) -> dict[str, list[dict]]:
 
 FAMILIES = {"sm_8": "sm_80", "sm_9": "sm_90", "sm_10": "sm_100", "sm_11": "sm_100", "sm_12": "sm_80", "gfx9": "gfx942"}
 _C = TileConfig
-RULES = {  # plain; plain with a SMALL D; any other; fp32 without tensor cores. K is for 16 bits. None of them spills.
-    # within 99 KB of shared memory, as sm_86, sm_89 and sm_120 have
+# Plain; plain with a SMALL D; any other; fp32 without tensor cores. K is for 16 bits. None of them spills. sm_80's
+# fit the 99 KB of sm_86, sm_89 and sm_120. On sm_90 wgmma wants 64 rows, and 128 registers let two programs run at once.
+RULES = {
     "sm_80": (*[_C(64, 128, 32, 8, 4)] * 3, _C(64, 64, 32, 8, 2)),
     "sm_80 fused_dz": (*[_C(128, 128, 32, 8, 4)] * 2, _C(64, 128, 32, 8, 4), _C(64, 64, 32, 8, 2)),
-    # 64 rows at least, or there is no wgmma; with 128 registers two programs share a multiprocessor
     "sm_90": (_C(128, 128, 64, 8, 4, True), _C(128, 64, 64, 8, 3, True, 128), _C(128, 64, 64, 8, 4, True),
               _C(64, 64, 32, 8, 2, True)),
     "sm_100": (*[_C(128, 128, 64, 8, 4, True)] * 2, _C(128, 64, 64, 8, 4, True), _C(64, 64, 32, 8, 2, True)),
@@ -130,8 +129,7 @@ def family_of(arch: str) -> str:
     """Return the family whose configurations `arch` is given, or raise ValueError."""
     if family := next((FAMILIES[start] for start in FAMILIES if arch.startswith(start)), ""):
         return family
-    families = ", ".join(sorted(set(FAMILIES.values())))
-    raise ValueError(f"no configuration for {arch!r}: there are some for {families}; pass one explicitly")
+    raise ValueError(f"no configuration for {arch!r}: there are some for {sorted({*FAMILIES.values()})}; pass one")
 
 
 def heuristic(case: Case, arch: str, width: int) -> TileConfig:
@@ -143,8 +141,7 @@ def heuristic(case: Case, arch: str, width: int) -> TileConfig:
         return TileConfig(32, C or 128, 64)
     family = family_of(arch)
     if C:  # 16 elements a thread in 32 lanes
-        R = max(4096 // C, 1)
-        return TileConfig(R, C, warps=R * C // (1024 if family == "gfx942" else 512))
+        return TileConfig(max(4096 // C, 1), C, warps=max(4096, C) // (1024 if family == "gfx942" else 512))
     plain = case.aligned and not (case.softcap or case.extras)
     kind = 3 if case.product == "ieee" else 2 if not plain else 1 if width <= SMALL else 0
     config = RULES.get(f"{family} {case.kernel}", RULES[family])[kind]
