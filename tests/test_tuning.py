@@ -145,9 +145,7 @@ def test_other_architectures_get_what_they_are_most_like(arch: str):
 
 @pytest.mark.parametrize("arch", ["sm_75", "gfx1100", "xe2", ""])
 def test_an_unknown_architecture_says_what_there_is(arch: str):
-    with pytest.raises(
-        ValueError, match=f"no configuration for '{arch}': there are some for .'gfx942', 'sm_100', 'sm_80'"
-    ):
+    with pytest.raises(ValueError, match=f"no configuration for '{arch}': there are some for .'gfx942', 'sm_100'"):
         choose(STATS, Device("other", arch), 4096)
     assert choose(STATS, Device("other", arch), 4096, explicit=TUNED) == TUNED
 
