@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from exact import PROBLEMS, Array, Problem, long, made, problem
-from harness import F16, F32
+from harness import F16
 from launches import SMALL, dz_room, fused_dz, fused_stats, kept, row_values, tile_dz, tile_stats, tiles, whole
 from runnable import mainly
 from torch import Tensor
