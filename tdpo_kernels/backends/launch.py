@@ -66,27 +66,20 @@ class Launch:
         return f"{self.kernel} with {self.config!r}, {dtypes}, {flags}, on {self.device}"
 
 
-# --- what runs where --------------------------------------------------------------------------------------------------
-
-
 @cache
 def unavailable(device: torch.device) -> str:
     """Return why no kernel runs on `device`, or "". It is settled at the first call, as Triton does at its import."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
-        return _no_configuration(device)
+        try:
+            family_of(device_of(device).arch)
+        except ValueError as error:
+            return str(error)
+        return ""
     if os.environ.get("TRITON_INTERPRET") and _interpreting():
         return "" if device.type == "cpu" else f"the interpreter runs on a CPU, not on {device.type}"
     return f"Triton has no compiler for {device.type}; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests"
-
-
-def _no_configuration(device: torch.device) -> str:
-    try:
-        family_of(device_of(device).arch)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _interpreting() -> bool:
@@ -111,12 +104,9 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def tf32_is_allowed() -> bool:
-    """Whichever way it was said: the older getter raises once the newer setting was used."""
+    """Return whether torch was told so, whichever way: the older getter raises once the newer setting was used."""
     said = torch.backends.cuda.matmul.fp32_precision
     return (torch.backends.fp32_precision if said == "none" else said) == "tf32"
-
-
-# --- what configurations depend on ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -128,7 +118,7 @@ class Traits:
     width: int
 
     def config(self, kernel: str, columns: int = 0) -> TileConfig:
-        """`columns`: of a kernel whose caller cuts the tile."""
+        """Return a kernel's configuration; `columns` is the width of a tile in memory."""
         return _config(self, kernel, columns)
 
 
@@ -146,20 +136,17 @@ def traits_of(
         aligned: base and row stride of all four matrices that kernels are given are multiples of 16 bytes (`aligned`).
     """
     itemsize = max(dtype.itemsize for dtype in dtypes)
+    weights = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (head.weight for head in heads)]
     case = Case(
         kernel="fused_stats",
         product="16bit" if itemsize == 2 else precision(torch.float32),
-        one_head=_same(*(head.weight for head in heads)) and dtypes[0] == dtypes[1],
+        one_head=weights[0] == weights[1] and dtypes[0] == dtypes[1],
         bias=any(head.bias is not None for head in heads),
         softcap=any(head.softcap is not None for head in heads),
         extras=extras,
         aligned=aligned,
     )
     return Traits(case, device_of(device), heads[0].weight.shape[1])
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    return (x.data_ptr(), x.shape, x.stride(), x.dtype) == (y.data_ptr(), y.shape, y.stride(), y.dtype)
 
 
 def aligned(x: Tensor) -> bool:
@@ -170,11 +157,8 @@ def aligned(x: Tensor) -> bool:
 
 
 def head_of(head: LMHead, bias_C: Tensor | None) -> Head:
-    """`bias_C`: the head's, of the columns at hand, in the dtype of the products, contiguous."""
+    """Return what kernels know of `head`; `bias_C`: of the columns at hand, contiguous, in the products' dtype."""
     return Head(bias_C, float(head.logit_scale), None if head.softcap is None else float(head.softcap))
-
-
-# --- one function per kernel ------------------------------------------------------------------------------------------
 
 
 def fused_stats(
@@ -182,19 +166,19 @@ def fused_stats(
     states: Tensor, label_logits: Tensor, kept: Tensor | None,
 ) -> Launch:  # fmt: skip
     """Fill `states` ``(parts, STATE (+ EXTRAS), R)``, contiguous, `label_logits` ``(2, R)`` of labels that are here,
-    and `kept` ``(2, R, C)`` if given, with the products; `columns` of its stride beyond C are left alone."""
+    and `kept` ``(2, R, C)`` if given, with both products."""
     from ..device.stats import fused_stats as kernel
 
     config = traits.config("fused_stats")
-    operands, shapes = _operands(policy, reference, config), _shapes(policy, reference)
-    parts = _blocks(shapes["V"], config.C)
+    operands = _operands(policy, reference, config)
+    parts = _blocks(operands["V"], config.C)
     if parts != states.shape[0]:
-        raise ValueError(f"fused_stats: {config} makes {parts} parts of {shapes['V']} columns, not {states.shape[0]}")
+        raise ValueError(f"fused_stats: {config} makes {parts} parts of {operands['V']} columns, not {states.shape[0]}")
     if traits.case.one_head:
         operands["u"] = None
     flags = dict(PRECISION=precision(policy.hidden.dtype), EXTRAS=traits.case.extras)
-    kernel[_blocks(shapes["T"], config.R), parts](
-        **operands, **shapes, labels=labels_R, col=col, states=states, label_logits=label_logits, kept=kept,
+    kernel[_blocks(operands["T"], config.R), parts](
+        **operands, labels=labels_R, col=col, states=states, label_logits=label_logits, kept=kept,
         stride_labels=label_logits.stride(0), stride_kept=0 if kept is None else kept.stride(1),
         plane=0 if kept is None else kept.stride(0), R=config.R, C=config.C, K=config.K, **flags, **config.options,
     )  # fmt: skip
@@ -209,10 +193,9 @@ def fused_dz(
     from ..device.dlogits import fused_dz as kernel
 
     config = traits.config("fused_dz")
-    shapes = _shapes(policy, reference)
-    flags = dict(PRECISION=precision(policy.hidden.dtype))
-    kernel[_blocks(shapes["T"], config.R), _blocks(shapes["V"], config.C)](
-        **_operands(policy, reference, config), **shapes, labels=labels_R, col=col, row_values=row_values, dz=dz,
+    operands, flags = _operands(policy, reference, config), dict(PRECISION=precision(policy.hidden.dtype))
+    kernel[_blocks(operands["T"], config.R), _blocks(operands["V"], config.C)](
+        **operands, labels=labels_R, col=col, row_values=row_values, dz=dz,
         stride_rows=row_values.stride(0), stride_dz=dz.stride(0), R=config.R, C=config.C, K=config.K, **flags,
         **config.options,
     )  # fmt: skip
@@ -261,33 +244,27 @@ def _blocks(length: int, step: int) -> int:
 
 
 def _operands(policy: Operands, reference: Operands, config: TileConfig) -> dict[str, Any]:
-    """The matrices as the kernel loads them, and their strides."""
+    """Return what the kernels that multiply know of both models, by the names that it has there."""
+    shared = dict(
+        T=policy.hidden.shape[0], V=policy.weight.shape[0], D=policy.hidden.shape[1], E=reference.hidden.shape[1],
+        head=policy.head, ref_head=reference.head,
+    )  # fmt: skip
     matrices = dict(h=policy.hidden, w=policy.weight, g=reference.hidden, u=reference.weight)
     if not config.tma:
-        return matrices | dict(strides=Strides(*(x.stride(0) for x in matrices.values())))
+        return matrices | shared | dict(strides=Strides(*(x.stride(0) for x in matrices.values())))
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     boxes = dict(h=config.R, w=config.C, g=config.R, u=config.C)
     described = {name: TensorDescriptor.from_tensor(x, [boxes[name], config.K]) for name, x in matrices.items()}
-    return described | dict(strides=Strides(None, None, None, None))
-
-
-def _shapes(policy: Operands, reference: Operands) -> dict[str, Any]:
-    return dict(
-        T=policy.hidden.shape[0], V=policy.weight.shape[0], D=policy.hidden.shape[1], E=reference.hidden.shape[1],
-        head=policy.head, ref_head=reference.head,
-    )  # fmt: skip
+    return described | shared | dict(strides=Strides(None, None, None, None))
 
 
 def _launched(kernel: str, config: TileConfig, flags: dict[str, Any], *given: Operands | Head | Tensor) -> Launch:
-    """`given`: whatever a binary is compiled for the dtype or the alignment of."""
-    tensors: list[Tensor] = []
-    for x in given:
-        tensors += [x] if isinstance(x, Tensor) else [x.hidden, x.weight] if isinstance(x, Operands) else []
+    """Return what was launched; a binary is compiled for the dtype and the alignment of whatever is `given`."""
     heads = [x.head if isinstance(x, Operands) else x for x in given if not isinstance(x, Tensor)]
-    tensors += [head.bias for head in heads if head.bias is not None]
-    flags["bias"], flags["softcap"] = (
-        tuple(getattr(x, name) is not None for x in heads) for name in ("bias", "softcap")
-    )
+    tensors = [x for x in given if isinstance(x, Tensor)] + [head.bias for head in heads if head.bias is not None]
+    tensors += [x for side in given if isinstance(side, Operands) for x in (side.hidden, side.weight)]
+    flags["bias"] = tuple(head.bias is not None for head in heads)
+    flags["softcap"] = tuple(head.softcap is not None for head in heads)
     flags["divisible"] = tuple((x.data_ptr() % 16 == 0, x.stride(0) % 16 == 0) for x in tensors)
     return Launch(kernel, config, tuple(x.dtype for x in tensors), tuple(flags.items()), tensors[0].device)

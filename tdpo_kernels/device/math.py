@@ -52,8 +52,8 @@ def not_negative(x):
 
 @triton.jit
 def exact_difference(z, r, top_z, top_r):
-    """Return ``(z - top_z) - (r - top_r)``, rounded once: what rounding took from z - r and from the tops' difference
-    is had exactly and put back."""
+    """Return ``(z - top_z) - (r - top_r)`` to an eps of itself: what rounding took from z - r and from the tops'
+    difference is had exactly, and put back."""
     s = z - r
     b = s - z
     lost = (z - (s - b)) - (r + b)
