@@ -19,16 +19,15 @@ from functools import cache, lru_cache
 from math import log
 from pathlib import Path
 
-SWITCH, TABLES = "TDPO_KERNELS_TUNING", Path(__file__).parent / "tables"
-INTERPRETER = "interpreter"
-WIDTHS = {1024: 8, 2048: 0, 4096: 8, 8192: 280}  # of tiles in memory, and bytes a thread that may be spilled there
-SMALL = 1024  # up to this hidden size two programs share a multiprocessor, one's epilogue beside the other's product
+SWITCH, TABLES, INTERPRETER = "TDPO_KERNELS_TUNING", Path(__file__).parent / "tables", "interpreter"
+WIDTHS = (1024, 2048, 4096, 8192)  # of the tiles in memory that `tile_stats` and `tile_dz` have configurations for
+SMALL = 1024  # up to this hidden size a program's epilogue wants another's product beside it
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A launch: R rows by C columns a program, K of the inner dimension a step; operands by descriptor if `tma`.
-    `stack` is the bytes a thread that may be spilled: ``python -m bench.compiled`` fails on more."""
+    """A launch: R rows by C columns a program, K of the inner dimension a step; operands by descriptor if `tma`;
+    `registers` is the most that a thread may have on CUDA, 0 for what there is."""
 
     R: int
     C: int = 1
@@ -36,12 +35,13 @@ class TileConfig:
     warps: int = 4
     stages: int = 1
     tma: bool = False
-    stack: int = 0
+    registers: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Return a launch's options. A fused multiply-add would make a difference of equal logits a rounding error."""
-        return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=False)
+        options = dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=False)
+        return options | (dict(maxnreg=self.registers) if self.registers else {})
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,15 @@ def _table(device: Device) -> dict[str, list[dict]]:
 
 FAMILIES = {"sm_8": "sm_80", "sm_9": "sm_90", "sm_10": "sm_100", "sm_11": "sm_100", "sm_12": "sm_80", "gfx9": "gfx942"}
 _C = TileConfig
-RULES = {  # fused_stats, then fused_dz: plain with a large D; any other; without tensor cores. K is for 16 bits
-    # within 99 KB of shared memory, as sm_86, sm_89 and sm_120 have
-    "sm_80": ((_C(64, 128, 32, 8, 3, stack=160), _C(64, 64, 32, 8, 3, stack=224), _C(64, 64, 32, 8, 2, stack=40)),
-              (_C(128, 128, 32, 8, 3, stack=136), _C(128, 128, 32, 8, 3, stack=136), _C(64, 128, 32, 8, 2, stack=8))),
-    # 64 rows at least, or there is no wgmma
-    "sm_90": ((_C(128, 128, 64, 8, 3, True), _C(128, 64, 64, 8, 4, True), _C(64, 64, 32, 8, 2, True, 40)),
-              (_C(128, 128, 64, 8, 3, True), _C(64, 128, 64, 8, 4, True), _C(64, 128, 32, 8, 2, True, 8))),
-    # accumulators are in tensor memory; with 16 warps there is no tcgen05
-    "sm_100": ((_C(128, 64, 64, 8, 4, True, 320), _C(128, 64, 64, 8, 4, True, 320), _C(64, 64, 32, 8, 2, True, 40)),
-               (_C(128, 128, 64, 8, 3, True, 16), _C(64, 128, 64, 8, 4, True), _C(64, 128, 32, 8, 2, True, 8))),
-    # 4 warps of 64 lanes can have 512 registers a thread, 8 have 256
-    "gfx942": ((_C(128, 128, 32, 8, 2, stack=32), _C(64, 128, 32, 4, 2), _C(64, 128, 32, 4, 2)),
-               (_C(128, 128, 32, 8, 2, stack=20), _C(128, 128, 32, 8, 2, stack=20), _C(128, 128, 32, 8, 2, stack=20))),
+# Plain; plain with a SMALL D; any other; fp32 without tensor cores. K is for 16 bits. None of them spills. sm_80's
+# fit the 99 KB of sm_86, sm_89 and sm_120. On sm_90 wgmma wants 64 rows, 128 registers let two programs run at once.
+RULES = {
+    "sm_80": (*[_C(64, 128, 32, 8, 4)] * 3, _C(64, 64, 32, 8, 2)),
+    "sm_80 fused_dz": (*[_C(128, 128, 32, 8, 4)] * 2, _C(64, 128, 32, 8, 4), _C(64, 64, 32, 8, 2)),
+    "sm_90": (_C(128, 128, 64, 8, 4, True), _C(128, 64, 64, 8, 3, True, 128), _C(128, 64, 64, 8, 4, True),
+              _C(64, 64, 32, 8, 2, True)),
+    "sm_100": (*[_C(128, 128, 64, 8, 4, True)] * 2, _C(128, 64, 64, 8, 4, True), _C(64, 64, 32, 8, 2, True)),
+    "gfx942": (*[_C(128, 128, 32, 8, 2)] * 3, _C(128, 64, 32, 8, 2)),
 }  # fmt: skip
 
 
@@ -133,10 +129,11 @@ def family_of(arch: str) -> str:
     """Return the family whose configurations `arch` is given, or raise ValueError."""
     if family := next((FAMILIES[start] for start in FAMILIES if arch.startswith(start)), ""):
         return family
-    raise ValueError(f"no configuration for {arch!r}: there are some for {', '.join(RULES)}; pass one explicitly")
+    raise ValueError(f"no configuration for {arch!r}: there are some for {sorted({*FAMILIES.values()})}; pass one")
 
 
 def heuristic(case: Case, arch: str, width: int) -> TileConfig:
+    """Return the configuration that stands in for a measured one, or raise ValueError."""
     if case.columns > max(WIDTHS):
         raise ValueError(f"a tile of {case.columns} columns, wanted {max(WIDTHS)} at most")
     C = min(C for C in WIDTHS if C >= case.columns) if case.columns else 0
@@ -144,11 +141,10 @@ def heuristic(case: Case, arch: str, width: int) -> TileConfig:
         return TileConfig(32, C or 128, 64)
     family = family_of(arch)
     if C:  # 16 elements a thread in 32 lanes
-        R = max(4096 // C, 1)
-        return TileConfig(R, C, warps=R * C // (1024 if family == "gfx942" else 512), stack=WIDTHS[C])
-    plain = case.aligned and width > SMALL and not (case.bias or case.softcap or case.extras)
-    kind = 2 if case.product == "ieee" else 0 if plain else 1
-    config = RULES[family][case.kernel == "fused_dz"][kind]
+        return TileConfig(max(4096 // C, 1), C, warps=max(4096, C) // (1024 if family == "gfx942" else 512))
+    plain = case.aligned and not (case.softcap or case.extras)
+    kind = 3 if case.product == "ieee" else 2 if not plain else 1 if width <= SMALL else 0
+    config = RULES.get(f"{family} {case.kernel}", RULES[family])[kind]
     if not case.aligned:  # no descriptors, and no copies that run ahead of the products
         config = replace(config, K=min(config.K, 32), stages=2, tma=False)
     return config if case.product == "16bit" else replace(config, K=config.K // 2)

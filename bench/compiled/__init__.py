@@ -1,7 +1,6 @@
 """What every shipped configuration of a kernel compiles to, without a GPU: ``python -m bench.compiled``.
 
-`binary` compiles one kernel for one target and reads the binary, `jobs` says which and how a launch specialises them.
-Triton is all they need. Where torch is not installed the library's own ``__init__``, which imports it, is passed over.
+Triton is all that it needs: where torch is not installed, the library's own ``__init__``, which imports it, is not run.
 """
 
 import importlib.util

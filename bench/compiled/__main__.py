@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import astuple
+from importlib.metadata import version
 from multiprocessing import get_context
-
-from tdpo_kernels.tuning import TileConfig
 
 from .binary import TARGETS, unavailable
 from .jobs import Job, attempt, core, jobs
@@ -39,27 +38,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def print_reports(wanted: list[Job], workers: int = 2) -> int:
-    """Print a line for each job as it is done; return 1 if any has a fault, else 0.
-
-    Processes, not threads: before Python 3.13 two threads in `ast.parse`, where Triton begins, can fail each other.
-    """
-    import triton
-
-    print(f"triton {triton.__version__}, {len(wanted)} builds\n\n{WHAT_IT_IS}\n")
+    """Print a line for each job as it is done; return 1 if any has a fault, else 0."""
+    print(f"triton {version('triton')}, {len(wanted)} builds\n\n{WHAT_IT_IS}\n")
     print(_line("target", "case", "tile", COLUMNS))
-    failed = 0
+    failed = 0  # processes, not threads: before Python 3.13 two threads in `ast.parse` can fail each other
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for job, made in zip(wanted, pool.map(attempt, wanted), strict=True):
-            *numbers, seconds, faults = astuple(made)
-            print(_line(job.target.name, str(job), _tile(job.config), [*numbers, f"{seconds:.1f}"]))
+            (*numbers, seconds, faults), config = astuple(made), job.config
+            tile = f"{config.R}x{config.C}x{config.K} w{config.warps} s{config.stages}{' tma' if config.tma else ''}"
+            print(_line(job.target.name, str(job), tile, [*numbers, f"{seconds:.1f}"]))
             print("".join(f"  FAILED: {fault}\n" for fault in faults), end="", flush=True)
             failed += bool(faults)
     print(f"\n{len(wanted) - failed} sound, {failed} failed")
     return 1 if failed else 0
-
-
-def _tile(config: TileConfig) -> str:
-    return f"{config.R}x{config.C}x{config.K} w{config.warps} s{config.stages}{' tma' if config.tma else ''}"
 
 
 def _line(target: str, case: str, tile: str, columns: Iterable[object]) -> str:

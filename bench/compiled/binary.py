@@ -8,15 +8,17 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from triton.compiler import CompiledKernel
-    from triton.runtime.jit import JITFunction
+    from triton.compiler import ASTSource, CompiledKernel
 
 KIB = 1024
+STACK = 16  # bytes a thread that may be spilled
+MMA = r"([HIDBQO]MMA|[HIQB]GMMA|UTC[HIQO]MMA)\b|v_s?mfmac?_"
+BULK_COPY = r"(UTMALDG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED)\b"
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,13 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Build:
-    """One kernel, specialised as a launch would.
-
-    Args:
-        signature: the type of every argument: ``"*bf16"``, ``"i32"``, ``"tensordesc<bf16[128, 64]>"`` for a host
-            descriptor with its block, a NamedTuple of types for one of arguments, ``"constexpr"`` for what is constant.
-        constants: the value of each constant by its index path, ``(2,)`` or ``(2, 1)`` within a NamedTuple.
-        divisible: the index paths of arguments that are multiples of 16: pointers in bytes, integers in value.
-        stack: bytes a thread that may be spilled.
-        wide: whether products are meant for warpgroup instructions, where the target has some.
-    """
+class Build(NamedTuple):
+    """One kernel, specialised as a launch would: its source with the types and constants of its arguments, and options.
+    `wide` says that its products are meant for warpgroup instructions, where the target has some."""
 
     name: str
-    kernel: JITFunction
-    signature: Mapping[str, Any]
-    constants: Mapping[tuple[int, ...], Any] = field(default_factory=dict)
-    divisible: tuple[tuple[int, ...], ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-    stack: int = 0
+    source: ASTSource
+    options: dict[str, Any]
     wide: bool = False
 
 
@@ -101,13 +90,10 @@ def compiled(build: Build, target: Target) -> CompiledKernel:
     """Return what Triton makes of the build, or raise RuntimeError that names the kernel and the target."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    attributes = {path: [["tt.divisibility", 16]] for path in build.divisible}
-    source = ASTSource(build.kernel, dict(build.signature), dict(build.constants), attributes)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     try:
-        return triton.compile(source, target=gpu, options=dict(build.options))
+        return triton.compile(build.source, target=gpu, options=build.options)
     except Exception as error:
         raise RuntimeError(f"{build.name}: does not compile for {target.name}: {error}") from error
 
@@ -121,32 +107,22 @@ def report(build: Build, target: Target) -> Report:
         return Report(faults=(" ".join(str(error).split()),))
     seconds = time.perf_counter() - start
     registers, stack, opcodes = (_read_cuda if target.backend == "cuda" else _read_hip)(kernel)
-    out = Report(
-        registers,
-        stack,
-        kernel.metadata.shared,
-        getattr(kernel.metadata, "tmem_size", None) or 0,
-        mma=_count(r"([HIDBQO]MMA|[HIQB]GMMA|UTC[HIQO]MMA)\b|v_s?mfmac?_", opcodes),
-        wide=_count(target.wide or "$", opcodes),
-        tma=_count(r"(UTMALDG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED)\b", opcodes),
-        seconds=seconds,
-    )
+    shared, tensor_memory = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", None) or 0
+    patterns = MMA, target.wide or "$", BULK_COPY
+    counts = (sum(bool(re.match(pattern, opcode)) for opcode in opcodes) for pattern in patterns)
+    out = Report(registers, stack, shared, tensor_memory, *counts, seconds)
     return replace(out, faults=(*_faults(build, target, out),))
 
 
 def _faults(build: Build, target: Target, out: Report) -> Iterator[str]:
-    if out.stack > build.stack:
-        yield f"{out.stack} bytes of stack, {build.stack} allowed"
+    if out.stack > STACK:
+        yield f"{out.stack} bytes of stack, {STACK} allowed"
     if out.shared > target.shared:
         yield f"{out.shared} bytes of shared memory, {target.name} has {target.shared}"
     if out.tensor_memory > target.tensor_memory:
         yield f"{out.tensor_memory} columns of tensor memory, {target.name} has {target.tensor_memory}"
     if build.wide and target.wide and not out.wide:
         yield f"no product of a whole warpgroup though it is wanted: {out.mma} narrower ones instead"
-
-
-def _count(pattern: str, opcodes: list[str]) -> int:
-    return sum(bool(re.match(pattern, opcode)) for opcode in opcodes)
 
 
 def _read_cuda(kernel: CompiledKernel) -> tuple[int, int, list[str]]:
