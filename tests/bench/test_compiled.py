@@ -195,9 +195,8 @@ def launch_all(
     traits = launch.traits_of((head, ref_head), (dtype, dtype), heavy, cpu, launch.aligned(policy.hidden))
     labels, label_logits, row_values = torch.arange(row + T)[row:], torch.zeros(2, row + T)[:, row:], torch.zeros(9, T)
     kept, dz = torch.zeros(2, T, 1008)[..., :V], torch.zeros(T, 1008, dtype=dtype)[:, :V]
-    states = [
-        torch.zeros(1 + parts, 8 if heavy else 6, T)[1:] for parts in (-(-V // traits.config("fused_stats").C), 1)
-    ]
+    parts, height = -(-V // traits.config("fused_stats").C), 8 if heavy else 6
+    states = [torch.zeros(1 + n, height, T)[1:] for n in (parts, 1)]
     case, both, heads = traits.case, (policy, reference), (policy.head, reference.head)
     for to in (None, kept):
         made = launch.fused_stats(traits, *both, labels, col, states[0], label_logits, to)
