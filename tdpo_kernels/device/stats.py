@@ -34,7 +34,7 @@ def fused_stats(
     rows = row + tl.arange(0, R)
     if kept is not None:
         store_tile(kept, z, rows, first, T, V, stride_kept, C)
-        store_tile(kept + tl.multiple_of(plane, 16), r, rows, first, T, V, stride_kept, C)
+        store_tile(kept + plane, r, rows, first, T, V, stride_kept, C)
     _, z = through_head(z, head, first, V, C)
     _, r = through_head(r, ref_head, first, V, C)
     states += tl.program_id(1).to(tl.int64) * (6 + 2 * EXTRAS) * T

@@ -10,7 +10,7 @@ from .math import LOWEST, RULED_OUT, tanh
 
 # Follow from the rows and columns at hand: no binary of their own where one of them is 1 or a multiple of 16, which
 # would be compiled, and be in need of its self-check, in the middle of a run.
-VARYING = ("T", "V", "col", "stride_labels", "stride_rows", "plane")
+VARYING = ("T", "V", "col", "stride_labels", "stride_rows")
 ROWS = ("labels", "states", "label_logits", "row_values")  # the same goes for where a block's rows begin in these
 
 

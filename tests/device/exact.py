@@ -162,9 +162,9 @@ def problem(kind: str, T: int = 21, V: int = 86, seed: int = 0, dtype: torch.dty
     elif name == "sure":  # by so many nats, in both models
         sure = torch.zeros(T, V, dtype=F64).scatter_(1, labels[:, None], x[0] + z.logsumexp(1, keepdim=True))
         z, r = z + sure, z + 0.3 * noise + sure
-    elif name == "moved":  # one column of the policy's
+    elif name in ("loved", "hated"):  # one column, by the policy or by the reference
         r = z + 0.5 * noise
-        z[:, V // 2] += x[0]
+        (z if name == "loved" else r)[:, V // 2] += x[0] if name == "loved" else -x[0]
     else:
         r = z + 0.5 * noise
     return Problem((z.float(), r.float()), labels, dtype)
@@ -183,7 +183,7 @@ def biased(p: Problem, out: tuple[int, ...] = (), only: int | None = None, **mor
 OUT = (*range(32, 64), 70, 85)
 KINDS = (
     "peaked", "flat", "general", "near_1e-3_0", "near_1e-4_7", "near_1e-5_0", "near_1e-3_1000", "sure_15", "sure_20",
-    "sure_30", "moved_-104", "moved_45", "moved_300",
+    "sure_30", "loved_-104", "loved_45", "loved_300", "hated_12", "hated_104", "hated_300",
 )  # fmt: skip
 PROBLEMS = {kind: lambda kind=kind: problem(kind) for kind in KINDS} | {
     "fp16": lambda: problem("general", dtype=torch.float16),
