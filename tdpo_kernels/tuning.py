@@ -78,8 +78,8 @@ def choose(case: Case, device: Device, width: int, explicit: TileConfig | None =
     if explicit is not None:
         return explicit
     own = heuristic(case, device.arch, width)
-    known = asdict(replace(case, columns=own.C if case.columns else 0)).items()
-    rows = [row for row in _table(device)["configs"] if row["case"].items() <= known and row["config"].K == own.K]
+    rows = [row for row in _table(device)["configs"] if row["case"].items() <= asdict(case).items()]
+    rows = [row for row in rows if row["config"].K == own.K and (row["config"].C == own.C or not case.columns)]
     return min(rows, key=lambda row: abs(log(row["D"] / width)))["config"] if rows else own
 
 
@@ -97,16 +97,17 @@ def estimated_winner(D: int) -> str:
 
 @cache
 def _table(device: Device) -> dict[str, list[dict]]:
-    file = f"{re.sub(r'[^a-z0-9]+', '-', device.name.lower()).strip('-')}.json"
-    path = Path(os.environ.get(SWITCH) or TABLES / file)
-    if path == TABLES / file and not path.is_file():
+    path = Path(os.environ.get(SWITCH) or TABLES / f"{re.sub(r'[^a-z0-9]+', '-', device.name.lower()).strip('-')}.json")
+    if path.parent == TABLES and not path.is_file():
         return {"configs": [], "winners": []}
     try:
         data = json.loads(path.read_text())
         if data["arch"] != device.arch:
             raise ValueError(f"it was measured on {data['arch']}, this device is {device.arch}")
-        configs = [dict(case=row["case"], D=row["D"], config=TileConfig(**row["config"])) for row in data["configs"]]
-        return dict(configs=configs, winners=data["winners"])
+        for row in data["configs"]:
+            row["config"], row["D"] = TileConfig(**row["config"]), int(row["D"])
+            row["case"].pop("columns", 0)  # the width of a tile is its configuration's
+        return {"configs": data["configs"], "winners": data["winners"]}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the tuning table {path}: {type(error).__name__}: {error}") from error
 
@@ -142,9 +143,8 @@ def heuristic(case: Case, arch: str, width: int) -> TileConfig:
     family = family_of(arch)
     if C:  # 16 elements a thread in 32 lanes
         return TileConfig(max(4096 // C, 1), C, warps=max(4096, C) // (1024 if family == "gfx942" else 512))
-    plain = case.aligned and not (case.softcap or case.extras)
-    kind = 3 if case.product == "ieee" else 2 if not plain else 1 if width <= SMALL else 0
-    config = RULES.get(f"{family} {case.kernel}", RULES[family])[kind]
+    rules, heavy = RULES.get(f"{family} {case.kernel}", RULES[family]), case.softcap or case.extras or not case.aligned
+    config = rules[3 if case.product == "ieee" else 2 if heavy else width <= SMALL]
     if not case.aligned:  # no descriptors, and no copies that run ahead of the products
         config = replace(config, K=min(config.K, 32), stages=2, tma=False)
     return config if case.product == "16bit" else replace(config, K=config.K // 2)

@@ -92,10 +92,11 @@ def build_of(job: Job) -> Build:
     operand = "*" + kind
     h, w = (f"tensordesc<{kind}[{n}, {config.K}]>" if config.tma else operand for n in (config.R, config.C))
     head = Head(operand if case.bias else None, "fp32", "fp32" if case.softcap else None)
+    u = None if case.one_head and case.kernel == "fused_stats" else w
     strides = Strides(*[None if config.tma else "i32"] * 4)
     z_tile, r_tile = ("*fp32" if given else None for given in job.tiles)
     arguments = dict(
-        h=h, w=w, g=h, u=None if case.one_head else w, strides=strides, head=head, ref_head=head, labels="*i64",
+        h=h, w=w, g=h, u=u, strides=strides, head=head, ref_head=head, labels="*i64",
         states="*fp32", label_logits="*fp32", kept="*fp32" if job.kept else None, row_values="*fp32", dz=operand,
         z_tile=z_tile, r_tile=r_tile, R=config.R, C=config.C, K=config.K, EXTRAS=case.extras,
         PRECISION="tf32" if case.product == "tf32" else "ieee",

@@ -177,7 +177,9 @@ def seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> See
     return it
 
 
-def launch_all(seen: Seen, dtype: torch.dtype, T: int, row: int = 0, *, heavy: bool, first: int = 0) -> None:
+def launch_all(
+    seen: Seen, dtype: torch.dtype, T: int, row: int = 0, *, heavy: bool, one_head: bool = False, first: int = 0
+):
     """Launch every kernel on T rows from `row` on, with hidden states that begin `first` elements into their memory."""
     V, col, cpu = 1000, 2000, torch.device("cpu")
 
@@ -188,11 +190,13 @@ def launch_all(seen: Seen, dtype: torch.dtype, T: int, row: int = 0, *, heavy: b
         hidden = torch.zeros((row + T) * D + first, dtype=dtype)[first:].view(row + T, D)[row:]
         return head, launch.Operands(hidden, head.weight[col : col + V], of_columns)
 
-    (head, policy), (ref_head, reference) = operands(64), operands(96)
+    head, policy = operands(64)
+    ref_head, reference = (head, policy) if one_head else operands(96)
     traits = launch.traits_of((head, ref_head), (dtype, dtype), heavy, cpu, launch.aligned(policy.hidden))
     labels, label_logits, row_values = torch.arange(row + T)[row:], torch.zeros(2, row + T)[:, row:], torch.zeros(9, T)
     kept, dz = torch.zeros(2, T, 1008)[..., :V], torch.zeros(T, 1008, dtype=dtype)[:, :V]
-    states = [torch.zeros(parts, 8 if heavy else 6, T) for parts in (-(-V // traits.config("fused_stats").C), 1)]
+    parts, height = -(-V // traits.config("fused_stats").C), 8 if heavy else 6
+    states = [torch.zeros(1 + n, height, T)[1:] for n in (parts, 1)]
     case, both, heads = traits.case, (policy, reference), (policy.head, reference.head)
     for to in (None, kept):
         made = launch.fused_stats(traits, *both, labels, col, states[0], label_logits, to)
@@ -208,9 +212,9 @@ def launch_all(seen: Seen, dtype: torch.dtype, T: int, row: int = 0, *, heavy: b
 
 def test_one_launch_is_one_binary_and_the_one_that_the_report_compiles(seen: Seen):
     """Or a run would compile in its middle, and launch what never checked itself and what nobody looked through."""
-    for heavy, dtype in product((False, True), (torch.bfloat16, torch.float32)):
+    for heavy, one_head, dtype in product((False, True), (False, True), (torch.bfloat16, torch.float32)):
         for T, row in ((1, 0), (16, 0), (33, 16), (50, 33), (128, 50), (131, 1)):
-            launch_all(seen, dtype, T, row, heavy=heavy)
+            launch_all(seen, dtype, T, row, heavy=heavy, one_head=one_head)
     assert {made.kernel for made in seen.binaries} == {"fused_stats", "fused_dz", "tile_stats", "tile_dz"}
     for made, binaries in seen.binaries.items():
         assert len(binaries) == 1, f"{made}: {frozenset.union(*binaries) - frozenset.intersection(*binaries)}"
