@@ -146,7 +146,7 @@ def _measure(name: str, provider: str, length: int, device: torch.device) -> int
     def run() -> None:
         step.backward(step.forward())
 
-    return memory.resident_peak(run) if device.type == "cpu" else memory.allocator_peak(run, device)
+    return memory.peak(run, device)
 
 
 class Loop:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from .. import roofline, step
 from ..conditions import Conditions
-from ..providers.ours import EVERYTHING, MB
+from ..providers import BUDGETS
 from ..roofline import Ceiling
 from ..rows import Row, Spread
 from ..shapes import SHAPES, Shape
 
 BUSY = 0.1  # cores; above it times say more about the neighbours
-PRODUCT = "gemm"  # what the campaign on a GPU compares with: one product, not the floor's four
+LABELS = {budget: label for label, budget in BUDGETS.items()}
 LESS = "computes less: log-probabilities, no KL"
 
 
@@ -57,18 +57,16 @@ def _speed(rows: list[Row]) -> Table:
     first = rows[0]
     asks = f": {SHAPES[first.shape].asks}" if first.shape in SHAPES else ""
     title = f"{first.shape} (T={first.T:,}, V={first.V:,}, D={first.D:,}){asks}"
-    unit = "one product" if any(row.provider == PRODUCT for row in rows) else "floor"
     columns: dict[str, Callable[[Row], str]] = {
         "dtype": lambda row: row.dtype,
         "provider": label,
-        f"time / {unit} (p20-p80)": lambda row: _spread(row.ratio, 1.0, 2) if row.ratio else _why(row),
-        "of floor": lambda row: f"{100 / row.ratio[0]:.0f} %" if row.ratio and unit == "floor" else "-",
+        "time / floor (p20-p80)": _ratio,
+        "of floor": lambda row: f"{100 / row.ratio[0]:.0f} %" if row.ratio else "-",
         "G": lambda row: f"{units:.1f}" if (units := in_gemms(row)) else "-",
         "time (p20-p80)": lambda row: _time(row.seconds),
         "forward": lambda row: _time(row.forward, spread=False),
         "backward": lambda row: _time(row.backward, spread=False),
         "extra memory": lambda row: size(row.peak_extra_bytes),
-        "energy": lambda row: f"{row.joules[0]:.1f} J" if row.joules else "-",
         "error vs float64": lambda row: "-" if row.error is None else f"{row.error:.1e}",
     }
     return _table(title, columns, rows, [*_conditions(rows), *_ceilings(rows), *_partial(rows), *_warning(rows)])
@@ -124,9 +122,8 @@ def label(row: Row) -> str:
     """The name it was asked for by."""
     name = row.provider
     if row.budget_bytes is not None:
-        budget = row.budget_bytes
-        name += "@all" if budget >= EVERYTHING else f"@{budget // MB}MB" if budget >= MB else f"@{budget}"
-    return name + (" *" if row.partial else "") + (", cold" if row.cache == "cold" else "")
+        name += f"@{LABELS.get(row.budget_bytes, row.budget_bytes)}"
+    return name + (" *" if row.partial else "")
 
 
 def in_gemms(row: Row) -> float | None:
@@ -140,6 +137,13 @@ def _shape(row: Row) -> Shape:
     """As much of it as roofline counts: all rows are valid in it, as many as counted."""
     rows = row.rows if row.rows is not None else row.T
     return Shape(row.shape, rows, row.V, row.D, "", (), row.rounds, pairs=1, trainable=row.trainable)
+
+
+def _ratio(row: Row) -> str:
+    """Return the time in units of the floor, and what is wrong with it."""
+    if not row.ratio:
+        return _why(row)
+    return _spread(row.ratio, 1.0, 2) + (f" {_why(row)}" if row.red else "")
 
 
 def _why(row: Row) -> str:
