@@ -68,7 +68,9 @@ def make_problem(shape: Shape, dtype: str, device: torch.device | str = "cpu", s
     elif shape.layout != "contiguous":
         one_head, weight = shape.one_head, _laid_out(weight, shape.layout)
         ref_weight = weight if one_head else _laid_out(ref_weight, shape.layout)
-    weight_leaf = weight.detach().requires_grad_(shape.trainable and shape.gradients)  # a reference may share its memory
+    weight_leaf = weight.detach().requires_grad_(
+        shape.trainable and shape.gradients
+    )  # a reference may share its memory
     return Problem(
         hidden.requires_grad_(shape.gradients), weight_leaf, ref_hidden, ref_weight, labels, shape.softcap, prompt
     )

@@ -67,10 +67,10 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 def load(path: Path) -> list[Row]:
     lines = path.read_text().splitlines() if path.exists() else []
-    return [_row(json.loads(line)) for line in lines if line.strip()]
+    return [parse(json.loads(line)) for line in lines if line.strip()]
 
 
-def _row(data: dict) -> Row:
+def parse(data: dict) -> Row:
     """Return the row of a line. What older rows had and rows no longer have is left out."""
     known = {field.name: data[field.name] for field in fields(Row) if field.name in data}
     tuples = {name: tuple(value) for name in TUPLES if (value := data.get(name)) is not None}

@@ -89,7 +89,9 @@ def _rows() -> list[Shape]:
     ]
     who = ("floor", "eager", "trl", "liger", "cce", "linear_ce", *OURS)
     return shapes + [
-        Shape(f"gpu-rows-{T}", T, V, D, "llama-3.1-8b as rows grow", who, 5, ("bfloat16",), family="rows", device="cuda")
+        Shape(
+            f"gpu-rows-{T}", T, V, D, "llama-3.1-8b as rows grow", who, 5, ("bfloat16",), family="rows", device="cuda"
+        )
         for T in (256, 1024, 4096, 16384, 65536, 131072)
     ]
 
@@ -115,7 +117,9 @@ def _strided() -> list[Shape]:
     """Each layout beside its contiguous twin, which has the same numbers: law 7 allows it three times the time."""
     who, both = ("floor", "eager", *OURS), ("float32", "bfloat16")
     return [
-        Shape(f"strided-{V}/{layout}", T, V, D, layout, who, 5, both, calls=3, layout=layout, family="strided", device="")
+        Shape(
+            f"strided-{V}/{layout}", T, V, D, layout, who, 5, both, calls=3, layout=layout, family="strided", device=""
+        )
         for T, V, D in ((128, 2048, 128), (512, 8192, 256))
         for layout in LAYOUTS
     ]

@@ -1,0 +1,230 @@
+"""Keep the campaign's time and notes: a plan with seconds, a deadline, and a note of each item as it ends.
+
+The work is done in a forked process. When that dies or hangs, the item is noted as failed and the next process goes on
+behind it. Nothing of CUDA may be touched before the fork.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from ..report.tables import Table, markdown
+from . import summary
+
+ROOT = Path(__file__).resolve().parents[2]
+OFFLINE = ROOT / "bench" / "results" / "offline-sm_90.txt"
+COMPILED = re.compile(r"^ *\d+/\d+ .*\ssm_90 .* (\d+\.\d+)$", re.MULTILINE)
+MODULES = {"memory": "kernels", "offsets": "kernels", "determinism": "kernels", "tune": "tune", "laws": "asked"}
+MODULES |= {"env": "stages", "verify": "stages", "headline": "stages", "profile": "stages", "sanitizer": "asked"}
+NO_DEVICE, BROKEN = 2, 3  # exit statuses: there is no device, it does not recover
+LARGEST = 15 * 2**20  # bytes of the log
+Facts = dict[str, Any]
+
+
+class Finding(Exception):
+    """End an item as "skipped", "failed" or "red", which is timed and wrong, for a reason. The facts are kept."""
+
+    def __init__(self, status: str, reason: str, facts: Facts | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.facts = status, facts or {}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to do. It is not begun with less time left than it is thought to take, and ended at its limit."""
+
+    stage: str
+    name: str
+    run: Callable[[], Facts]
+    seconds: float  # a guess, without compiling
+    compiles: int = 0  # kernels, at first use
+    limit: float = 120.0
+    ours: bool = True  # depends on this library and its tables; what does not is never measured again for them
+
+    @property
+    def takes(self) -> float:
+        return self.seconds + self.compiles * compile_seconds()
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: Path
+    dry: bool
+    deadline: float  # as time.time() counts
+    stages: tuple[str, ...]
+    only: str = ""
+    commit: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.dry else "cuda")
+
+    @cached_property
+    def source(self) -> str:
+        """Return the digest of the library and of the tables in use."""
+        paths = [path for path in sorted((ROOT / "tdpo_kernels").rglob("*")) if path.suffix in (".py", ".json")]
+        paths += [Path(name) for name in [os.environ.get("TDPO_KERNELS_TUNING")] if name]
+        return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+
+    def plan(self) -> list[Item]:
+        modules = {stage: importlib.import_module(f".{MODULES[stage]}", __package__) for stage in self.stages}
+        found = [item for stage, module in modules.items() for item in getattr(module, stage)(self)]
+        return [item for item in found if self.only in item.name]
+
+
+class Notes:
+    """The notes of a campaign, JSON Lines that are only appended to. Of each item the last one counts."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.path, self.settings, self.last = settings.out / "notes.jsonl", settings, {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            if line.endswith("}"):  # else it was cut off
+                note = json.loads(line)
+                self.last[note["stage"], note["item"], note["of"]] = note
+
+    def add(self, item: Item, status: str, began: float, message: str = "", facts: Facts | None = None) -> Facts:
+        key, seconds = self._key(item), time.time() - began
+        note = dict(zip(("stage", "item", "of"), key, strict=True), status=status, seconds=seconds, message=message)
+        self.last[key] = note | {"facts": facts or {}}
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.last[key], default=str) + "\n")
+        return self.last[key]
+
+    def _key(self, item: Item) -> tuple[str, str, str]:
+        """Return where a note is kept: another library, or a dry run, does not pass for this one."""
+        of = ("dry " if self.settings.dry else "") + (self.settings.source if item.ours else "anything")
+        return item.stage, item.name, of
+
+    def of(self, items: list[Item]) -> list[Facts]:
+        return [self.last[key] for item in items if (key := self._key(item)) in self.last]
+
+    def left(self, items: list[Item], *statuses: str) -> list[Item]:
+        """Return the items that were not begun or have one of the statuses, by default those that have to be done."""
+        wanted = statuses or ("", "begun", "stopped")
+        return [item for item in items if self.last.get(self._key(item), {"status": ""})["status"] in wanted]
+
+
+def supervise(settings: Settings) -> int:
+    """Print the plan, and start one process after another until all is done or the time is over."""
+    items = settings.plan()
+    todo = Notes(settings).left(items)
+    print(_plan(todo, settings), flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = len(todo) + 1
+    while 0 < len(todo) < before and time.time() < settings.deadline:
+        child = multiprocessing.get_context("fork").Process(target=_work, args=(settings,))
+        child.start()
+        try:
+            child.join(settings.deadline - time.time())
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here")
+            break
+        finally:
+            child.kill()
+            child.join()
+            _note_ended(settings, items)
+        before, todo = len(todo), Notes(settings).left(items) if child.exitcode not in (0, NO_DEVICE) else []
+    return _conclude(settings, items)
+
+
+def _note_ended(settings: Settings, items: list[Item]) -> None:
+    """Note the item in the middle of which a process ended: as stopped if the time was over, else as failed."""
+    notes, over = Notes(settings), time.time() >= settings.deadline - 1
+    for item in notes.left(items, "begun"):
+        why = "no time was left" if over else f"its process ended, after {item.limit:.0f} s at the latest: see log.txt"
+        notes.add(item, "stopped" if over else "failed", time.time(), why)
+
+
+def _conclude(settings: Settings, items: list[Item]) -> int:
+    notes = Notes(settings)
+    found, left = notes.of(items), notes.left(items)
+    (settings.out / "summary.md").write_text(summary.text(found, settings.dry))
+    print(f"\n{summary.counts(found)}\n{settings.out / 'summary.md'} has every table")
+    print(f"left for the same command: {len(left)} items, from {left[0].name!r} on" if left else "nothing is left")
+    return int(any(note["status"] in ("failed", "red") for note in found) or not found)
+
+
+def _plan(items: list[Item], settings: Settings) -> str:
+    """Return the seconds of each stage, and when it ends."""
+    cells, at = [], 0.0
+    for stage in settings.stages:
+        mine = [item for item in items if item.stage == stage]
+        takes = sum(item.takes for item in mine)
+        at += takes
+        compiling = takes - sum(item.seconds for item in mine)
+        cells.append((stage, str(len(mine)), f"{takes:.0f}", f"{compiling:.0f}", f"{at / 60:.1f}"))
+    minutes = (settings.deadline - time.time()) / 60
+    note = f"{minutes:.1f} minutes are left. A kernel is said to compile in {compile_seconds():.1f} s."
+    return markdown(
+        [Table("plan", ("stage", "items", "seconds", "of them compiling", "ends at minute"), cells, [note])]
+    )
+
+
+def compile_seconds() -> float:
+    """Return the mean seconds of a kernel in the report of what kernels compile to; 0.0 there was a cache's."""
+    text = OFFLINE.read_text() if OFFLINE.exists() else ""
+    return mean([seconds for line in COMPILED.findall(text) if (seconds := float(line))] or [1.0])
+
+
+def _work(settings: Settings) -> None:
+    """Do what is left, in order, and print the table of each stage behind it."""
+    log = (settings.out / "log.txt").open("ab")
+    if log.tell() > LARGEST:
+        log.truncate(0)
+    os.dup2(log.fileno(), sys.stderr.fileno())
+    if not settings.dry and not torch.cuda.is_available():
+        print("no CUDA device; --dry goes through the motions on a CPU", flush=True)
+        os._exit(NO_DEVICE)
+    notes, items = Notes(settings), settings.plan()
+    for stage in settings.stages:
+        mine = [item for item in items if item.stage == stage]
+        if todo := notes.left(mine):
+            for item in todo:
+                _perform(item, settings, notes)
+            print(f"\n{summary.stage(stage, notes.of(mine))}\n", flush=True)
+    os._exit(0)
+
+
+def _perform(item: Item, settings: Settings, notes: Notes) -> None:
+    began = time.time()
+    left = settings.deadline - began
+    if left < (0.1 if settings.dry else item.takes):
+        return
+    notes.add(item, "begun", began)
+    faulthandler.dump_traceback_later(min(item.limit, left), exit=True)
+    try:
+        note = notes.add(item, "ok", began, facts=item.run())
+    except Finding as finding:
+        note = notes.add(item, finding.status, began, str(finding), finding.facts)
+    except Exception as error:
+        traceback.print_exc()
+        note = notes.add(item, "failed", began, f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    faulthandler.cancel_dump_traceback_later()
+    print(f"{item.stage:12}{item.name}: {note['status']} ({note['seconds']:.1f} s) {note['message']}", flush=True)
+    gc.collect()
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()  # what went wrong on the device shows here
+            torch.cuda.empty_cache()
+        except Exception as error:
+            print(f"the device does not recover: {error}", flush=True)
+            os._exit(BROKEN)
