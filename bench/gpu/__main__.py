@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m bench.gpu", description=__doc__)
     p.add_argument("--out", type=Path, help="the folder of the results; default: build/gpu, or build/gpu-dry")
     p.add_argument("--carried", type=Path, help="a folder of results to go on from, where --out has none")
-    p.add_argument("--stages", type=_stages, default=DEFAULT, help=f"of {','.join(STAGES)}; default: the first 7")
+    p.add_argument("--stages", nargs="+", choices=STAGES, default=DEFAULT, help="default: the first 7")
     p.add_argument("--only", default="", help="items whose name contains this")
     p.add_argument("--minutes", type=float, default=9.0, help="end before so many have passed; default: %(default)s")
     p.add_argument("--wheels", type=Path, help="a folder of wheels to import TRL or Liger from, with what they need")
@@ -53,14 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             zipfile.ZipFile(wheel).extractall(unpacked)  # files, not archives: Triton reads a kernel's source
         sys.path.append(unpacked)  # last: what is installed goes before it
         end = began + 60 * options.minutes
-        return supervise(Settings(out, options.dry, end, options.stages, options.only, options.commit))
-
-
-def _stages(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if unknown := [name for name in names if name not in STAGES]:
-        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}, wanted some of {', '.join(STAGES)}")
-    return names
+        return supervise(Settings(out, options.dry, end, tuple(options.stages), options.only, options.commit))
 
 
 if __name__ == "__main__":

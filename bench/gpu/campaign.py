@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -27,14 +27,15 @@ from typing import Any
 
 import torch
 
+from tdpo_kernels.backends import availability
+
 from ..report.tables import Table, markdown
 from . import summary
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ROOT / "bench" / "results" / "offline-sm_90.txt"
 COMPILED = re.compile(r"^ *\d+/\d+ .*\ssm_90 .* (\d+\.\d+)$", re.MULTILINE)
-MODULES = {"memory": "kernels", "offsets": "kernels", "determinism": "kernels", "tune": "tune", "laws": "asked"}
-MODULES |= {"env": "stages", "verify": "stages", "headline": "stages", "profile": "stages", "sanitizer": "asked"}
+MODULES = dict.fromkeys(("env", "verify", "headline", "profile"), "stages") | {"tune": "tune"}  # others: kernels
 NO_DEVICE, BROKEN = 2, 3  # exit statuses: there is no device, it does not recover
 LARGEST = 15 * 2**20  # bytes of the log
 Facts = dict[str, Any]
@@ -52,13 +53,14 @@ class Finding(Exception):
 class Item:
     """One thing to do. It is not begun with less time left than it is thought to take, and ended at its limit."""
 
-    stage: str
     name: str
     run: Callable[[], Facts]
     seconds: float  # a guess, without compiling
     compiles: int = 0  # kernels, at first use
+    backend: str = ""  # skipped where that one does not run
     limit: float = 120.0
     ours: bool = True  # depends on this library and its tables; what does not is never measured again for them
+    stage: str = ""
 
     @property
     def takes(self) -> float:
@@ -86,41 +88,40 @@ class Settings:
         return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
     def plan(self) -> list[Item]:
-        modules = {stage: importlib.import_module(f".{MODULES[stage]}", __package__) for stage in self.stages}
-        found = [item for stage, module in modules.items() for item in getattr(module, stage)(self)]
-        return [item for item in found if self.only in item.name]
+        found = []
+        for stage in self.stages:
+            module = importlib.import_module(f"bench.gpu.{MODULES.get(stage, 'kernels')}")
+            found += [replace(item, stage=stage) for item in getattr(module, stage)(self) if self.only in item.name]
+        return found
 
 
-class Notes:
+class Notes(dict[tuple, Facts]):
     """The notes of a campaign, JSON Lines that are only appended to. Of each item the last one counts."""
 
     def __init__(self, settings: Settings) -> None:
-        self.path, self.settings, self.last = settings.out / "notes.jsonl", settings, {}
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            if line.endswith("}"):  # else it was cut off
-                note = json.loads(line)
-                self.last[note["stage"], note["item"], note["of"]] = note
+        self.path, self.settings = settings.out / "notes.jsonl", settings
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self |= {tuple(note["key"]): note for line in lines if line.endswith("}") for note in [json.loads(line)]}
 
     def add(self, item: Item, status: str, began: float, message: str = "", facts: Facts | None = None) -> Facts:
-        key, seconds = self._key(item), time.time() - began
-        note = dict(zip(("stage", "item", "of"), key, strict=True), status=status, seconds=seconds, message=message)
-        self.last[key] = note | {"facts": facts or {}}
+        note = dict(key=self.key(item), status=status, seconds=time.time() - began, message=message, facts=facts or {})
+        self[note["key"]] = note
         with self.path.open("a") as file:
-            file.write(json.dumps(self.last[key], default=str) + "\n")
-        return self.last[key]
+            file.write(json.dumps(note, default=str) + "\n")
+        return note
 
-    def _key(self, item: Item) -> tuple[str, str, str]:
-        """Return where a note is kept: another library, or a dry run, does not pass for this one."""
+    def key(self, item: Item) -> tuple[str, str, str]:
+        """Return what a note is of: another library, or a dry run, does not pass for this one."""
         of = ("dry " if self.settings.dry else "") + (self.settings.source if item.ours else "anything")
         return item.stage, item.name, of
 
     def of(self, items: list[Item]) -> list[Facts]:
-        return [self.last[key] for item in items if (key := self._key(item)) in self.last]
+        return [self[key] for item in items if (key := self.key(item)) in self]
 
     def left(self, items: list[Item], *statuses: str) -> list[Item]:
-        """Return the items that were not begun or have one of the statuses, by default those that have to be done."""
+        """Return the items with one of the statuses, by default those that are still to be done."""
         wanted = statuses or ("", "begun", "stopped")
-        return [item for item in items if self.last.get(self._key(item), {"status": ""})["status"] in wanted]
+        return [item for item in items if self.get(self.key(item), {"status": ""})["status"] in wanted]
 
 
 def supervise(settings: Settings) -> int:
@@ -141,14 +142,14 @@ def supervise(settings: Settings) -> int:
         finally:
             child.kill()
             child.join()
-            _note_ended(settings, items)
+            _note_ended(Notes(settings), items)
         before, todo = len(todo), Notes(settings).left(items) if child.exitcode not in (0, NO_DEVICE) else []
     return _conclude(settings, items)
 
 
-def _note_ended(settings: Settings, items: list[Item]) -> None:
+def _note_ended(notes: Notes, items: list[Item]) -> None:
     """Note the item in the middle of which a process ended: as stopped if the time was over, else as failed."""
-    notes, over = Notes(settings), time.time() >= settings.deadline - 1
+    over = time.time() >= notes.settings.deadline - 1
     for item in notes.left(items, "begun"):
         why = "no time was left" if over else f"its process ended, after {item.limit:.0f} s at the latest: see log.txt"
         notes.add(item, "stopped" if over else "failed", time.time(), why)
@@ -174,9 +175,8 @@ def _plan(items: list[Item], settings: Settings) -> str:
         cells.append((stage, str(len(mine)), f"{takes:.0f}", f"{compiling:.0f}", f"{at / 60:.1f}"))
     minutes = (settings.deadline - time.time()) / 60
     note = f"{minutes:.1f} minutes are left. A kernel is said to compile in {compile_seconds():.1f} s."
-    return markdown(
-        [Table("plan", ("stage", "items", "seconds", "of them compiling", "ends at minute"), cells, [note])]
-    )
+    head = ("stage", "items", "seconds", "of them compiling", "ends at minute")
+    return markdown([Table("plan", head, cells, [note])])
 
 
 def compile_seconds() -> float:
@@ -212,7 +212,9 @@ def _perform(item: Item, settings: Settings, notes: Notes) -> None:
     notes.add(item, "begun", began)
     faulthandler.dump_traceback_later(min(item.limit, left), exit=True)
     try:
-        note = notes.add(item, "ok", began, facts=item.run())
+        told = availability(settings.device).get(item.backend, "available")
+        runs = told.startswith("available")
+        note = notes.add(item, *(("ok", began, "", item.run()) if runs else ("skipped", began, told)))
     except Finding as finding:
         note = notes.add(item, finding.status, began, str(finding), finding.facts)
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import subprocess
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -37,42 +38,26 @@ DRIVER = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.d
 
 
 def env(settings: Settings) -> list[Item]:
-    work = {"machine": _machine, "products": _products, "rates": _rates}
-    return [Item("env", name, partial(do, settings.device), 4.0, ours=name == "machine") for name, do in work.items()]
+    return [Item("machine and rates", partial(_machine, settings.device), 8.0)]
 
 
 def _machine(device: torch.device) -> Facts:
-    facts = asdict(conditions(device)) | {"backends": availability(device)}
+    facts = asdict(conditions(device)) | {"backends": availability(device), "free": memory.available(device)}
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
         facts |= {"multiprocessors": p.multi_processor_count, "capability": f"{p.major}.{p.minor}"}
-    return facts | {"nvidia-smi": ask_driver(*DRIVER), "free": memory.available(device)}
+    rates = {dtype: ceiling(device, dtype) for dtype in ("bfloat16", "float16", "float32")}
+    facts |= {f"{dtype} product, TFLOP/s": rate.flops / 1e12 for dtype, rate in rates.items()}
+    return facts | {"copy, TB/s": rates["float32"].bytes / 1e12, "nvidia-smi after": ask_driver(*DRIVER)}
 
 
 def ask_driver(*fields: str) -> dict[str, str]:
     """Return what ``nvidia-smi`` says of the first device; nothing where it is not there."""
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+    if not shutil.which("nvidia-smi"):
         return {}
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     return dict(zip(fields, map(str.strip, done.stdout.split(",")), strict=False))
-
-
-def _products(device: torch.device) -> Facts:
-    """Say whether 16-bit operands multiply into fp32 here, and add up in place."""
-    a, out = torch.randn(96, 96, device=device).bfloat16(), torch.zeros(96, 96, device=device)
-    try:
-        torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
-    except (RuntimeError, TypeError) as error:
-        return {"addmm into fp32": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
-    return {"addmm into fp32, relative error": float((out.double() - a.double() @ a.double()).norm() / out.norm())}
-
-
-def _rates(device: torch.device) -> Facts:
-    found = {dtype: ceiling(device, dtype) for dtype in ("bfloat16", "float16", "float32")}
-    facts = {f"{dtype} product, TFLOP/s": c.flops / 1e12 for dtype, c in found.items()}
-    return facts | {"copy, TB/s": found["float32"].bytes / 1e12, "after": ask_driver(*DRIVER)}
 
 
 @cache
@@ -83,7 +68,7 @@ def ceiling(device: torch.device, dtype: str) -> roofline.Ceiling:
 
 def verify(settings: Settings) -> list[Item]:
     return [
-        Item("verify", f"{dtype} {name}", partial(_verify, settings, name, dtype), 8.0, 4 * COMPILES.get(name, 0))
+        Item(f"{dtype} {name}", partial(_verify, settings, name, dtype), 8.0, 4 * COMPILES.get(name, 0), backend=name)
         for dtype in VERIFIED
         for name in BACKENDS
         if not (settings.dry and (dtype, name) == ("bf16", "fused"))  # the interpreter multiplies raw bits
@@ -91,7 +76,6 @@ def verify(settings: Settings) -> list[Item]:
 
 
 def _verify(settings: Settings, backend: str, dtype: str) -> Facts:
-    runs_here(settings.device, backend)
     module = importlib.import_module("tdpo_kernels.verify")
     wanted, every = DRY_PROBLEMS.get(backend, ("flat", "one token")), module.problems
     cut = {"BACKENDS": {backend: BACKENDS[backend]}, "DTYPES": {dtype: VERIFIED[dtype]}}
@@ -107,18 +91,11 @@ def _verify(settings: Settings, backend: str, dtype: str) -> Facts:
     return {"lines": len(lines), "worst": said}
 
 
-def runs_here(device: torch.device, backend: str) -> None:
-    """Raise where a backend cannot run."""
-    told = availability(device).get(backend, "available")
-    if not told.startswith("available"):
-        raise Finding("skipped", told)
-
-
 def headline(settings: Settings) -> list[Item]:
     """Time every contender beside its own floor, in order of value; each is saved as it ends."""
     return [
-        Item("headline", f"{shape.name}, {name}", partial(_measure, settings, shape, name), SECONDS.get(name, 4.0),
-             2 * COMPILES.get(name.split("@")[0], 0), 150.0, "@" in name)
+        Item(f"{shape.name}, {name}", partial(_measure, settings, shape, name), SECONDS.get(name, 4.0),
+             2 * COMPILES.get(name.split("@")[0], 0), limit=150.0, ours="@" in name)
         for shape in _shapes(settings)
         for name in shape.contenders
     ]  # fmt: skip
@@ -156,7 +133,7 @@ def _conditions(settings: Settings) -> Conditions:
 
 def profile(settings: Settings) -> list[Item]:
     return [
-        Item("profile", f"{shape.name}, {name}", partial(_profile, settings, shape, name), 6.0)
+        Item(f"{shape.name}, {name}", partial(_profile, settings, shape, name), 6.0, backend=name.split("@")[0])
         for shape in _shapes(settings)
         for name in OURS[:4]
         if shape.trainable and shape.gradients
@@ -166,7 +143,6 @@ def profile(settings: Settings) -> list[Item]:
 def _profile(settings: Settings, shape: Shape, name: str) -> Facts:
     """Say where one step's time goes. The table is in the folder."""
     cuda, problem = settings.device.type == "cuda", make_problem(shape, shape.dtypes[0], settings.device)
-    runs_here(settings.device, name.split("@")[0])
     step = PROVIDERS[name].step(problem)
     step.backward(step.forward())
     with profiler.profile() as found:

@@ -15,19 +15,19 @@ Note = dict[str, Any]
 
 
 def text(notes: list[Note], dry: bool) -> str:
-    stages = dict.fromkeys(note["stage"] for note in notes)
-    parts = [stage(name, [note for note in notes if note["stage"] == name]) for name in stages]
+    stages = dict.fromkeys(note["key"][0] for note in notes)
+    parts = [stage(name, [note for note in notes if note["key"][0] == name]) for name in stages]
     return (DRY if dry else "") + "\n\n".join([counts(notes), *parts]) + "\n"
 
 
 def counts(notes: list[Note]) -> str:
     """Return how many items of each stage went how, and what is wrong."""
     cells, wrong = [], [n for n in notes if n["status"] not in ("ok", "skipped")]
-    for name in dict.fromkeys(note["stage"] for note in notes):
-        mine = [note for note in notes if note["stage"] == name]
+    for name in dict.fromkeys(note["key"][0] for note in notes):
+        mine = [note for note in notes if note["key"][0] == name]
         number = (str(sum(note["status"] == kind for note in mine)) for kind in KINDS)
         cells.append((name, *number, f"{sum(note['seconds'] for note in mine):.0f} s"))
-    told = [f"* {n['stage']}, {n['item']}: {n['status']}: {n['message'][:200]}" for n in wrong]
+    told = [f"* {n['key'][0]}, {n['key'][1]}: {n['status']}: {n['message'][:200]}" for n in wrong]
     return markdown([Table("how it went", ("stage", *KINDS, "time"), cells, told)])
 
 
@@ -35,7 +35,7 @@ def stage(name: str, notes: Iterable[Note]) -> str:
     measured = [parse(row) for note in notes for row in note["facts"].get("rows", [])]
     if measured:  # the floor of each contender was timed in the same rounds; the last one's is shown
         return markdown(tables({(row.shape, row.key): row for row in measured}.values()))
-    lines = [(n["item"], n["status"], "; ".join(filter(None, [n["message"], *_said(n["facts"])]))) for n in notes]
+    lines = [(n["key"][1], n["status"], "; ".join(filter(None, [n["message"], *_said(n["facts"])]))) for n in notes]
     if max((len(said) for *_, said in lines), default=0) < WIDE:
         return markdown([Table(name, ("item", "", "what came out"), lines)])
     return "\n".join([f"**{name}**", "", *(f"* {item}: {status}: {said}" for item, status, said in lines)])

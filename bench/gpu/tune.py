@@ -28,42 +28,42 @@ from ..gate import relative
 from ..providers import BUDGETS, Step
 from .campaign import Facts, Finding, Item, Settings
 from .kernels import Inputs, cotangents, evaluate, packed
-from .stages import SIZES, runs_here
+from .stages import SIZES
 
 AGREE = 1e-2  # relative, by norm: rounding of 16-bit operands is far below, a wrong tile far above
 KERNELS = {"fused_stats": "fused", "fused_dz": "fused", "tile_stats": "tiled", "tile_dz": "tiled"}
 KEPT = ("0", "all")
 TILES = ((128, 128), (128, 64), (64, 128), (64, 256), (128, 256))  # R x C of the kernels that multiply
+LOCAL = threading.local()  # what a thread is told to choose, and whether it was asked
 ROUNDS, WARM_ROWS = 3, 256  # timed; and rows of the call that compiles and is compared
 
 
 def tune(settings: Settings) -> list[Item]:
     return [
-        Item("tune", f"{kernel} D={D}", partial(_tune, settings, kernel, T, V, D), 60.0, 40, 300.0)
+        Item(f"{kernel} D={D}", partial(_tune, settings, kernel, T, V, D), 60.0, 40, backend, 300.0)
         for T, V, D in SIZES.values()
-        for kernel in KERNELS
+        for kernel, backend in KERNELS.items()
     ]
 
 
 def _tune(settings: Settings, kernel: str, T: int, V: int, D: int) -> Facts:
     if settings.dry:
         raise Finding("skipped", "the interpreter has no configurations")
-    runs_here(settings.device, KERNELS[kernel])
-    with choosing() as chooser:
+    with choosing() as asked:
         small = packed(settings, WARM_ROWS, V, D)
-        wanted = outcome(chooser, kernel, None, small)
-        if kernel not in chooser.asked:
+        wanted = outcome(kernel, None, small)
+        if kernel not in asked:
             raise Finding("skipped", f"backend {KERNELS[kernel]} does not launch {kernel} here")
-        case, device, base = chooser.asked[kernel]
-        faults = _faults(chooser, kernel, candidates(case, base), small, wanted)
-        sound = [config for config, why in faults.items() if not why]
+        case, device, base = asked[kernel]
+        why = faults(kernel, candidates(case, base), small, wanted)
+        sound = [config for config, bad in why.items() if not bad]
         if not sound:
-            raise Finding("failed", f"no candidate is sound: {next(iter(faults.values()))}")
-        ms = _milliseconds(chooser, kernel, sound, packed(settings, T, V, D))
+            raise Finding("failed", f"no candidate is sound: {next(iter(why.values()))}")
+        ms = _milliseconds(kernel, sound, packed(settings, T, V, D))
     best, *_ = ranked = sorted(ms, key=lambda config: sum(ms[config]))
     row = {"case": asdict(case), "D": D, "config": asdict(best), "ms": sum(ms[best])}
     write(settings, {"device": device.name, "arch": device.arch}, row)
-    dropped = {str(config): why for config, why in faults.items() if why}
+    dropped = {str(config): bad for config, bad in why.items() if bad}
     return {"ms with nothing and all kept": {str(c): ms.get(c) for c in (*ranked[:3], base)}, "dropped": dropped}
 
 
@@ -77,54 +77,48 @@ def candidates(case: tuning.Case, base: tuning.TileConfig) -> list[tuning.TileCo
     return list(dict.fromkeys([base, *near]))
 
 
-class Chooser:
-    """Stand in for `tuning.choose`: note what is asked for, and force an answer in one thread."""
+@contextmanager
+def choosing() -> Iterator[dict[str, tuple]]:
+    """Stand in for `tuning.choose` wherever it was imported to: collect what is asked for, and answer as forced."""
+    real, asked = tuning.choose, {}
 
-    def __init__(self) -> None:
-        self.real, self.asked, self.local = tuning.choose, {}, threading.local()
-
-    def __call__(self, case: tuning.Case, device: tuning.Device, width: int, explicit=None) -> tuning.TileConfig:
-        kernel, config = getattr(self.local, "forced", ("", None))
+    def choose(case: tuning.Case, device: tuning.Device, width: int, explicit=None) -> tuning.TileConfig:
+        kernel, config = getattr(LOCAL, "forced", ("", None))
         if kernel == case.kernel and config is not None:
-            self.local.used = True
+            LOCAL.used = True
             return config
-        config = self.real(case, device, width, explicit)
-        self.asked.setdefault(case.kernel, (case, device, config))
+        config = real(case, device, width, explicit)
+        asked.setdefault(case.kernel, (case, device, config))
         return config
 
-
-@contextmanager
-def choosing() -> Iterator[Chooser]:
-    """Put a `Chooser` wherever `tuning.choose` was imported to."""
-    chooser = Chooser()
     with ExitStack() as stack:
-        for module in [m for m in sys.modules.values() if vars(m).get("choose") is chooser.real]:
-            stack.enter_context(patch.object(module, "choose", chooser))
-        yield chooser
+        for module in [m for m in sys.modules.values() if vars(m).get("choose") is real]:
+            stack.enter_context(patch.object(module, "choose", choose))
+        yield asked
 
 
-def call(chooser: Chooser, kernel: str, config: tuning.TileConfig | None, inputs: Inputs, kept: str) -> list[Tensor]:
+def call(kernel: str, config: tuning.TileConfig | None, inputs: Inputs, kept: str) -> list[Tensor]:
     """Evaluate with a forced configuration. Autograd stays in this thread, which has been told what to choose."""
-    chooser.local.forced = (kernel, config)
+    LOCAL.forced = (kernel, config)
     with torch.autograd.set_multithreading_enabled(False):
         return evaluate(inputs, cotangents(inputs), KERNELS[kernel], BUDGETS[kept])
 
 
-def outcome(chooser: Chooser, kernel: str, config: tuning.TileConfig | None, inputs: Inputs) -> list[Tensor]:
+def outcome(kernel: str, config: tuning.TileConfig | None, inputs: Inputs) -> list[Tensor]:
     """Return all results, whatever is kept. Raise where nobody asked for the configuration: it was not used."""
-    chooser.local.used = config is None
-    found = [x for kept in KEPT for x in call(chooser, kernel, config, inputs, kept)]
-    if not chooser.local.used:
+    LOCAL.used = config is None
+    found = [x for kept in KEPT for x in call(kernel, config, inputs, kept)]
+    if not LOCAL.used:
         raise Finding("failed", f"{kernel} was launched without asking for its configuration")
     return found
 
 
-def _faults(chooser: Chooser, kernel: str, every: list, inputs: Inputs, wanted: list[Tensor]) -> dict:
+def faults(kernel: str, every: list, inputs: Inputs, wanted: list[Tensor]) -> dict[tuning.TileConfig, str]:
     """Return why a candidate does not compile, run or agree; empty if it does. They compile beside one another."""
 
     def fault(config: tuning.TileConfig) -> str:
         try:
-            found = outcome(chooser, kernel, config, inputs)
+            found = outcome(kernel, config, inputs)
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0][:200]
         off = max(relative(x, y) for x, y in zip(found, wanted, strict=True))
@@ -149,10 +143,10 @@ def one_parser() -> AbstractContextManager:
     return patch.object(ASTSource, "make_ir", locked)
 
 
-def _milliseconds(chooser: Chooser, kernel: str, configs: list, inputs: Inputs) -> dict:
+def _milliseconds(kernel: str, configs: list, inputs: Inputs) -> dict:
     """Return two medians of each configuration, with nothing and with everything kept."""
     steps = {
-        (config, kept): Step(partial(call, chooser, kernel, config, inputs, kept), lambda out: None)
+        (config, kept): Step(partial(call, kernel, config, inputs, kept), lambda out: None)
         for config in configs
         for kept in KEPT
     }
