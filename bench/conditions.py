@@ -35,6 +35,12 @@ class Conditions:
     packages: str = ""
     fingerprint: str = ""  # of everything above but commit and date: equal means the same environment
 
+    @property
+    def said(self) -> str:
+        """Return a line for the foot of a figure."""
+        commit = f"{self.commit}{' + changes' if self.dirty else ''}"
+        return f"{self.device}, {self.threads} threads, torch {self.torch}, commit {commit}, {self.date[:10]}"
+
 
 def conditions(device: torch.device | str = "cpu") -> Conditions:
     """Return what holds now. Call it once per run: everything measured together shares them."""

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.transforms import Bbox
 
-from ..conditions import Conditions
 from ..rows import Row
 from ..shapes import SHAPES
 from .tables import context, label, size
@@ -54,7 +53,11 @@ def _draw(make: Drawing, rows: list[Row], folder: Path, device: str) -> Figure |
     if not mine:
         return None
     light, dark = in_themes(
-        folder / f"{device}-{make.name}", make.title, _where(mine), make.inches, lambda canvas: make.draw(canvas, mine)
+        folder / f"{device}-{make.name}",
+        make.title,
+        "\n".join(dict.fromkeys(row.conditions.said for row in mine)),
+        make.inches,
+        lambda canvas: make.draw(canvas, mine),
     )
     return Figure(make.name, make.caption, light, dark)
 
@@ -85,14 +88,6 @@ def _style(colours: dict[str, str]) -> dict:
         "legend.labelcolor": colours["ink"], "font.size": 9, "lines.linewidth": 1.8, "lines.markersize": 5,
         "figure.titlesize": 11, "grid.linewidth": 0.6,
     }  # fmt: skip
-
-
-def _where(rows: list[Row]) -> str:
-    seen: dict[Conditions, None] = dict.fromkeys(row.conditions for row in rows)
-    return "\n".join(dict.fromkeys(
-        f"{c.device}, {c.threads} threads, torch {c.torch}, commit {c.commit}{' + changes' if c.dirty else ''}, "
-        f"{c.date[:10]}" for c in seen
-    ))  # fmt: skip
 
 
 def _family(name: str) -> Callable[[Row], bool]:

@@ -1,4 +1,4 @@
-"""The paper's figures from this world's runs, and the curves of parity: once for light, once for dark."""
+"""Draw the paper's figures from this world's runs, and the curves of parity: once for light, once for dark."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEQKL = (("chosen", "chosen_kl"), ("rejected", "rejected_kl"), ("|chosen - rejec
 
 
 def draw(records: Iterable[Record], folder: Path, footer: str) -> list[Figure]:
-    """Every figure that the records have something for."""
+    """Draw every figure that the records have something for."""
     matplotlib.use("Agg")
     groups, compared = by_method(records), parities(records)
     figures = []
@@ -120,7 +120,7 @@ def name(pair: Parity) -> str:
 
 
 def _looks(records: list[Record]) -> list[tuple[Point, ...]]:
-    """The same look of every seed."""
+    """Return, of every seed, the same look."""
     return list(zip(*(record.points for record in records), strict=True))
 
 
