@@ -80,7 +80,7 @@ def cpu_model() -> str:
 
 
 class Neighbours:
-    """Count the cores that other processes kept busy since this was made. Many small operations suffer most from them."""
+    """Count the cores that other processes keep busy from now on. Many small operations suffer most from them."""
 
     def __init__(self) -> None:
         self.began, self.others = time.monotonic(), _others_seconds()

@@ -1,4 +1,4 @@
-"""Measure one step's peak memory above its inputs and its gradients: CUDA's allocator, or a fresh process's resident set.
+"""Measure one step's peak memory above inputs and gradients: CUDA's allocator, or a fresh process's resident set.
 
 A process of its own, because what a predecessor freed stays with the allocator and would hide what a step takes.
 The peak is VmHWM and not getrusage's ru_maxrss, which a child inherits from its parent; it is set back just before the

@@ -35,7 +35,7 @@ def gemm_flops(shape: Shape) -> float:
 
 
 def bytes_moved(shape: Shape, dtype: str) -> int:
-    """Count the least: hidden states and heads read once forward, the policy's once more backward, gradients written."""
+    """Count the least: hidden states and heads read forward, the policy's once more backward, gradients written."""
     hidden, head = shape.rows * shape.D, shape.V * shape.D
     forward = 2 * hidden + (1 if shape.one_head else 2) * head
     backward = hidden + head + hidden + (head if shape.trainable else 0)

@@ -112,14 +112,19 @@ def _shapes(settings: Settings) -> list[Shape]:
 
 def _measure(settings: Settings, shape: Shape, name: str) -> Facts:
     device, dtype, where = settings.device, shape.dtypes[0], _conditions(settings)
-    if settings.dry:  # without a process for each
-        memory.peak_extra = lambda shape, dtype, name, device: memory.step_peak(make_problem(shape, dtype), name)
-    found = run(shape, dtype, [FLOOR, name], shape.rounds, where, ceiling(device, dtype), lambda n: None, device)
+    peak = _peak_here if settings.dry else memory.peak_extra
+    with patch.object(memory, "peak_extra", peak):
+        found = run(shape, dtype, [FLOOR, name], shape.rounds, where, ceiling(device, dtype), lambda n: None, device)
     rows.append(settings.out / ("dry-rows.jsonl" if settings.dry else "rows.jsonl"), found)
     mine, facts = found[1], {"rows": [asdict(row) for row in found], "after": ask_driver("clocks.sm", "power.draw")}
     if mine.red or not mine.seconds:
         raise Finding("red" if mine.red else "skipped", mine.note or "", facts)
     return facts
+
+
+def _peak_here(shape: Shape, dtype: str, name: str, device: torch.device) -> int:
+    """Measure without a process for each, in a dry run."""
+    return memory.step_peak(make_problem(shape, dtype), name)
 
 
 def _conditions(settings: Settings) -> Conditions:

@@ -22,7 +22,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Return each sequence's log-probability margin and KL over the tokens that count.
 
-    This is the published code in fp32 (float64 stays), but for log_softmax instead of softmax().log(), which underflows.
+    This is the published code in fp32 (float64 stays), with log_softmax for softmax().log(), which underflows.
     """
     mask = labels != IGNORE
     pick = labels.where(mask, 0)[..., None]

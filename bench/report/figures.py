@@ -36,7 +36,7 @@ class Figure:
     dark: Path
 
     def markdown(self) -> str:
-        """For a page beside the pictures."""
+        """Return what a page beside the pictures shows."""
         dark = f'<source media="(prefers-color-scheme: dark)" srcset="{self.dark.name}">'
         return f'<picture>{dark}<img alt="{self.caption}" src="{self.light.name}"></picture>\n\n{self.caption}'
 

@@ -1,8 +1,8 @@
-"""Repeat the paper in miniature: DPO, TDPO1 and TDPO2 trained from one checkpoint, measured along the way, on one frontier.
+"""Repeat the paper in miniature: DPO, TDPO1 and TDPO2 from one checkpoint, measured along the way, on one frontier.
 
 ``python -m bench.reproduce`` (`make reproduce`) goes on where it was interrupted. The world is the demo's
 (`python/examples`): reviews out of a small grammar, whose sentiment a lexicon knows. `settings` says which runs there
-are and what the paper has, `runs` makes and measures them, `store` keeps them, `summary`, `page` and `figures` show them.
+are and what the paper has, `runs` makes and measures them, `store` keeps them; `summary`, `page`, `figures` show them.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Say which runs there are, and what the paper has (Zeng et al. 2024, arXiv 2404.11999, the IMDb experiment, GPT-2 Large).
+"""Say which runs there are, and what the paper has (Zeng et al. 2024, arXiv 2404.11999: IMDb, GPT-2 Large).
 
 Nothing of the runs was chosen by what came out: sizes by time, the rest from the demo. The paper's values were read by
 eye from the published figure, which is good for an order, not for a comparison of numbers.

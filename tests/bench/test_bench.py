@@ -13,12 +13,10 @@ from bench import roofline as roof
 from bench import run as running
 from bench.conditions import conditions
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
 
 def test_rows_come_back_as_they_went(tmp_path):
     out = tmp_path / "rows.jsonl"
-    row = made_up(seconds=(1.0, 0.5, 2.0), ceiling=(1.0, 2.0), joules=(3.0, 3.0, 3.0), note="x", drift=0.5)
+    row = made_up(seconds=(1.0, 0.5, 2.0), ceiling=(1.0, 2.0), note="x", drift=0.5)
     rows.append(out, [row])
     rows.append(out, [row])
     assert rows.load(out) == [row, row]
@@ -40,9 +38,6 @@ def test_only_what_was_measured_together_is_shown_together():
     first = [made_up(conditions=early, budget_bytes=b) for b in (0, 1)]
     again, other = made_up(conditions=late, budget_bytes=1), made_up(conditions=early, shape="small")
     assert rows.together([*first, other, again]) == [again, other]
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -73,7 +68,7 @@ def test_quick_measures_saves_and_resumes(swift, tmp_path, capsys, monkeypatch):
 
 def test_a_changed_checkout_is_measured_again(tmp_path):
     where = replace(conditions(), dirty=False)
-    job = command.Job("x", 1, (made_up().key,), lambda where, tick: [])
+    job = command.Job("x", "float32", {"tiny": ["ours@0"]}, 1, lambda where, tick: [])
     rows.append(tmp_path / "rows.jsonl", [made_up(conditions=where)])
     assert command._left([job], tmp_path / "rows.jsonl", where) == []
     for elsewhere in (replace(where, dirty=True), replace(where, commit="c"), replace(where, fingerprint="f")):
@@ -92,7 +87,7 @@ def test_keys_of_a_plan_are_those_of_its_rows(swift):
         ["--quick", "--rounds", "1", "--dtypes", "float32", "--providers", "eager,liger"]
     )
     for job in command._plan(options, CPU):
-        assert {row.key for row in job.run(conditions(), lambda n: None)} == set(job.keys), job.name
+        assert {row.key for row in job.run(conditions(), lambda n: None)} == job.keys, job.name
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,11 @@ import torch
 from tiny_bench import CPU, TINY, made_up
 
 from bench import drift, measure, memory, step
-from bench import energy as energies
 from bench import roofline as roof
 from bench.conditions import conditions
 from bench.providers import PROVIDERS, Step, eager
 from bench.report import tables as tabled
 from bench.roofline import Ceiling
-
-# --- times and memory -------------------------------------------------------------------------------------------------
 
 
 def test_rounds_are_interleaved_and_shuffled_and_halves_are_apart(monkeypatch):
@@ -39,22 +36,11 @@ def test_spread_is_median_and_percentiles():
     assert measure.spread(range(11)) == (5, 2, 8) and measure.spread([4.0]) == (4.0, 4.0, 4.0)
 
 
-def test_energy_is_read_where_it_is_reported(tmp_path):
-    assert energies._powercap(tmp_path) is None
-    for name, joules in (("intel-rapl:0", 2), ("intel-rapl:1", 3), ("intel-rapl:0:0", 100)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "energy_uj").write_text(str(joules * 10**6))
-    assert energies._powercap(tmp_path)() == 5.0
-
-
 def test_peak_memory_is_that_of_the_step():
     shape = replace(TINY, T=1024, V=16000)
     found = {name: memory.peak_extra(shape, "float32", name, CPU) for name in ("eager", "ours@0")}
     logits = 4 * shape.T * shape.V
     assert 4 * logits < found["eager"] < 8 * logits and found["ours@0"] < logits
-
-
-# --- roofline ---------------------------------------------------------------------------------------------------------
 
 
 def test_flops_bytes_and_units_are_counted_by_hand():
@@ -81,9 +67,6 @@ def test_ceilings_are_measured(monkeypatch):
     monkeypatch.setattr(roof, "COPY", {"cpu": 2**20})
     ceiling = roof.measure("float32", CPU)
     assert 1e6 < ceiling.flops < 1e14 and 1e6 < ceiling.bytes < 1e13
-
-
-# --- accuracy and whole steps -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

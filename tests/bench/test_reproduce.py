@@ -19,9 +19,9 @@ for needed in ("transformers", "tqdm", "matplotlib"):
 
 from bench import reproduce  # noqa: E402
 from bench.reproduce import __main__ as command  # noqa: E402
-from bench.reproduce import page, paper, settings, summary  # noqa: E402
-from bench.reproduce.measure import distinct  # noqa: E402
-from bench.reproduce.published import published_loss  # noqa: E402
+from bench.reproduce import page, settings, summary  # noqa: E402
+from bench.reproduce import settings as paper  # noqa: E402
+from bench.reproduce.runs import distinct, published_loss  # noqa: E402
 from bench.reproduce.settings import METHODS, SCALES, Run, plan  # noqa: E402
 from bench.reproduce.store import Mixed, Point, Record, Store, write_atomically  # noqa: E402
 
@@ -55,9 +55,6 @@ def quick(killed: tuple[Path, dict[str, bytes]]) -> Path:
 @pytest.fixture(scope="module")
 def records(quick: Path) -> list[Record]:
     return Store(quick, QUICK).load()
-
-
-# --- the whole path ---------------------------------------------------------------------------------------------------
 
 
 def test_every_run_is_there_and_finished_ones_were_kept(quick, killed):
@@ -96,9 +93,6 @@ def test_the_page_has_its_figures_and_runs_again_from_what_is_there(quick, capsy
     assert not (quick / "world.pt").exists() and (quick / page.PAGE).read_text() == text
     assert "Largest difference in loss per step" in capsys.readouterr().out
     (quick / "world.pt").write_bytes(world)
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_other_settings_are_refused_by_name_and_nothing_is_touched(quick, monkeypatch, capsys):
@@ -142,9 +136,6 @@ def test_what_is_kept_comes_back_as_it_was(records, tmp_path):
     store.add(records[0])
     (back,) = store.load()
     assert json.dumps(back.settings) == json.dumps(records[0].settings) and back == records[0]
-
-
-# --- what is said -----------------------------------------------------------------------------------------------------
 
 
 def record(method: str, seed: int = 0, **last: float) -> Record:
@@ -210,9 +201,6 @@ def test_distinct_counts_n_grams_of_all_samples():
     assert distinct([(1, 2, 1), (1, 2)], 1) == 2 / 5
     assert distinct([(1, 2, 1), (1, 2)], 2) == 2 / 3
     assert distinct([(1,)], 2) == 0
-
-
-# --- the published formula --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
