@@ -118,7 +118,7 @@ def _speed(options: argparse.Namespace, device: torch.device, chosen: Callable) 
     def job(shape: Shape, dtype: str, names: list[str]) -> Job:
         rounds = options.rounds or (ROUNDS if options.quick else shape.rounds)
         return Job(f"{shape.name} {dtype}", dtype, {shape.name: names}, len(names) * (rounds + 1),
-                   lambda where, tick: run(shape, dtype, names, rounds, where, ceiling(dtype), tick, device))  # fmt: skip
+                   lambda at, tick: run(shape, dtype, names, rounds, at, ceiling(dtype), tick, device))  # fmt: skip
 
     asked = [(shape, chosen(shape.contenders)) for shape in _shapes(options, device)]
     return [job(shape, dtype, names) for shape, names in asked if names != [FLOOR] for dtype in shape.dtypes]

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             zipfile.ZipFile(wheel).extractall(unpacked)  # files, not archives: Triton reads a kernel's source
         sys.path.append(unpacked)  # last: what is installed goes before it
         end = began + 60 * options.minutes
-        return supervise(Settings(out, options.dry, end, tuple(options.stages), options.only, options.commit))
+        return supervise(Settings(out, options.dry, end, (*options.stages,), options.only, options.commit))
 
 
 if __name__ == "__main__":

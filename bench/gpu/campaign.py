@@ -34,10 +34,8 @@ from . import summary
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ROOT / "bench" / "results" / "offline-sm_90.txt"
-COMPILED = re.compile(r"^ *\d+/\d+ .*\ssm_90 .* (\d+\.\d+)$", re.MULTILINE)
 MODULES = dict.fromkeys(("env", "verify", "headline", "profile"), "stages") | {"tune": "tune"}  # others: kernels
-NO_DEVICE, BROKEN = 2, 3  # exit statuses: there is no device, it does not recover
-LARGEST = 15 * 2**20  # bytes of the log
+NO_DEVICE = 2  # an exit status
 Facts = dict[str, Any]
 
 
@@ -130,15 +128,13 @@ def supervise(settings: Settings) -> int:
     todo = Notes(settings).left(items)
     print(_plan(todo, settings), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    before = len(todo) + 1
+    (settings.out / "log.txt").write_text("")
+    before = len(todo) + 1  # a process that gets nothing done is the last
     while 0 < len(todo) < before and time.time() < settings.deadline:
         child = multiprocessing.get_context("fork").Process(target=_work, args=(settings,))
         child.start()
         try:
             child.join(settings.deadline - time.time())
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here")
-            break
         finally:
             child.kill()
             child.join()
@@ -168,28 +164,24 @@ def _plan(items: list[Item], settings: Settings) -> str:
     """Return the seconds of each stage, and when it ends."""
     cells, at = [], 0.0
     for stage in settings.stages:
-        mine = [item for item in items if item.stage == stage]
-        takes = sum(item.takes for item in mine)
+        mine = [(item.takes, item.seconds) for item in items if item.stage == stage]
+        takes, seconds = map(sum, zip(*mine, strict=True)) if mine else (0.0, 0.0)
         at += takes
-        compiling = takes - sum(item.seconds for item in mine)
-        cells.append((stage, str(len(mine)), f"{takes:.0f}", f"{compiling:.0f}", f"{at / 60:.1f}"))
+        cells.append((stage, str(len(mine)), f"{takes:.0f}", f"{takes - seconds:.0f}", f"{at / 60:.1f}"))
     minutes = (settings.deadline - time.time()) / 60
     note = f"{minutes:.1f} minutes are left. A kernel is said to compile in {compile_seconds():.1f} s."
-    head = ("stage", "items", "seconds", "of them compiling", "ends at minute")
-    return markdown([Table("plan", head, cells, [note])])
+    return markdown([Table("plan", ("stage", "items", "seconds", "compiling", "ends at minute"), cells, [note])])
 
 
 def compile_seconds() -> float:
     """Return the mean seconds of a kernel in the report of what kernels compile to; 0.0 there was a cache's."""
-    text = OFFLINE.read_text() if OFFLINE.exists() else ""
-    return mean([seconds for line in COMPILED.findall(text) if (seconds := float(line))] or [1.0])
+    found = re.findall(r" sm_90 .* (\d+\.\d+)$", OFFLINE.read_text() if OFFLINE.exists() else "", re.MULTILINE)
+    return mean([float(seconds) for seconds in found if float(seconds)] or [1.0])
 
 
 def _work(settings: Settings) -> None:
     """Do what is left, in order, and print the table of each stage behind it."""
     log = (settings.out / "log.txt").open("ab")
-    if log.tell() > LARGEST:
-        log.truncate(0)
     os.dup2(log.fileno(), sys.stderr.fileno())
     if not settings.dry and not torch.cuda.is_available():
         print("no CUDA device; --dry goes through the motions on a CPU", flush=True)
@@ -224,9 +216,5 @@ def _perform(item: Item, settings: Settings, notes: Notes) -> None:
     print(f"{item.stage:12}{item.name}: {note['status']} ({note['seconds']:.1f} s) {note['message']}", flush=True)
     gc.collect()
     if torch.cuda.is_initialized():
-        try:
-            torch.cuda.synchronize()  # what went wrong on the device shows here
-            torch.cuda.empty_cache()
-        except Exception as error:
-            print(f"the device does not recover: {error}", flush=True)
-            os._exit(BROKEN)
+        torch.cuda.synchronize()  # raises where the device does not recover: the next process goes on
+        torch.cuda.empty_cache()

@@ -32,7 +32,6 @@ BACKENDS = ("tiled", "fused")
 WORKSPACE = {"cpu": 64 * 10**6, "cuda": 2**28}  # bytes beside the budget, by the design's formula
 TIMES, COMPILES = 5, 3  # calls that are compared; kernels of a backend at first use
 NAMES = ("logp", "ref_logp", "kl", "dh", "dW")
-FOUND = 66  # exit status when the tool has found something
 PROBE = "import ctypes; raise SystemExit(ctypes.CDLL('libcuda.so.1').cuInit(0))"
 NO_POOL = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TDPO_KERNELS_SELF_CHECK": "0"}  # a pool hides what is out of bounds
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # packed: hidden, weight, ref_hidden, ref_weight, labels
@@ -142,8 +141,7 @@ def _again(call: Evaluate) -> list[list[Tensor]]:
 
 def _thread(call: Evaluate) -> list[list[Tensor]]:
     """Call in a thread that knows nothing of this one; on CUDA autograd's own is a third."""
-    with ThreadPoolExecutor(1) as pool:
-        return [pool.submit(call).result()]
+    return [ThreadPoolExecutor(1).submit(call).result()]
 
 
 def _stream(call: Evaluate) -> list[list[Tensor]]:
@@ -170,7 +168,6 @@ def _graph(call: Evaluate) -> list[list[Tensor]]:
 def laws(settings: Settings) -> list[Item]:
     """Run pytest's tests of the mark `gpu`, a file at a time."""
     files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
-    files = files[:1] if settings.dry else files
     return [Item(path.name, partial(_laws, path), 60.0, 20, limit=400.0) for path in files]
 
 
@@ -201,7 +198,7 @@ def sanitizer(settings: Settings) -> list[Item]:
 
 
 def _sanitize(settings: Settings, check: str, backend: str) -> Facts:
-    tool = [] if settings.dry else [_tool(), "--tool", check, "--error-exitcode", str(FOUND)]
+    tool = [] if settings.dry else [_tool(), "--tool", check, "--error-exitcode", "66"]
     done = _run([*tool, sys.executable, "-m", "bench.gpu.kernels", backend, settings.device.type], **NO_POOL)
     lines = done.stdout.splitlines()
     if done.returncode:

@@ -24,7 +24,6 @@ from .campaign import Facts, Finding, Item, Settings
 
 COMPILES = {"tiled": 2, "fused": 3}  # kernels of a backend, for forward and backward
 VERIFIED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DRY_PROBLEMS = {"fused": ("one token",)}  # the interpreter takes its time
 OURS = tuple(f"{backend}@{kept}" for kept in ("0", "4GiB", "1GiB") for backend in ("tiled", "fused"))
 PASSES = {  # by value: what a trainer runs, then its parts. `compiled` is compiled for one of them
     "forward + backward": ({}, (*OURS, "eager", "compiled", "trl", "liger")),
@@ -43,9 +42,7 @@ def env(settings: Settings) -> list[Item]:
 
 def _machine(device: torch.device) -> Facts:
     facts = asdict(conditions(device)) | {"backends": availability(device), "free": memory.available(device)}
-    if device.type == "cuda":
-        p = torch.cuda.get_device_properties(device)
-        facts |= {"multiprocessors": p.multi_processor_count, "capability": f"{p.major}.{p.minor}"}
+    facts |= {"properties": str(torch.cuda.get_device_properties(device))} if device.type == "cuda" else {}
     rates = {dtype: ceiling(device, dtype) for dtype in ("bfloat16", "float16", "float32")}
     facts |= {f"{dtype} product, TFLOP/s": rate.flops / 1e12 for dtype, rate in rates.items()}
     return facts | {"copy, TB/s": rates["float32"].bytes / 1e12, "nvidia-smi after": ask_driver(*DRIVER)}
@@ -77,13 +74,11 @@ def verify(settings: Settings) -> list[Item]:
 
 def _verify(settings: Settings, backend: str, dtype: str) -> Facts:
     module = importlib.import_module("tdpo_kernels.verify")
-    wanted, every = DRY_PROBLEMS.get(backend, ("flat", "one token")), module.problems
+    wanted, every = ("one token",) if backend == "fused" else ("one token", "flat"), module.problems
     cut = {"BACKENDS": {backend: BACKENDS[backend]}, "DTYPES": {dtype: VERIFIED[dtype]}}
     cut["problems"] = lambda *given: [p for p in every(*given) if p.name in wanted or not settings.dry]
     with patch.multiple(module, **cut):
         lines = module.verify(settings.device)
-    if not lines:
-        raise Finding("skipped", "nothing was verified")
     worst = max(lines, key=lambda line: line.error / line.allowed)
     said = f"{worst.problem} at {worst.budget}, {worst.quantity}: {worst.error:.1e} of {worst.allowed:.1e} allowed"
     if bad := sum(not line.passed for line in lines):
@@ -112,19 +107,13 @@ def _shapes(settings: Settings) -> list[Shape]:
 
 def _measure(settings: Settings, shape: Shape, name: str) -> Facts:
     device, dtype, where = settings.device, shape.dtypes[0], _conditions(settings)
-    peak = _peak_here if settings.dry else memory.peak_extra
-    with patch.object(memory, "peak_extra", peak):
+    with patch.object(memory, "ALONE", not settings.dry):
         found = run(shape, dtype, [FLOOR, name], shape.rounds, where, ceiling(device, dtype), lambda n: None, device)
     rows.append(settings.out / ("dry-rows.jsonl" if settings.dry else "rows.jsonl"), found)
     mine, facts = found[1], {"rows": [asdict(row) for row in found], "after": ask_driver("clocks.sm", "power.draw")}
     if mine.red or not mine.seconds:
         raise Finding("red" if mine.red else "skipped", mine.note or "", facts)
     return facts
-
-
-def _peak_here(shape: Shape, dtype: str, name: str, device: torch.device) -> int:
-    """Measure without a process for each, in a dry run."""
-    return memory.step_peak(make_problem(shape, dtype), name)
 
 
 def _conditions(settings: Settings) -> Conditions:
@@ -139,9 +128,8 @@ def _conditions(settings: Settings) -> Conditions:
 def profile(settings: Settings) -> list[Item]:
     return [
         Item(f"{shape.name}, {name}", partial(_profile, settings, shape, name), 6.0, backend=name.split("@")[0])
-        for shape in _shapes(settings)
+        for shape in _shapes(settings)[:: len(PASSES)]
         for name in OURS[:4]
-        if shape.trainable and shape.gradients
     ]
 
 

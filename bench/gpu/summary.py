@@ -46,10 +46,8 @@ def _said(facts: Note) -> list[str]:
 
 
 def plain(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(_said(value))
-    if isinstance(value, (list, tuple)):
-        return " / ".join(map(plain, value))
+    if isinstance(value, (dict, list, tuple)):
+        return ", ".join(_said(value) if isinstance(value, dict) else map(plain, value))
     if isinstance(value, float):
         return f"{value:.4g}"
     return size(value) if isinstance(value, int) and value >= 10**6 else str(value)
