@@ -40,25 +40,22 @@ class Job:
     @property
     def keys(self) -> set[tuple]:
         """Return `Row.key` of the rows to come."""
-        return {
-            (shape, self.dtype, name.split("@")[0], PROVIDERS[name].budget)
-            for shape, names in self.who.items()
-            for name in names
-        }
+        rows = [(shape, name) for shape, names in self.who.items() for name in names]
+        return {(shape, self.dtype, name.split("@")[0], PROVIDERS[name].budget) for shape, name in rows}
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m bench", description=__doc__)
     p.add_argument("command", nargs="?", choices=("run", "report"), default="run")
     families = dict.fromkeys(shape.family for shape in SHAPES.values())
-    p.add_argument("--parts", type=_names, default=list(PARTS), help=f"of {', '.join(PARTS)}; default: all")
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     p.add_argument("--shapes", type=_names, help=f"names or families ({', '.join(families)}); speed only")
     p.add_argument("--providers", type=_names, help="of those a shape lists, or 'ours' for all; floor always runs")
     p.add_argument("--dtypes", type=_names, help="of those a shape lists; default: all of them")
-    p.add_argument("--rounds", type=int, help="timed rounds; default: each shape's own")
+    p.add_argument("--rounds", type=int, choices=range(1, 1000), metavar="N", help="default: each shape's own")
     p.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} only, {ROUNDS} rounds; few drifts")
     p.add_argument("--resume", action="store_true", help="leave out what this commit has measured in this environment")
-    p.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     p.add_argument("--out", type=Path, help="the JSON Lines file to append to, or to report from")
     p.add_argument("--to", type=Path, default=rows.FOLDER / "report", help="the folder of the report")
     p.add_argument("--no-save", action="store_true", help="print the table only")
@@ -70,8 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = p.parse_args(arguments)
     if options.command == "report":
         return _report(options)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        p.error("--device: got 'cuda', but torch sees no CUDA device")
     try:
-        device = _device(options.device)
         jobs = _plan(options, device)
     except ValueError as error:
         p.error(str(error))
@@ -93,9 +92,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace, device: torch.device) -> list[Job]:
-    if options.rounds is not None and options.rounds < 1:
-        raise ValueError(f"--rounds: got {options.rounds}, wanted at least 1")
-    parts = _known(options.parts, PARTS, "--parts")
+    parts = options.parts
     families = {name.split("@")[0] for name in PROVIDERS}
     wanted = _known(options.providers or list(PROVIDERS), {*PROVIDERS, *families}, "--providers")
     dtypes = _known(options.dtypes or [], {"float32", "bfloat16"}, "--dtypes")
@@ -177,14 +174,6 @@ def _measure(jobs: list[Job], where: Conditions, out: Path | None) -> list[Row]:
             if out is not None:
                 rows.append(out, new)
     return measured
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device: got {name!r}, wanted cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: got 'cuda', but torch sees no CUDA device")
-    return torch.device(name)
 
 
 def _names(text: str) -> list[str]:

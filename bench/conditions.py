@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT, INFO, STAT = Path(__file__).resolve().parent.parent, Path("/proc/cpuinfo"), Path("/proc/stat")
 PACKAGES = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
 CHANGING = {"commit": "", "dirty": False, "date": "", "fingerprint": ""}  # what is not the environment
 
@@ -73,10 +73,9 @@ def _version(package: str) -> str:
 
 
 def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    lines = INFO.read_text().splitlines() if INFO.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 class Neighbours:
@@ -94,10 +93,9 @@ class Neighbours:
 
 def _others_seconds() -> float | None:
     """Return the CPU seconds of everything on the machine but this process, since boot."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
+    if not STAT.exists():
         return None
-    user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, stat.read_text().splitlines()[0].split()[1:9])
+    user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, STAT.read_text().splitlines()[0].split()[1:9])
     busy = user + nice + system + sum(interrupts_and_steal)
     return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 

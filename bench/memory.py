@@ -50,7 +50,7 @@ def available(device: torch.device) -> int | None:
     """Return the free bytes, None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return _kilobytes(INFO, "MemAvailable") if INFO.exists() else None
+    return _bytes(INFO, "MemAvailable") if INFO.exists() else None
 
 
 def peak_extra(shape: Shape, dtype: str, name: str, device: torch.device) -> int | None:
@@ -73,12 +73,11 @@ def in_a_process_of_its_own(module: str, *arguments: str) -> int | None:
 
 def step_peak(problem: Problem, name: str) -> int:
     """Return the peak of a provider's step in this process, above its inputs and gradients."""
-    step = PROVIDERS[name].step(problem)
+    step, device = PROVIDERS[name].step(problem), problem.hidden.device
 
     def run() -> None:
         step.backward(step.forward())
 
-    device = problem.hidden.device
     try:
         if device.type == "cuda":
             run()  # compiles, and gets the libraries' workspaces
@@ -100,11 +99,11 @@ def resident_peak(run: Callable[[], object]) -> int:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
-    before = _kilobytes(STATUS, "VmRSS")  # the inputs were written, so they are in it
+    before = _bytes(STATUS, "VmRSS")  # the inputs were written, so they are in it
     with contextlib.suppress(OSError):  # else the peak is the process's, which the inputs hardly raise above them
         CLEAR.write_text("5")
     run()
-    return max(_kilobytes(STATUS, "VmHWM") - before, 0)
+    return max(_bytes(STATUS, "VmHWM") - before, 0)
 
 
 def allocator_peak(run: Callable[[], object], device: torch.device) -> int:
@@ -119,10 +118,9 @@ def allocator_peak(run: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _kilobytes(path: Path, field: str) -> int:
-    """Return, in bytes, the line of a file of the kernel's."""
-    line = next(line for line in path.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+def _bytes(path: Path, field: str) -> int:
+    """Return what a line of a file of the kernel's says."""
+    return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(field))
 
 
 def main(shape: str, dtype: str, name: str) -> None:
