@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         for wheel in options.wheels.glob("*.whl") if options.wheels else ():
             zipfile.ZipFile(wheel).extractall(unpacked)  # files, not archives: Triton reads a kernel's source
         sys.path.append(unpacked)  # last: what is installed goes before it
-        end = began + 60 * options.minutes
+        end = began + 60 * options.minutes - 5  # to say what came out
         return supervise(Settings(out, options.dry, end, (*options.stages,), options.only, options.commit))
 
 

@@ -61,8 +61,8 @@ def test_a_process_that_dies_or_hangs_costs_one_item(tmp_path, monkeypatch, capf
 def test_the_deadline_is_kept_and_the_same_command_goes_on(tmp_path, monkeypatch, capfd):
     log, began = tmp_path / "done", time.time()
     work = {"first": counted(log, "first"), "long": lambda: time.sleep(60), "later": counted(log, "later")}
-    found = run(tmp_path, monkeypatch, work, seconds=2.0)
-    assert time.time() - began < 10 and found["long"]["status"] == "stopped" and "later" not in found
+    found = run(tmp_path, monkeypatch, work, seconds=6.0)
+    assert time.time() - began < 20 and found["long"]["status"] == "stopped" and "later" not in found
     told = capfd.readouterr().out
     assert "| first" in told.split("**s**")[0] or "first: ok" in told  # known before it was cut off
     assert "left for the same command: 2 items, from 'long' on" in told
@@ -143,9 +143,8 @@ def test_a_dry_run_from_a_carried_folder(tmp_path):
     assert (out / "summary.md").read_text().startswith("DRY RUN") and not (out / "rows.jsonl").exists()
 
 
-Config = make_dataclass(
-    "Config", ["R", ("C", int, 128), ("K", int, 64), ("warps", int, 8), ("stages", int, 3)], frozen=True
-)
+FIELDS = ["R", *((name, int, value) for name, value in dict(C=128, K=64, warps=8, stages=3).items())]
+Config = make_dataclass("Config", FIELDS, frozen=True)
 CASE, DEVICE = SimpleNamespace(kernel="fused_stats"), SimpleNamespace(name="NVIDIA H200", arch="sm_90")
 
 
