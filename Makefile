@@ -27,6 +27,7 @@ test: PROBLEMS = flat near-equal
 test: $(READY) lint verify  ## everything that CI checks
 	$(PY) -m pytest -n 2 $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -m "not long" tests/device tests/test_laws.py
+	rm -rf build/gpu-dry && $(PY) -m bench.gpu --dry
 
 interpreted: $(READY)  ## every test that kernels can be interpreted in, on a CPU (half an hour)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(ARGS) tests/device tests/test_*.py
@@ -77,7 +78,7 @@ kernels-versions:  ## the same under the oldest and the newest Triton
 bench: $(READY)  ## everything that a CPU can be measured by (20 minutes); rows go to bench/results/
 	$(PY) -m bench $(ARGS)
 
-report: $(READY)  ## tables, figures and a page of what was measured, in bench/results/report
+report: $(READY)  ## tables and figures of what was measured, in bench/results/report
 	$(PY) -m bench report
 
 reproduce: $(READY)  ## the paper's experiment in miniature, into build/reproduce (half an hour; goes on where it ended)
@@ -86,7 +87,7 @@ reproduce: $(READY)  ## the paper's experiment in miniature, into build/reproduc
 # Wants no environment of its own and no network: .venv where it is there already, else the system's python.
 OUT ?= build/gpu
 
-gpu:  ## the GPU campaign into OUT=build/gpu; goes on where it ended; ARGS="--dry" on a CPU, "--stages env,verify"
+gpu:  ## the GPU campaign into OUT=build/gpu; goes on where it was cut off; ARGS="--minutes 9", "--stages env tune"
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m bench.gpu --out $(OUT) $(ARGS)
 
 clean:  ## remove the environment and outputs
