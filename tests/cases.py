@@ -372,6 +372,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "other_width": other_width,
     "reference_in_other_dtype": lambda: reference_in(_OTHER),
     "reference_in_float64": lambda: reference_in(_F64),
+    "hated_300_float64": lambda: replace(pushed(-300.0, policy=True), ref_dtypes=_F64),
 }
 
 Cotangents = tuple[Tensor | None, Tensor | None]  # of logp and of kl, shaped like labels

@@ -25,36 +25,36 @@ def everything_of(problem: Problem, backend: str, budget: int, cotangent: str = 
     return [values, list(pull((out.logp, out.kl), given, parts))]
 
 
+def differing(a: list[Tensor], b: list[Tensor]) -> str:
+    return "; ".join(f"{i}: {int((x != y).sum())} of {x.numel()}" for i, (x, y) in enumerate(zip(a, b, strict=True)))
+
+
 def kept_at(problem: Problem) -> list[int]:
-    """Budgets that keep nothing, one tile or two, some and most of the tiles, all of them."""
-    return [0, 2 * 16 * 64 * 8, budget_of(problem, 0.3), budget_of(problem, 0.9), 2**40]
+    """Budgets that keep nothing, a tile, some and most of the tiles, all of them."""
+    return [0, 16 * 64 * 8 * 3 // 2, budget_of(problem, 0.4), budget_of(problem, 0.8), 2**40]
 
 
-BUDGETED = [run for run in RUNS if run[1] != "general"] + [
-    (name, "general") for name in (*SAME, "wide", "softcap_flat")
-]
-BUDGETED += [(name, "general") for name in ("other_width", "reference_in_other_dtype", "reference_in_float64")]
+ALSO = ("wide", "softcap_flat", "other_width", "reference_in_other_dtype", "reference_in_float64", "hated_300_float64")
+BUDGETED = [run for run in RUNS if run[1] != "general"] + [(name, "general") for name in (*SAME, *ALSO)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case, cotangent", mainly((("softcap", "mixed_blocks"), ("ruled_out", "equal")), BUDGETED))
-def test_no_bit_depends_on_the_budget(case, cotangent, dtype, backend, small_tiles):
+@pytest.mark.parametrize("run", mainly((("softcap", "mixed_blocks"), ("ruled_out", "equal")), BUDGETED), ids="-".join)
+def test_no_bit_depends_on_the_budget(run, dtype, backend, small_tiles):
     """Neither a value nor a gradient: what is kept is what would be made again."""
+    case, cotangent = run
     small_tiles(*case_of(case).tile)
     problem = case_of(case).problem(dtype)
     none, *others = (everything_of(problem, backend, budget, cotangent) for budget in kept_at(problem))
     for values, grads in others:
-        assert same_bits(values, none[0]), "values"
-        assert same_bits(grads, none[1]), "gradients"
+        if not same_bits(values, none[0]) or not same_bits(grads, none[1]):
+            pytest.fail(differing(values + grads, none[0] + none[1]), pytrace=False)
 
 
 def test_budgets_of_the_law_keep_some_tiles_and_not_others(small_tiles):
     """Or the law would say nothing: some bytes outlive the forward at each budget, more at a larger one."""
-    problem = case_of("softcap").problem(torch.float32)
-    sizes = []
-    for budget in kept_at(problem):
-        live, _ = leaves(problem)
-        sizes.append(saved_bytes(live, budget))
+    problem = case_of("scaled").problem(torch.float32)
+    sizes = [saved_bytes(leaves(problem)[0], budget) for budget in kept_at(problem)]
     assert sizes == sorted(set(sizes)), sizes
 
 
