@@ -72,7 +72,7 @@ SEAMS = {
     "reference": {"types"},
     "pack": {"types", "checks"},
     "device": {"device"},
-    "backends": {"backends", "types", "reference", "checks", "tuning", "device", "selfcheck", "collectives", "pack", "version"},
+    "backends": {"backends", "types", "reference", "checks", "tuning", "device", "selfcheck", "collectives", "version"},
 }
 
 
