@@ -16,7 +16,12 @@ if interpreting():
     os.environ.setdefault("TDPO_KERNELS_SELF_CHECK", "0")  # would take half of the time; its own tests turn it on
 torch.set_num_threads(1)  # thousands of tiny products: threads only wait for one another
 
-WAIT = {"trainer", "test_parallel.py", "test_parallel_laws.py"}  # whose `long` tests run when asked for (``-m long``)
+WAIT = {
+    "trainer",
+    "test_parallel.py",
+    "test_parallel_errors.py",
+    "test_parallel_laws.py",
+}  # whose `long` tests run when asked for (``-m long``)
 
 settings.register_profile(
     "laws",
