@@ -101,17 +101,17 @@ def test_double_backward_is_refused(backend: str):
         g.square().sum().backward()
 
 
-@pytest.mark.parametrize("name", ["hidden", "head", "ref_hidden", "ref_head", "labels"])
+@pytest.mark.parametrize("name", ["hidden", "head", "ref_hidden", "ref_head"])
 def test_a_change_between_forward_and_backward_is_noticed(name: str):
     call = batch()
-    loss = fused_tdpo_loss(**call, memory_budget=1200).loss
+    loss = fused_tdpo_loss(**call).loss
     with torch.no_grad():
         call[name].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_a_change_of_packed_labels_does_not_matter():
+def test_a_change_of_labels_does_not_matter():
     call = batch() | {"shift": True}
     want = grads(fused_tdpo_loss(**call).loss, call["hidden"])
     loss = fused_tdpo_loss(**call).loss
