@@ -154,6 +154,13 @@ def near_equal_offset() -> Case:
     return replace(case, bias=bias_of(case, 6, 0.01), ref_bias=constant(case, 50.0))
 
 
+def of_logits(z: Tensor, r: Tensor, labels: Tensor, **options: object) -> Case:
+    """These very ``(T, V)`` logits, whatever makes products: hidden states are the rows of an identity. So the
+    gradient of the weight is dz itself, transposed."""
+    eye = torch.eye(len(z), dtype=torch.float64)[None]
+    return Case(eye, z.double().T, eye, r.double().T, labels[None], shift=False, **options)
+
+
 def every_label(case: Case, choices: list[int]) -> Case:
     chosen = torch.tensor(choices)[torch.arange(case.labels.numel()) % len(choices)].view_as(case.labels)
     return replace(case, labels=torch.where(case.labels == IGNORE, IGNORE, chosen))
@@ -178,6 +185,44 @@ def pushed(amount: float, *, policy: bool, count: int = 5) -> Case:
     bias[[0, 63, 64, 150, 210][:count]] = amount
     case = every_label(case, [5, 64, 100, 209])
     return replace(case, bias=bias) if policy else replace(case, bias=constant(case, 0.0), ref_bias=bias)
+
+
+def label_ruled_out() -> Case:
+    """A label that a mask forbids: its log-probability is -inf, and nothing else suffers."""
+    case = ruled_out()
+    labels = case.labels.clone()
+    labels[:, ::3] = 3
+    return replace(case, labels=labels)
+
+
+def ruled_out_capped() -> Case:
+    """A bias of -inf rules a token out whatever scale and softcap are made of the others."""
+    options = dict(logit_scale=0.7, softcap=5.0), dict(logit_scale=-1.3, softcap=7.0)
+    return replace(ruled_out(), options=options[0], ref_options=options[1])
+
+
+def sure(policy: float, reference: float | None = None) -> Case:
+    """Every label so many nats above the rest, in the policy and in the reference."""
+    case = every_label(base(62, D=16, V=1025), [700])
+    bias, ref_bias = bias_of(case, 1, 0.1), bias_of(case, 2, 0.1)
+    bias[700] += policy
+    ref_bias[700] += policy if reference is None else reference
+    return replace(case, bias=bias, ref_bias=ref_bias, tile=(32, 512))
+
+
+def sure_of_another(nats: float = 25.0) -> Case:
+    """The reference is sure of the label, the policy of another token."""
+    case = every_label(base(63, V=268, std=0.3), [200])
+    bias, ref_bias = bias_of(case, 1, 0.1), bias_of(case, 2, 0.1)
+    bias[17] += nats
+    ref_bias[200] += nats
+    return replace(case, bias=bias, ref_bias=ref_bias)
+
+
+def capped_flat() -> Case:
+    """Every logit so far up its cap that the slope, as ``1 - tanh^2``, has no digits."""
+    case = base(64, std=0.3)
+    return replace(case, bias=10 * bias_of(case).sign(), ref_bias=bias_of(case), options=dict(softcap=1.0))
 
 
 def surer_than(reference: float, policy: float, V: int = 2) -> Case:
@@ -314,10 +359,20 @@ CASES: dict[str, Callable[[], Case]] = {
     "labels_of_reference": labels_of_reference,
     "softcap": softcap,
     "softcap_saturated": lambda: softcap(tight=1.5),
+    "softcap_flat": capped_flat,
+    "ruled_out_capped": ruled_out_capped,
+    "ruled_out_label": label_ruled_out,
+    "sure_15": lambda: sure(15.0),
+    "sure_20": lambda: sure(20.0),
+    "sure_23": lambda: sure(23.0),
+    "sure_30": lambda: sure(30.0),
+    "sure_30_of_reference": lambda: sure(0.0, 30.0),
+    "sure_of_another": sure_of_another,
     "scale_only": lambda: replace(base(22, std=3.0), options=dict(logit_scale=0.25), ref_options=dict(logit_scale=0.5)),
     "other_width": other_width,
     "reference_in_other_dtype": lambda: reference_in(_OTHER),
     "reference_in_float64": lambda: reference_in(_F64),
+    "hated_300_float64": lambda: replace(pushed(-300.0, policy=True), ref_dtypes=_F64),
 }
 
 Cotangents = tuple[Tensor | None, Tensor | None]  # of logp and of kl, shaped like labels
@@ -346,6 +401,9 @@ COTANGENTS: dict[str, Callable[[Tensor, Tensor], Cotangents]] = {
     "zero_blocks": lambda a, b: tuple(torch.where(torch.arange(a.numel()).view_as(a) < 30, 0.0, x) for x in (a, b)),
     "all_zero": lambda a, b: (torch.zeros_like(a), torch.zeros_like(b)),
     "mixed_blocks": _mixed,
+    "apart_1e-7": lambda a, b: (a, a * (1 + 1e-7)),
+    "apart_1e-6": lambda a, b: (a, a * (1 + 1e-6)),
+    "apart_1e-4": lambda a, b: (a, a * (1 + 1e-4)),
 }
 
 
@@ -353,8 +411,9 @@ def cotangents(name: str, labels: Tensor) -> Cotangents:
     return COTANGENTS[name](*_general(labels.shape, "cotangents"))
 
 
-EVERY_COTANGENT = ("scaled", "dense", "peaked_10", "near_equal", "softcap", "ruled_out", "more_rows_than_V")
+EVERY_COTANGENT = ("scaled", "dense", "peaked_10", "near_equal", "softcap", "ruled_out", "sure_20", "sure_of_another")
 RUNS = [(case, "general") for case in CASES] + [(c, g) for c in EVERY_COTANGENT for g in COTANGENTS if g != "general"]
+RUNS += [(case, "equal") for case in CASES if case.startswith("sure_") and case not in EVERY_COTANGENT]
 RUNS += [
     ("hated_by_policy_300", "equal"),
     ("hated_by_policy_300", "kl_zero"),
@@ -366,6 +425,8 @@ RUNS += [
     ("shared_ratio_0.5", "logp_zero"),
     ("shared_ratio_sure", "kl_zero"),
     ("sure_of_different_tokens", "logp_zero"),
+    ("softcap_flat", "only_logp"),
+    ("ruled_out_capped", "equal"),
     ("surer_by_32", "only_kl"),
     ("labels_of_reference", "equal"),
 ]

@@ -9,19 +9,19 @@ import interpreted
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from runnable import backend_params, interpreting
-
-from tdpo_kernels.backends import selfcheck, slab
-from tdpo_kernels.backends.products import SIXTEEN_BIT
+from runnable import grid, interpreting, runnable, set_tiles, takes
 
 if interpreting():
     interpreted.round_bf16()
-    os.environ.setdefault(selfcheck.SWITCH, "0")  # checks would take half of the time; their own tests turn them on
+    os.environ.setdefault("TDPO_KERNELS_SELF_CHECK", "0")  # would take half of the time; its own tests turn it on
 torch.set_num_threads(1)  # thousands of tiny products: threads only wait for one another
 
-WAIT = {"trainer", "test_parallel.py", "test_parallel_laws.py"}  # whose `long` tests run when asked for (``-m long``)
-
-ONE_TILE = "one_tile"
+WAIT = {
+    "trainer",
+    "test_parallel.py",
+    "test_parallel_errors.py",
+    "test_parallel_laws.py",
+}  # whose `long` tests run when asked for (``-m long``)
 
 settings.register_profile(
     "laws",
@@ -43,9 +43,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "long" in item.keywords and not config.option.markexpr and WAIT & set(item.path.parts):
             item.add_marker(pytest.mark.skip(reason="long: -m long runs it"))
-    walked = [item for item in items if _in_one_tile(item) and _is_walked(item)]
-    config.hook.pytest_deselected(items=walked)
-    items[:] = [item for item in items if not (_in_one_tile(item) and _is_walked(item))]
+    items[:] = [item for item in items if _can_run(item)]
+
+
+def _can_run(item: pytest.Item) -> bool:
+    """Whether the backend takes the dtype: there is no test of what no backend does."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    backend, dtype = params.get("backend"), params.get("dtype")
+    return backend not in runnable() or not isinstance(dtype, torch.dtype) or takes(backend, dtype)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -65,31 +70,16 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+def small_tiles():
     """Tiles so small that tiny inputs have several row blocks, many column tiles and ragged last ones. Call it for
-    another size.
-    """
-
-    def set_(rows: int = 16, cols: int = 64) -> None:
-        if not _in_one_tile(request.node):
-            for device in slab.TILE:
-                monkeypatch.setitem(slab.TILE, device, (rows, cols))
-
-    set_()
-    return set_
+    another size."""
+    before = dict(grid.TILE)
+    set_tiles(16, 64)
+    yield set_tiles
+    grid.TILE.update(before)
 
 
-@pytest.fixture(params=[*backend_params(), ONE_TILE])
+@pytest.fixture(params=runnable())
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend there is, by name: a later one joins by itself; and `tiled` with its own tiles, which hold a small
-    case whole, whatever `small_tiles` says."""
-    return "tiled" if _in_one_tile(request.node) else request.param
-
-
-def _is_walked(item: pytest.Item) -> bool:
-    """Kernels, and 16 bits, have no way of their own for one tile."""
-    return interpreting() or item.callspec.params.get("dtype") in SIXTEEN_BIT
-
-
-def _in_one_tile(item: pytest.Item) -> bool:
-    return hasattr(item, "callspec") and item.callspec.params.get("backend") == ONE_TILE
+    """Every backend that runs here, by name: a later one joins by itself."""
+    return request.param

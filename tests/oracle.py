@@ -20,12 +20,13 @@ def logits(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> list[float]:
-    """``softcap * tanh(logit_scale * (h W^T + b) / softcap)``"""
+    """``softcap * tanh(logit_scale * (h W^T + b) / softcap)``; -inf where the bias is, whatever scale and cap are."""
     out = []
     for v, row in enumerate(weight):
         x = math.fsum(h * w for h, w in zip(hidden, row, strict=True)) + (0.0 if bias is None else bias[v])
         x *= logit_scale
-        out.append(x if softcap is None else softcap * math.tanh(x / softcap))
+        x = x if softcap is None else softcap * math.tanh(x / softcap)
+        out.append(-math.inf if bias is not None and bias[v] == -math.inf else x)
     return out
 
 

@@ -4,32 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import EVERYTHING, backends, batch, grads
+from batches import EVERYTHING, batch, grads
+from runnable import backends
+from seeing import Ledger, Products
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
-from tdpo_kernels.backends import slab
-
-
-class GemmFlops(TorchDispatchMode):
-    """Adds up 2 m n k over the matrix products that run under it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:] if name == "mm" else args[1:3]
-            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        elif name == "_linear_pointwise":  # oneDNN's a @ b^T
-            self.flops += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[0]
-        elif name in ("linear", "matmul", "baddbmm", "_scaled_mm"):
-            raise AssertionError(f"{name} is not counted here")
-        return func(*args, **(kwargs or {}))
-
 
 # --- nothing that nobody wants ----------------------------------------------------------------------------------------
 
@@ -41,7 +21,7 @@ def backward_flops(wanted: tuple[str, ...], budget: int, backend: str = "tiled")
     parts = {n: x.detach().requires_grad_(n in wanted) for n, x in parts.items()}
     heads = {"hidden": parts["hidden"], "head": LMHead(parts["weight"], parts["bias"])}
     stats = token_stats(**call | heads, memory_budget=budget, backend=backend)
-    with GemmFlops() as gemms:
+    with Products() as gemms:
         (stats.logp - 3 * stats.kl).sum().backward()
     return gemms.flops / (2 * 64 * 64 * 8), parts
 
@@ -72,30 +52,15 @@ def test_nothing_wanted_gives_no_graph(backend: str):
     assert not out.loss.requires_grad and out.loss.grad_fn is None
 
 
-class Sizes(TorchDispatchMode):
-    """The storages that the operations under it return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor):
-                self.largest = max(self.largest, x.untyped_storage().nbytes())
-        return out
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, None], ids=["no_grad", "inference", "frozen"])
-def test_nothing_is_staged_without_a_gradient(mode, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(slab.TILE, "cpu", (16, 16))
+def test_nothing_is_kept_without_a_gradient(mode, small_tiles):
+    small_tiles(16, 16)
     call = batch(torch.float32, length=64, V=256)
     if mode is None:
         call |= {n: call[n].detach() for n in ("hidden", "head")}
     sizes = {}
     for name, enabled in (("with", False), ("without", True)):
-        with Sizes() as seen, (mode or torch.enable_grad)() if enabled else torch.enable_grad():
+        with Ledger() as seen, (mode or torch.enable_grad)() if enabled else torch.enable_grad():
             out = fused_tdpo_loss(**call, memory_budget=EVERYTHING)
         sizes[name] = seen.largest
     assert not out.loss.requires_grad
@@ -127,7 +92,7 @@ def test_a_reference_computed_in_inference_mode_can_be_trained_against():
 def test_reference_is_asked_for_no_gradient():
     call = batch()
     call["ref_hidden"].requires_grad_(), call["ref_head"].requires_grad_()
-    with GemmFlops() as gemms:
+    with Products() as gemms:
         fused_tdpo_loss(**call, memory_budget=EVERYTHING).loss.backward()
     assert gemms.flops == 4 * 2 * 12 * 19 * 3
     assert call["ref_hidden"].grad is None and call["ref_head"].grad is None
@@ -141,18 +106,18 @@ G = 2 * T * VOCAB * WIDTH
 
 
 @pytest.fixture
-def half_and_half(monkeypatch: pytest.MonkeyPatch):
+def half_and_half(small_tiles) -> None:
     """Row blocks of 16: the chosen rows are one, the rejected the other."""
-    monkeypatch.setitem(slab.TILE, "cpu", (16, 16))
+    small_tiles(16, 16)
 
 
 def cost(objective, budget: int, head=lambda w: w) -> tuple[float, float]:
     """Forward and backward GEMM flops in units of G."""
     call = batch(torch.float32, rows=2, length=16, D=WIDTH, V=VOCAB) | {"memory_budget": budget}
     call["head"] = head(call["head"])
-    with GemmFlops() as forward:
+    with Products() as forward:
         loss = objective(call)
-    with GemmFlops() as backward:
+    with Products() as backward:
         loss.backward()
     return forward.flops / G, backward.flops / G
 
@@ -194,12 +159,12 @@ def test_backward_recomputes_what_its_rows_need_and_no_more(
 
 
 @pytest.mark.parametrize("objective, recompute, products", COSTS.values(), ids=COSTS)
-def test_a_staged_backward_recomputes_nothing(objective, recompute: float, products: float, half_and_half):
+def test_a_backward_of_what_is_kept_recomputes_nothing(objective, recompute: float, products: float, half_and_half):
     assert cost(objective, EVERYTHING) == (2.0, products)
 
 
 def test_half_a_budget_is_half_a_recomputation(half_and_half):
-    tile = int(2 * 16 * 16 * 4 * 1.12)  # p and t, and a few numbers per row
+    tile = int(2 * 16 * 16 * 4 * 1.12)  # both models' logits, and a few numbers per row
     assert [cost(fused(variant="tdpo1"), n * tile)[1] for n in (0, 2, 4, 8)] == [3.0, 2.75, 2.5, 2.0]
 
 
@@ -214,6 +179,6 @@ def test_softcap_costs_tdpo1_the_policy_s_logits(half_and_half):
 def test_ignored_rows_cost_nothing(half_and_half):
     call = batch(torch.float32, rows=2, length=32, D=WIDTH, V=VOCAB)
     call["labels"][:, ::2] = -100
-    with GemmFlops() as gemms:
+    with Products() as gemms:
         fused_tdpo_loss(**call, memory_budget=EVERYTHING).loss.backward()
     assert gemms.flops == 4 * G

@@ -6,29 +6,30 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from packed import D, E, L, P, V, pack, ragged_batch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tdpo_kernels import LMHead, TDPOLoss, fused_tdpo_loss, registered, token_stats
-from tdpo_kernels.backends import slab
-from tdpo_kernels.registered import Kept, room
-from tdpo_kernels.types import Model
+import tdpo_kernels
+from tdpo_kernels import LMHead, TDPOLoss, fused_tdpo_loss, token_stats
 
-P, L, D, E, V = 2, 7, 8, 6, 37
-EVERYTHING = 2**40
 EXTRAS = ("entropy", "mean_logit", "is_argmax")
-budgets = pytest.mark.parametrize("budget", [0, 3000, 2**29])
+batch = partial(ragged_batch, torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch):
+def fresh(small_tiles):
     """No graph from another test, and tiles of 5 x 16: several of them, and short last ones."""
     torch._dynamo.reset()
-    monkeypatch.setitem(slab.TILE, "cpu", (5, 16))
+    small_tiles(5, 16)
     yield
     torch._dynamo.reset()
 
@@ -38,22 +39,8 @@ def compiled(function, **options):
     return torch.compile(function, fullgraph=True, backend=options.pop("backend", "aot_eager"), **options)
 
 
-def batch(dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (2 * P, L), seed: int = 0) -> dict:
-    gen = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
-
-    labels = torch.randint(0, V, rows, generator=gen)
-    labels[..., 1:3] = -100
-    return dict(
-        hidden=randn(*rows, D).requires_grad_(), head=randn(V, D).requires_grad_(),
-        ref_hidden=randn(*rows, E), ref_head=randn(V, E), labels=labels,
-    )  # fmt: skip
-
-
 def packed(lengths: tuple[int, ...], seed: int = 0) -> dict:
-    return batch(rows=(sum(lengths),), seed=seed) | {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)}
+    return pack(batch(rows=len(lengths), seed=seed), list(lengths))
 
 
 def leaves(call: dict) -> list[Tensor]:
@@ -101,12 +88,12 @@ class Tiny(nn.Module):
         return F.gelu(self.body(self.embed(tokens)))
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
-@pytest.mark.parametrize("head", ["trained", "frozen", "bias"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+STEPS = [(False, "trained"), (False, "frozen"), (False, "bias"), (True, "trained")]
+STEPS = [(tied, head, "aot_eager") for tied, head in STEPS]
+
+
+@pytest.mark.parametrize("tied, head, backend", [*STEPS, (False, "frozen", "inductor")])
 def test_a_training_step_is_one_graph(tied: bool, head: str, backend: str):
-    if backend == "inductor" and (tied or head == "bias"):
-        pytest.skip("a minute of code generation that would say nothing new")
     torch.manual_seed(0)
     model, reference, module = Tiny(tied, head == "bias"), Tiny(tied, head == "bias"), TDPOLoss(beta=0.3)
     if head == "frozen":
@@ -132,54 +119,52 @@ def test_a_training_step_is_one_graph(tied: bool, head: str, backend: str):
             torch.testing.assert_close(got[n], want[n], **({"rtol": 0, "atol": 0} if exact else {}))
 
 
-LOSSES = [
-    {},
-    {"variant": "tdpo1", "beta": 0.4},
-    {"alpha": 0.0},
-    {"reduction": "sum", "alpha": 0.7},
-    {"reduction": "none"},
-    {"shift": False},
-    {"ignore_index": 3},
-    {"backend": "naive"},
-    {"memory_budget": 0},
-]
+def sideways(call: dict) -> dict:
+    return call | {"head": call["head"].detach().T.contiguous().T.requires_grad_()}
 
 
-@pytest.mark.parametrize("options", LOSSES, ids=str)
-def test_loss_padded(options: dict):
-    call = batch()
-    if options.get("ignore_index") is not None:
-        call["labels"] = call["labels"].clamp(min=3)
-    assert_same(lambda **call: fused_tdpo_loss(**call, **options), call)
+def sliced(call: dict, *names: str) -> dict:
+    """Hidden states that are no matrix in memory."""
+    cut = {n: torch.cat([call[n], call[n]], 1).detach()[:, :L] for n in names}
+    return call | {"hidden": call["hidden"].detach().requires_grad_()} | cut
 
 
-@pytest.mark.parametrize("options", LOSSES[:5], ids=str)
-def test_loss_packed(options: dict):
-    assert_same(lambda **call: fused_tdpo_loss(**call, **options), packed((5, 0, 7, 3)))
+def whole(**options) -> dict:
+    return batch() | {"labels": batch()["labels"].clamp(min=3)} | options
 
 
-def test_every_label_counts():
-    call = batch()
-    call["labels"] = call["labels"].clamp(min=0)
-    for shift in (False, True):
-        assert_same(lambda shift=shift, **call: fused_tdpo_loss(**call, ignore_index=None, shift=shift), call)
+CALLS = {
+    "tdpo2": batch,
+    "tdpo1": lambda: batch() | dict(variant="tdpo1", beta=0.4),
+    "dpo": lambda: batch() | dict(alpha=0.0),
+    "sum": lambda: batch() | dict(reduction="sum", alpha=0.7),
+    "none": lambda: batch() | dict(reduction="none"),
+    "no shift": lambda: batch() | dict(shift=False),
+    "naive": lambda: batch() | dict(backend="naive"),
+    "nothing kept": lambda: batch() | dict(memory_budget=0),
+    "other ignore_index": lambda: whole(ignore_index=3),
+    "every label": lambda: whole(ignore_index=None),
+    "every label, no shift": lambda: whole(ignore_index=None, shift=False),
+    "packed": lambda: packed((5, 0, 7, 3)),
+    "packed, tdpo1": lambda: packed((5, 0, 7, 3)) | dict(variant="tdpo1"),
+    "packed, none": lambda: packed((5, 0, 7, 3)) | dict(reduction="none"),
+    "modules": lambda: batch() | {"head": nn.Linear(D, V), "ref_head": nn.Linear(E, V)},
+    "head stored sideways": lambda: sideways(batch()),
+    "hidden sliced": lambda: sliced(batch(), "hidden"),
+    "ref_hidden sliced": lambda: sliced(batch(), "ref_hidden"),
+    "both sliced": lambda: sliced(batch(), "hidden", "ref_hidden"),
+}
 
 
-@budgets
+@pytest.mark.parametrize("name", CALLS)
+def test_loss(name: str):
+    assert_same(lambda **call: fused_tdpo_loss(**call), CALLS[name]())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_statistics_at_any_budget(dtype: torch.dtype, budget: int):
-    """Staged or recomputed, in part or in whole, as in the eager call: otherwise some bit would differ."""
-    assert_same(lambda **call: token_stats(**call, memory_budget=budget), batch(dtype))
-
-
-@budgets
-def test_statistics_of_many_rows(budget: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.undo()
-    assert_same(lambda **call: token_stats(**call, memory_budget=budget * 30), batch(rows=(4, 300)))
-
-
-def test_extras():
-    assert_same(lambda **call: token_stats(**call, extras=EXTRAS), batch())
+def test_statistics_in_any_dtype(dtype: torch.dtype):
+    """Some tiles kept, others made again."""
+    assert_same(lambda **call: token_stats(**call, memory_budget=3000, extras=EXTRAS), ragged_batch(dtype))
 
 
 @pytest.mark.parametrize("wanted", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight", "bias")], ids=str)
@@ -191,37 +176,14 @@ def test_parts_that_want_a_gradient(wanted: tuple[str, ...]):
     assert_same(lambda **call: token_stats(**call), call | {"hidden": parts["hidden"], "head": head})
 
 
-def test_heads_as_modules_and_with_biases():
-    torch.manual_seed(0)
-    call = batch() | {"head": nn.Linear(D, V), "ref_head": nn.Linear(E, V)}
-    assert_same(lambda **call: fused_tdpo_loss(**call), call)
-
-
-@pytest.mark.parametrize("name", ["hidden", "ref_hidden", "both"])
-def test_hidden_states_that_are_no_matrix(name: str):
-    call = batch()
-    for n in ("hidden", "ref_hidden") if name == "both" else (name,):
-        call[n] = torch.cat([call[n], call[n]], 1).detach()[:, :L]
-    call["hidden"] = call["hidden"].detach().requires_grad_()
-    assert_same(lambda **call: fused_tdpo_loss(**call), call)
-
-
-def test_heads_stored_sideways():
-    call = batch()
-    sideways = call["head"].detach().T.contiguous().T.requires_grad_()
-    assert_same(lambda **call: fused_tdpo_loss(**call), call | {"head": sideways})
-
-
 def test_inside_and_around_autocast():
-    call = batch()
-
     def inside(**call):
         with torch.autocast("cpu", torch.bfloat16):
             return fused_tdpo_loss(**call)
 
-    assert_same(inside, call)
+    assert_same(inside, batch())
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same(lambda **call: fused_tdpo_loss(**call), call)
+        assert_same(lambda **call: fused_tdpo_loss(**call), batch())
 
 
 def test_without_a_gradient():
@@ -238,7 +200,7 @@ def test_backward_twice_and_what_torch_compile_refuses():
     loss = compiled(lambda **call: fused_tdpo_loss(**call))(**call).loss
     first, second = (torch.autograd.grad(loss, leaves(call), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    with pytest.raises(RuntimeError, match="double backward"):
+    with pytest.raises(RuntimeError):
         (g,) = torch.autograd.grad(loss, call["hidden"], create_graph=True)
         g.sum().backward()
 
@@ -255,9 +217,18 @@ def test_export():
 # --- other batches ---------------------------------------------------------------------------------------------------
 
 
+def shorter(n: int) -> dict:
+    call = batch(seed=n)
+    return (
+        call
+        | {name: call[name][:, :n] for name in ("ref_hidden", "labels")}
+        | {"hidden": call["hidden"].detach()[:, :n].clone().requires_grad_()}
+    )
+
+
 @pytest.mark.parametrize("dynamic", [None, True, False])
 def test_another_length_is_another_batch_and_no_error(dynamic: bool | None):
-    calls = [batch(rows=(4, n), seed=n) for n in (7, 9, 5, 12)]
+    calls = [shorter(n) for n in (7, 9, 5, 8)]
     assert_same(lambda **call: fused_tdpo_loss(**call), *calls, dynamic=dynamic)
 
 
@@ -279,25 +250,17 @@ def test_more_or_fewer_ignored_labels_do_not_recompile():
     assert counter.frame_count == 1
 
 
-def test_a_graph_cached_by_another_version_is_not_taken(monkeypatch: pytest.MonkeyPatch):
-    """Inductor keeps graphs on disk under what they hold, and would not see that the buffer's size has changed."""
-    function, call = (lambda **call: fused_tdpo_loss(**call)), batch()
-    for values_per_row in (Kept.ROW_VALUES, Kept.ROW_VALUES + 64):
-        monkeypatch.setattr(Kept, "ROW_VALUES", values_per_row)
-        torch._dynamo.reset()
-        assert torch.equal(compiled(function, backend="inductor")(**call).loss, function(**call).loss)
-
-
-def test_the_graph_holds_the_two_operators_and_no_label():
+def test_the_graphs_hold_the_two_operators_and_no_label():
     seen = []
 
-    def backend(graph, _):
-        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
+    def noting(graph, _):
+        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
 
-    torch.compile(lambda **call: fused_tdpo_loss(**call), fullgraph=True, backend=backend)(**batch())
-    assert sum("tdpo_kernels" in str(target) for target in seen) == 1
-    assert not any(word in str(target) for target in seen for word in ("nonzero", "aminmax", "item()"))
+    backend = aot_autograd(fw_compiler=noting, bw_compiler=noting)
+    torch.compile(lambda **call: fused_tdpo_loss(**call), fullgraph=True, backend=backend)(**batch()).loss.backward()
+    assert [sum(x.startswith("tdpo_kernels") for x in targets) for targets in seen] == [1, 1], seen
+    assert not any(word in x for targets in seen for x in targets for word in ("nonzero", "aminmax", "scalar_dense"))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -306,138 +269,92 @@ def test_the_graph_holds_the_two_operators_and_no_label():
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(ref_hidden=torch.zeros(2 * P, L + 1, E)), ["ref_hidden", "(4, 8, 6)", "(4, 7, E)"]),
+        (dict(ref_hidden=torch.zeros(2 * P, L + 1, E)), ["ref_hidden", "(4, 10, 6)", "(4, 9, E)"]),
         (dict(labels=torch.zeros(2 * P, L)), ["labels", "float32", "int64"]),
         (dict(beta=-1.0), ["beta", "-1.0", "> 0"]),
         (dict(alpha=0.5, variant="tdpo1"), ["alpha", "tdpo1"]),
         (dict(backend="fast"), ["backend", "fast", "auto"]),
         (dict(head=torch.zeros(V, D).half()), ["head.weight", "float16", "float32"]),
     ],
-    ids=str,
+    ids=["ref_hidden", "labels", "beta", "alpha", "backend", "dtype"],
 )
 def test_a_call_that_is_wrong_whatever_the_values_is_refused_while_compiling(change: dict, words: list[str]):
-    ran = []
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception) as error:
-        patch.setattr(registered, "pack", lambda *a, **k: ran.append(a))
+    with pytest.raises(Exception) as error:  # noqa: B017
         compiled(lambda **call: fused_tdpo_loss(**call))(**batch() | change)
-    assert all(word in str(error.value) for word in words) and not ran
+    assert all(word in str(error.value) for word in words)
 
 
 def test_wrong_values_are_refused_when_it_runs():
-    whole = compiled(lambda **call: fused_tdpo_loss(**call))
-    call = batch()
+    whole, call = compiled(lambda **call: fused_tdpo_loss(**call)), batch()
     whole(**call)
+    labels = call["labels"].clone()
+    labels[1, 4] = 40
     with pytest.raises(ValueError, match=r"labels: 1 label\(s\) outside \[0, 37\), the first is 40"):
-        whole(**call | {"labels": call["labels"].index_fill(1, torch.tensor([0]), 5).clone().index_put_(
-            (torch.tensor([1]), torch.tensor([4])), torch.tensor([40]))})  # fmt: skip
-    whole = compiled(lambda **call: fused_tdpo_loss(**call))
+        whole(**call | {"labels": labels})
+    call = packed((5, 0, 7, 3))
     with pytest.raises(ValueError, match="cu_seqlens: decreases from 5 to 3"):
-        whole(**packed((5, -2, 9, 3)))
+        compiled(lambda **call: fused_tdpo_loss(**call))(**call | {"cu_seqlens": torch.tensor([0, 5, 3, 12, 15])})
 
 
 # --- the operators by themselves -------------------------------------------------------------------------------------
 
 
-def operands(call: dict, budget: int, extras: tuple[str, ...] = (), needs=(True, True, True), **options) -> tuple:
-    """The arguments of ``torch.ops.tdpo_kernels.token_stats``."""
-    head = call["head"] if isinstance(call["head"], LMHead) else LMHead(call["head"])
-    ref = LMHead(call["ref_head"])
-    models = (call["hidden"], head.weight, head.bias, call["ref_hidden"], ref.weight, ref.bias)
-    heads = (head.logit_scale, head.softcap, call["hidden"].dtype, 1.0, None, call["ref_hidden"].dtype)
-    sides = Model(call["hidden"], head, call["hidden"].dtype), Model(call["ref_hidden"], ref, call["ref_hidden"].dtype)
-    size = room(*sides, budget) if any(needs) else (0, 0)
-    given = (call["labels"], call.get("cu_seqlens"), options.get("ignore_index", -100), list(extras), *size)
-    return *models, *given, *heads, options.get("shift", True), options.get("backend", "auto"), list(needs)
+class Calls(TorchDispatchMode):
+    """Notes the library's operators as they are called, and with what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "tdpo_kernels":
+            detached = [x.detach().clone() if isinstance(x, Tensor) else x for x in args]
+            self.seen.append((func, tuple(detached), out))
+        return out
 
 
-def samples() -> dict[str, tuple]:
-    biased = batch() | {"head": LMHead(batch()["head"], torch.zeros(V, requires_grad=True), 0.5, 7.0)}
-    no_bias, only_hidden = (True, True, False), (True, False, False)
-    frozen = batch()
-    frozen["head"].requires_grad_(False)
-    return {
-        "padded": operands(batch(), 2**29, needs=no_bias),
-        "bf16": operands(batch(torch.bfloat16), 2**29, needs=no_bias),
-        "some staged": operands(batch(), 3000, needs=no_bias),
-        "nothing staged": operands(batch(), 0, needs=no_bias),
-        "packed": operands(packed((5, 0, 7, 3)), 2**29, needs=no_bias),
-        "bias, softcap, extras": operands(biased, 2**29, EXTRAS),
-        "frozen head": operands(frozen, 2**29, needs=only_hidden),
-        "naive": operands(batch(), 2**29, needs=no_bias, backend="naive"),
-        "no shift": operands(batch(), 2**29, needs=no_bias, shift=False),
-    }
+def operators(call: dict, **options) -> list[tuple]:
+    """Return the operators of a call and of its backward."""
+    with Calls() as calls:
+        out = token_stats(**call, **options)
+        if out.logp.requires_grad:
+            (out.logp - 3 * out.kl).sum().backward()
+    return calls.seen
 
 
-@pytest.mark.parametrize("name", samples())
+def biased() -> dict:
+    return batch() | {"head": LMHead(batch()["head"], torch.zeros(V, requires_grad=True), 0.5, 7.0)}
+
+
+SAMPLES = {
+    "padded": lambda: operators(batch()),
+    "bf16, some kept": lambda: operators(ragged_batch(torch.bfloat16), memory_budget=3000),
+    "nothing kept": lambda: operators(batch(), memory_budget=0),
+    "packed": lambda: operators(packed((5, 0, 7, 3))),
+    "bias, softcap, extras": lambda: operators(biased(), extras=EXTRAS),
+    "frozen head": lambda: operators(batch() | {"head": batch()["head"].detach()}),
+    "naive, no shift": lambda: operators(batch(), backend="naive", shift=False),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name: str):
-    torch.library.opcheck(torch.ops.tdpo_kernels.token_stats.default, samples()[name])
-
-
-@pytest.mark.parametrize("name", samples())
-def test_opcheck_backward(name: str):
-    args = [x.detach() if isinstance(x, Tensor) else x for x in samples()[name]]
-    logp, kl, *_, kept, where = torch.ops.tdpo_kernels.token_stats(*args)
-    cotangents = torch.randn_like(logp), torch.randn_like(kl)
-    torch.library.opcheck(
-        torch.ops.tdpo_kernels.token_stats_backward.default, (*args[:6], kept, where, *cotangents, *args[-9:])
-    )
+    """An eager call is the two operators, and they keep the rules of torch's operators."""
+    seen = SAMPLES[name]()
+    assert [func.overloadpacket.__name__ for func, *_ in seen] == ["token_stats", "token_stats_backward"]
+    for func, args, _ in seen:
+        torch.library.opcheck(func, args)
 
 
 def test_outputs_share_no_memory():
-    call = operands(batch(), 2**29, EXTRAS, needs=(True, True, False))
-    out = torch.ops.tdpo_kernels.token_stats(*call)
-    storages = [x.untyped_storage()._cdata for x in (*out, *(x for x in call if isinstance(x, Tensor)))]
-    assert len(set(storages)) == len(storages)
-
-
-def test_nothing_is_kept_without_a_gradient():
-    *_, kept, _ = torch.ops.tdpo_kernels.token_stats(*operands(batch(), 2**29, needs=(False, False, False)))
-    assert kept.numel() == 0
-
-
-@pytest.mark.parametrize("cap", [None, 5.0])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows, vocab", [(1, 2), (60, 300), (700, 5000), (1500, 1030)])
-def test_room_for_everything_that_would_be_staged(rows: int, vocab: int, dtype: torch.dtype, cap: float | None):
-    """So that a budget is used as far as in an eager call, and not much larger a buffer is made than it can fill."""
-    hidden, weight = torch.zeros(1, rows, D, dtype=dtype), torch.zeros(vocab, D, dtype=dtype)
-    model = Model(hidden, LMHead(weight, softcap=cap), dtype)
-    row_bytes, stage_bytes = room(model, model, EVERYTHING)
-    bytes_each = max(hidden.element_size(), 2) * (2 if cap is None else 3)
-    assert rows * vocab * bytes_each <= stage_bytes <= 2 * (rows + 16) * (vocab + 16) * bytes_each
-    assert room(model, model, 1000) == (row_bytes, 1000)
-    assert row_bytes <= 2100 * rows + 8192
-
-
-def test_kept_tensors_come_back():
-    kept = Kept(4096, torch.device("cpu"))
-    inside = kept.allocate((3, 5), torch.bfloat16).normal_()
-    outside, empty = torch.randn(7, 2)[::2], torch.empty(0, 4, dtype=torch.float64)
-    kept.put(inside, None, outside, empty)
-    a, none, b, c = Kept.taken(kept.buffer.clone(), kept.where())
-    assert torch.equal(a, inside) and none is None and torch.equal(b, outside) and torch.equal(c, empty)
-    with pytest.raises(RuntimeError, match="to keep for backward"):
-        kept.put(torch.zeros(4096))
-
-
-def test_what_is_staged_is_staged_in_place(monkeypatch: pytest.MonkeyPatch):
-    """No second copy of the budget."""
-    monkeypatch.undo()
-    copied, put = [], Kept._put
-
-    def noting(self: Kept, x: Tensor) -> list[int]:
-        if x.untyped_storage()._cdata != self.buffer.untyped_storage()._cdata:
-            copied.append(x.numel() * x.element_size())
-        return put(self, x)
-
-    monkeypatch.setattr(Kept, "_put", noting)
-    call = batch(rows=(4, 200))
-    torch.ops.tdpo_kernels.token_stats(*operands(call, 2**29, needs=(True, True, False)))
-    assert 0 < max(copied) <= 8 * 800
+    for _, args, out in operators(batch(), extras=EXTRAS):
+        storages = [x.untyped_storage()._cdata for x in (*out, *args) if isinstance(x, Tensor) and x.numel()]
+        assert len(set(storages)) == len(storages)
 
 
 CHILD = """
-import json, sys, time, torch
+import json, sys, torch
 before = set(sys.modules)
 import tdpo_kernels
 new = {name for name in set(sys.modules) - before if not name.startswith("tdpo_kernels")}
@@ -447,14 +364,9 @@ print(json.dumps([sorted(new), ops]))
 
 
 def test_import_registers_the_operators_and_does_nothing_else():
-    root = Path(__file__).resolve().parents[1]
+    root = Path(tdpo_kernels.__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, cwd=root, timeout=60)
     assert done.returncode == 0, done.stderr
     new, ops = json.loads(done.stdout)
     assert not [name for name in new if name.startswith(("torch._dynamo", "torch._inductor", "sympy", "triton"))]
     assert {"token_stats", "token_stats_backward"} <= set(ops)
-
-
-def test_an_eager_call_does_not_come_here(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(registered, "statistics", None)
-    fused_tdpo_loss(**batch()).loss.backward()

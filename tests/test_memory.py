@@ -7,48 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from runnable import grid
+from seeing import Ledger
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import tdpo_kernels
 from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
-from tdpo_kernels.backends import products, slab
-from tdpo_kernels.types import Inputs, Model, Rows
 
 MIB = 2**20
 WORKSPACE = 64 * MIB  # a CPU's, DESIGN section 4
 BUDGET = 24 * MIB
-
-
-class Ledger(TorchDispatchMode):
-    """Every storage made under it: the largest, and the most bytes that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = self.largest = self.most_elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor):
-                self._note(x, known)
-        return out
-
-    def _note(self, x: Tensor, known: set[int]) -> None:
-        storage = x.untyped_storage()
-        if storage._cdata in known or storage.nbytes() == 0:
-            return
-        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.largest = max(self.largest, storage.nbytes())
-        self.most_elements = max(self.most_elements, storage.nbytes() // x.element_size())
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
 
 
 def batch(T: int, V: int, D: int, dtype: torch.dtype = torch.float32, E: int | None = None) -> dict:
@@ -79,6 +50,12 @@ def accumulator(call: dict) -> int:
     return 4 * D * min(T, V) if sixteen and call["head"].requires_grad else 0
 
 
+def kept(call: dict) -> int:
+    """Bytes of all that may be kept: both models' logits, 8 bytes an entry (16 in float64), and row values."""
+    size = 16 if call["hidden"].dtype == torch.float64 else 8
+    return call["labels"].numel() * call["ref_head"].shape[0] * size + MIB
+
+
 def own(call: dict) -> int:
     """Bytes of the gradients, which are outputs."""
     return sum(call[n].numel() * call[n].element_size() for n in ("hidden", "head") if call[n].requires_grad)
@@ -104,13 +81,11 @@ def test_budget_zero_never_allocates_it_for_any_shape(T: int, V: int):
 
 @pytest.mark.parametrize("budget", [0, 2**40])
 @pytest.mark.parametrize("T, V, D", [(1000, 1000, 16), (64, 1000, 1000), (32, 1024, 24000)])
-def test_a_small_call_takes_no_more_than_the_workspace(T: int, V: int, D: int, budget: int, monkeypatch):
-    """Where a product comes back in a new tensor, too; the first two are one tile, the last has too much of a head."""
-    monkeypatch.setattr(products, "mkl_is_held_back", lambda: True)
-    monkeypatch.setattr(products, "ONEDNN_LEAST", 0)
+def test_a_small_call_takes_no_more_than_the_workspace_and_what_it_keeps(T: int, V: int, D: int, budget: int):
+    """The first two are one tile, the last has much of a head."""
     call = batch(T, V, D)
     book = ledger(call, budget)
-    assert book.peak - own(call) <= WORKSPACE
+    assert book.peak - own(call) <= WORKSPACE + min(budget, kept(call))
 
 
 @pytest.mark.parametrize("budget", [0, BUDGET // 8, BUDGET, 2**40])
@@ -118,39 +93,45 @@ def test_a_small_call_takes_no_more_than_the_workspace(T: int, V: int, D: int, b
 def test_no_tensor_is_larger_than_the_budget_and_the_workspace(dtype: torch.dtype, budget: int):
     call = batch(1024, 8192, 16, dtype)
     book = ledger(call, budget)
-    everything = 1024 * 8192 * 2 * max(call["hidden"].element_size(), 2) + MIB
-    assert book.largest <= max(min(budget, everything), WORKSPACE)
-    assert book.peak <= min(budget, everything) + WORKSPACE + accumulator(call) + own(call)
+    assert book.largest <= max(min(budget, kept(call)), WORKSPACE)
+    assert book.peak <= min(budget, kept(call)) + WORKSPACE + accumulator(call) + own(call)
 
 
 def test_a_budget_is_used():
-    """The stage is there: otherwise the bounds above would hold for nothing."""
+    """Otherwise the bounds above would hold for nothing."""
     call = batch(1024, 8192, 16)
     assert ledger(call, BUDGET).largest > 0.6 * BUDGET  # whole tiles of 8 MiB
     assert ledger(call, 0).largest < 0.4 * BUDGET
+    assert ledger(batch(1024, 8192, 16, torch.bfloat16), 2**40).largest >= 8 * 1024 * 8192
 
 
 def test_without_a_gradient_the_budget_is_not_touched():
     call = {n: x.detach() if isinstance(x, Tensor) else x for n, x in batch(1024, 8192, 16).items()}
     with Ledger() as book:
         token_stats(**call, memory_budget=2**40, extras=("entropy", "mean_logit", "is_argmax"))
-    assert book.peak <= WORKSPACE / 2
+    assert book.peak <= WORKSPACE < kept(call)
 
 
 def test_no_float32_copy_of_a_whole_matrix():
     """bf16 heads and hidden states are widened a block at a time."""
-    call = batch(64, 16384, 256, torch.bfloat16)
+    call = batch(64, 32768, 512, torch.bfloat16)
     call["head"].requires_grad_(False)
-    assert ledger(call, 0).largest < 16384 * 256 * 2
+    assert ledger(call, 0).largest < 32768 * 512 * 2
 
 
-def test_ignored_rows_are_not_gathered_all_at_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(slab.TILE, "cpu", (256, 512))
+@pytest.fixture
+def little_room(small_tiles, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A workspace of 4 MiB: less than any copy of hidden states."""
+    small_tiles(256, 512)
+    monkeypatch.setitem(grid.WORKSPACE, "cpu", 4 * MIB)
+    return 4 * MIB
+
+
+def test_ignored_rows_are_not_gathered_all_at_once(little_room: int):
     call = batch(4096, 64, 512)
     call["labels"][:, ::2] = -100
     call["head"].requires_grad_(False)
-    book = ledger(call, 0)
-    assert book.peak <= own(call) + 4096 * 512 * 4 * 0.75
+    assert ledger(call, 0).peak <= own(call) + little_room
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "head"])
@@ -195,41 +176,12 @@ def test_workspace_holds_under_autocast_at_hidden_size_4096(ignored: bool):
 def test_softcap_and_bias_stay_within_the_workspace(budget: int):
     call = batch(1024, 4096, 16)
     call |= {"head": LMHead(call["head"], torch.zeros(4096, requires_grad=True), 0.5, 30.0)}
-    with Ledger() as book:
-        fused_tdpo_loss(**call, memory_budget=budget).loss.backward()
-    staged = 3 * 1024 * 4096 * 4 + MIB if budget else 0
-    assert book.peak <= staged + WORKSPACE + 2 * (1024 + 4096) * 16 * 4
+    assert ledger(call, budget).peak <= min(kept(call), budget) + WORKSPACE + 2 * (1024 + 4096) * 16 * 4
 
 
-def test_budgets_smaller_than_a_tile_stage_nothing():
+def test_budgets_smaller_than_a_tile_keep_nothing():
     call = batch(512, 2048, 16)
-    assert ledger(call, 2 * 512 * 2048 * 4 - 1).largest <= slab.WORKSPACE["cpu"] / 4
-
-
-@pytest.mark.parametrize(
-    "cache, D, want",
-    [
-        (50, 4096, (2048, 2048)),  # an H200's: a pair of fp32 tiles, 32 MiB
-        (126, 4096, (2048, 4096)),
-        (50, 896, (2048, 4096)),  # a smaller tile's product would be over before the next is launched
-        (4, 4096, (1024, 2048)),
-    ],
-)
-def test_on_a_gpu_both_models_tiles_fit_into_its_cache(cache, D, want, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(slab, "_cache_bytes", lambda device: cache * MIB)
-    hidden = SimpleNamespace(device=torch.device("cuda"), shape=(65536, D))
-    head = SimpleNamespace(weight=torch.empty(65536, D, device="meta"))
-    inputs = SimpleNamespace(rows=SimpleNamespace(count=65536), policy=SimpleNamespace(hidden=hidden, head=head))
-    grid = slab.cut(inputs, 0, 0, 0, pair=8)
-    assert (grid.R, grid.C) == want
-
-
-def test_tiles_that_lie_in_memory_are_cut_to_the_cache(monkeypatch: pytest.MonkeyPatch):
-    asked = {}
-    monkeypatch.setattr(slab, "cut", lambda *_, **options: asked.update(options))
-    model = Model(torch.zeros(4, 8), LMHead(torch.zeros(16, 8)), torch.float32)
-    slab.make_grid(Inputs(model, model, Rows(None, None, torch.zeros(4, dtype=torch.int64)), 0))
-    assert asked["pair"] == 8
+    assert ledger(call, 16 * 16 * 8).largest <= WORKSPACE / 4
 
 
 def test_memory_is_given_back_after_backward():
@@ -241,54 +193,32 @@ def test_memory_is_given_back_after_backward():
     assert left <= own(call) + MIB
 
 
-def cut(call: dict, how: str) -> dict:
-    """Hidden states that are no matrix in memory: all but one token, or the batch inside."""
-
-    def changed(x: Tensor) -> Tensor:
-        if how == "hidden[:, :-1]":
-            return torch.cat([x, x[:, :1]], 1)[:, :-1].detach()
-        return x.transpose(0, 1).contiguous().transpose(0, 1).detach()
-
-    out = call | {n: changed(call[n]) for n in ("hidden", "ref_hidden")}
-    assert not any(out[n].is_contiguous() for n in ("hidden", "ref_hidden"))
-    out["hidden"].requires_grad_(call["hidden"].requires_grad)
-    return out
+CUTS = {
+    "hidden[:, :-1]": lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1].detach(),
+    "length first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1).detach(),
+    "as it was": lambda x: x.detach(),
+}
 
 
-@pytest.mark.parametrize("how", ["hidden[:, :-1]", "length first"])
+LAID = [("hidden[:, :-1]", "hidden[:, :-1]"), ("length first", "length first"), ("hidden[:, :-1]", "as it was")]
+LAID += [("as it was", "length first"), ("hidden[:, :-1]", "length first")]
+
+
+@pytest.mark.parametrize("hidden, ref_hidden", LAID)
 @pytest.mark.parametrize("ignored", [False, True], ids=["all rows", "half the rows"])
-@pytest.mark.parametrize("E", [512, 768])
-def test_hidden_states_are_not_copied_to_make_them_a_matrix(
-    how: str, ignored: bool, E: int, monkeypatch: pytest.MonkeyPatch
-):
-    """Less than half of the policy's alone: the groups of rows that are gathered."""
-    monkeypatch.setitem(slab.TILE, "cpu", (256, 512))
-    whole = batch(4096, 64, 512, E=E)
+def test_hidden_states_are_not_copied_to_make_them_a_matrix(hidden: str, ref_hidden: str, ignored: bool, little_room):
+    """Nor where the two lie differently: rows are gathered as many at a time as the workspace holds."""
+    whole = batch(4096, 64, 512, E=768)
     whole["head"].requires_grad_(False)
     if ignored:
         whole["labels"][:, ::2] = -100
-    call = cut(whole, how)
-    peaks, gradients = [], []
-    for each in (whole, call):
-        with Ledger() as book:
-            gradients += torch.autograd.grad(fused_tdpo_loss(**each, memory_budget=0).loss, each["hidden"])
-        peaks.append(book.peak)
-    assert peaks[1] <= peaks[0] + 4096 * 512 * 4 / 2
-    assert torch.equal(*gradients)
-
-
-@pytest.mark.parametrize("how", ["hidden[:, :-1]", "length first"])
-@pytest.mark.parametrize("name", ["hidden", "ref_hidden"])
-def test_only_one_model_s_hidden_states_no_matrix(how: str, name: str):
-    """One row index serves both models, so that one is copied; nothing else changes."""
-    whole = batch(64, 64, 32)
-    call = whole | {name: cut(whole, how)[name]}
-    fused_tdpo_loss(**whole).loss.backward()
-    want = [whole[n].grad.clone() for n in ("hidden", "head")]
-    whole["head"].grad = None
-    whole["hidden"].grad = None
-    fused_tdpo_loss(**call).loss.backward()
-    assert all(torch.equal(call[n].grad, g) for n, g in zip(("hidden", "head"), want, strict=True))
+    call = whole | {"hidden": CUTS[hidden](whole["hidden"]), "ref_hidden": CUTS[ref_hidden](whole["ref_hidden"])}
+    call["hidden"].requires_grad_()
+    (want,) = torch.autograd.grad(fused_tdpo_loss(**whole, memory_budget=0).loss, whole["hidden"])
+    with Ledger() as book:
+        (found,) = torch.autograd.grad(fused_tdpo_loss(**call, memory_budget=0).loss, call["hidden"])
+    assert book.peak <= own(call) + little_room
+    assert torch.equal(found, want)
 
 
 # --- resident memory of a fresh process -------------------------------------------------------------------------------
@@ -323,7 +253,7 @@ print(json.dumps([peak(T, job["V"], job["D"], dtype, job["budget"]) for T in job
 def peaks(job: dict) -> list[int]:
     """Peak resident bytes above what was there before the call, for each T."""
     give_back_at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(tdpo_kernels.__file__).resolve().parents[1])
     env = os.environ | give_back_at_once | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     child = [sys.executable, "-c", CHILD, json.dumps(job)]
     done = subprocess.run(child, env=env, capture_output=True, text=True, timeout=60)

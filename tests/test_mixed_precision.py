@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import EVERYTHING, backends, batch, grads
+from batches import EVERYTHING, batch, grads
+from runnable import backends
 from torch import Tensor
 
-from tdpo_kernels import fused_tdpo_loss, token_stats
+from tdpo_kernels import TokenStats, fused_tdpo_loss, reference, token_stats
+from tdpo_kernels.loss import preference_loss
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -16,20 +18,13 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def plain_tdpo2(call: dict, alpha: float = 0.5, beta: float = 0.1) -> Tensor:
-    """The loss as people write it, logits widened to at least fp32 after the product."""
-
-    def log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
-        z = F.linear(hidden, weight)
-        return (z if z.dtype == torch.float64 else z.float()).log_softmax(-1)
-
-    log_p, log_q = (log_probs(call[h], call[w]) for h, w in (("hidden", "head"), ("ref_hidden", "ref_head")))
-    pick = call["labels"][..., None]
-    margin = (log_p - log_q).gather(-1, pick)[..., 0].sum(-1)
-    kl = (log_q.exp() * (log_q - log_p)).sum((-1, -2))
-    half = len(margin) // 2
-    h = margin[:half] - margin[half:] - alpha * (kl[half:] - kl[:half].detach())
-    return -F.logsigmoid(beta * h).mean()
+def plain_tdpo2(call: dict) -> Tensor:
+    """The loss of logits that `F.linear` makes, as people write it: widened to at least fp32 after the product."""
+    logits = [F.linear(call[h], call[w]) for h, w in (("hidden", "head"), ("ref_hidden", "ref_head"))]
+    wide = [(x if x.dtype == torch.float64 else x.float()).flatten(0, 1) for x in logits]
+    logp, ref_logp, kl = (x.view_as(call["labels"]) for x in reference.statistics(*wide, call["labels"].flatten()))
+    options = dict(beta=0.1, alpha=0.5, variant="tdpo2", reduction="mean")
+    return preference_loss(TokenStats(logp, ref_logp, kl), **options).loss
 
 
 FLOATS = ("hidden", "head", "ref_hidden", "ref_head")

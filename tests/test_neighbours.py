@@ -10,35 +10,26 @@ import batches
 import pytest
 import torch
 import torch.nn.functional as F
-from runnable import backend_params
+from batches import EVERYTHING, close, reference_stats
+from runnable import backends
 from torch import Tensor, nn
 
 from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
-from tdpo_kernels.backends import slab
 
-EVERYTHING = 2**40
-backends = pytest.mark.parametrize("backend", backend_params())
 budgets = pytest.mark.parametrize("budget", [0, EVERYTHING])
 
 
-@pytest.fixture(params=[(4, 16), (1024, 1024)], ids=["tiles", "one_tile"])
-def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(slab.TILE, "cpu", request.param)
+@pytest.fixture(autouse=True)
+def _tiles(small_tiles) -> None:
+    small_tiles(4, 16)
 
 
 batch = partial(batches.batch, rows=2, length=6, D=8, V=37)
 
 
 def plain(call: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Eqs. (1) and (2) in plain torch."""
-    log_p = F.linear(call["hidden"], call["head"]).log_softmax(-1)
-    log_q = F.linear(call["ref_hidden"], call["ref_head"]).log_softmax(-1)
-    logp, ref = (x.gather(-1, call["labels"][..., None])[..., 0] for x in (log_p, log_q))
-    return logp, ref, (log_q.exp() * (log_q - log_p)).sum(-1)
-
-
-def close(got: object, want: object, tol: float = 1e-11) -> None:
-    torch.testing.assert_close(got, want, rtol=tol, atol=tol)
+    stats = reference_stats(call)
+    return stats.logp, stats.ref_logp, stats.kl
 
 
 def padded_head(weight: Tensor, rows: int, fill: float | None) -> LMHead:
@@ -55,7 +46,7 @@ def padded_head(weight: Tensor, rows: int, fill: float | None) -> LMHead:
 @budgets
 @pytest.mark.parametrize("rows", [1, 11, 40])
 @pytest.mark.parametrize("fill", [-math.inf, -1e4])
-def test_padded_vocabulary_masked_by_its_bias_is_none(backend: str, budget: int, rows: int, fill: float, small_tiles):
+def test_padded_vocabulary_masked_by_its_bias_is_none(backend: str, budget: int, rows: int, fill: float):
     """verl #5349, Liger's distillation: phantom rows take probability."""
     call = batch()
     options = dict(backend=backend, memory_budget=budget)
@@ -79,13 +70,13 @@ def masked_gradients(backend: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @backends
-def test_masked_rows_get_exactly_no_gradient(backend: str, small_tiles):
+def test_masked_rows_get_exactly_no_gradient(backend: str):
     assert all(g[37:].eq(0).all() for g in masked_gradients(backend, torch.float32))
 
 
 @backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_masked_rows_get_next_to_no_gradient(backend: str, dtype: torch.dtype, small_tiles):
+def test_masked_rows_get_next_to_no_gradient(backend: str, dtype: torch.dtype):
     assert all(g[37:].abs().max() <= 1e-10 * g.abs().max() for g in masked_gradients(backend, dtype))
 
 
@@ -102,7 +93,7 @@ def test_unmasked_padding_is_phantom_mass(backend: str):
 
 @backends
 @pytest.mark.parametrize("masked", ["head", "ref_head"])
-def test_padding_masked_on_one_side_only(backend: str, masked: str, small_tiles):
+def test_padding_masked_on_one_side_only(backend: str, masked: str):
     """Where only the policy rules a token out the KL is infinite; where only the reference does, it has no term."""
     call = batch()
     heads = {n: padded_head(call[n].detach(), 11, -math.inf if n == masked else None) for n in ("head", "ref_head")}
@@ -120,12 +111,7 @@ def test_bias_is_honoured_in_values_and_gradients(backend: str, as_linear: bool)
     nn.init.normal_(linear.bias)
     head = linear if as_linear else LMHead(linear.weight, linear.bias)
     got = token_stats(**call | {"head": head}, backend=backend)
-    ones = torch.ones(2, 6, 1, dtype=torch.float64)
-    folded = {
-        "hidden": torch.cat([call["hidden"], ones], -1),
-        "head": torch.cat([linear.weight, linear.bias[:, None]], 1),
-    }
-    logp, _, kl = plain(call | folded)
+    logp, _, kl = plain(call | {"head": LMHead(linear.weight, linear.bias)})
     close((got.logp, got.kl), (logp, kl))
     leaves = linear.weight, linear.bias
     close(torch.autograd.grad((got.logp + got.kl).sum(), leaves), torch.autograd.grad((logp + kl).sum(), leaves))
@@ -136,15 +122,13 @@ def test_bias_is_honoured_in_values_and_gradients(backend: str, as_linear: bool)
 def test_reference_bias_is_honoured(backend: str):
     call = batch()
     bias = torch.linspace(-2, 2, 37).double()
-    got = token_stats(**call | {"ref_head": LMHead(call["ref_head"], bias)}, backend=backend)
-    log_p = F.linear(call["hidden"], call["head"]).log_softmax(-1)
-    log_q = F.linear(call["ref_hidden"], call["ref_head"], bias).log_softmax(-1)
-    close(got.kl, (log_q.exp() * (log_q - log_p)).sum(-1))
+    ref = {"ref_head": LMHead(call["ref_head"], bias)}
+    close(token_stats(**call | ref, backend=backend).kl, plain(call | ref)[2])
 
 
 @backends
 @budgets
-def test_cotangents_may_differ_from_token_to_token(backend: str, budget: int, small_tiles):
+def test_cotangents_may_differ_from_token_to_token(backend: str, budget: int):
     """Liger #1298: gradients made in the forward with one scalar in mind are wrong under per-token weights."""
     call = batch()
     leaves = call["hidden"], call["head"]
@@ -200,9 +184,9 @@ def test_nan_in_a_masked_prompt_row_stays_there(backend: str, budget: int, dtype
 @budgets
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("which", ["rows", "columns"])
-def test_sixteen_bit_gradients_are_summed_in_fp32(budget: int, dtype: torch.dtype, which: str, monkeypatch):
+def test_sixteen_bit_gradients_are_summed_in_fp32(budget: int, dtype: torch.dtype, which: str, small_tiles):
     """Liger #512 and #1472, Megatron #2739, xtuner #1747: 64 partial sums in bf16 lose what one fp32 sum keeps."""
-    monkeypatch.setitem(slab.TILE, "cpu", (16, 2048) if which == "rows" else (2048, 16))
+    small_tiles(*((16, 2048) if which == "rows" else (2048, 16)))
     call = batch(dtype, rows=2, length=512 if which == "rows" else 32, V=64 if which == "rows" else 1024)
     call["hidden"] = (call["hidden"].detach().abs() * 0.1).requires_grad_()  # one sign: partial sums grow
     exact = {n: call[n].detach().double() for n in ("hidden", "head", "ref_hidden", "ref_head")}
@@ -218,9 +202,9 @@ def test_sixteen_bit_gradients_are_summed_in_fp32(budget: int, dtype: torch.dtyp
 
 
 @budgets
-def test_small_contributions_survive_behind_large_ones(budget: int, monkeypatch):
+def test_small_contributions_survive_behind_large_ones(budget: int, small_tiles):
     """In bf16 256 + 1 is 256: of one block of large rows and 64 of small ones, only the first would be left."""
-    monkeypatch.setitem(slab.TILE, "cpu", (16, 64))
+    small_tiles(16, 64)
     call = batch(torch.bfloat16, rows=1, length=16 * 65, D=4, V=2)
     hidden = torch.zeros(1, 16 * 65, 4)
     hidden[0, :16, 0], hidden[0, 16:, 0] = 16.0, 0.0625
@@ -238,18 +222,13 @@ EDGES = [0, 1, 15, 16, 17, 31, 32, 35, 36]
 @backends
 @budgets
 @pytest.mark.parametrize("extra", [{}, {"softcap": 4.0}], ids=["plain", "softcap"])
-def test_labels_at_every_edge_of_a_tile(backend: str, budget: int, extra: dict, small_tiles):
+def test_labels_at_every_edge_of_a_tile(backend: str, budget: int, extra: dict):
     """CCE #59: a label that equals the sentinel of "not in this tile"."""
     call = batch(length=len(EDGES))
     call["labels"] = torch.tensor([EDGES, EDGES[::-1]])
     capped = {n: LMHead(call[n], **extra) for n in ("head", "ref_head")}
     stats = token_stats(**call | capped, backend=backend, memory_budget=budget)
-    cap = extra.get("softcap")
-    z, r = (F.linear(call[h], call[w]) for h, w in (("hidden", "head"), ("ref_hidden", "ref_head")))
-    z, r = (x if cap is None else cap * torch.tanh(x / cap) for x in (z, r))
-    log_p, log_q = z.log_softmax(-1), r.log_softmax(-1)
-    logp, ref = (x.gather(-1, call["labels"][..., None])[..., 0] for x in (log_p, log_q))
-    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    logp, ref, kl = plain(call | capped)
     close((stats.logp, stats.ref_logp, stats.kl), (logp, ref, kl))
     leaves = call["hidden"], call["head"]
     for a, b in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, -0.5)):
@@ -259,7 +238,7 @@ def test_labels_at_every_edge_of_a_tile(backend: str, budget: int, extra: dict, 
 
 @backends
 @pytest.mark.parametrize("ignore_index", [15, 16, 36, 0, 37, -1])
-def test_ignore_index_at_a_tile_s_edge_is_only_an_ignore_index(backend: str, ignore_index: int, small_tiles):
+def test_ignore_index_at_a_tile_s_edge_is_only_an_ignore_index(backend: str, ignore_index: int):
     call = batch()
     labels = torch.where(call["labels"] == ignore_index, 5, call["labels"])
     labels[:, 2] = -100
@@ -270,7 +249,7 @@ def test_ignore_index_at_a_tile_s_edge_is_only_an_ignore_index(backend: str, ign
 
 
 @backends
-def test_every_label_in_one_column_or_one_tile(backend: str, small_tiles):
+def test_every_label_in_one_column_or_one_tile(backend: str):
     for label in (0, 16, 36):
         call = batch()
         call["labels"].fill_(label)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run
-from runnable import backend_params
+from runnable import backends
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,7 +65,7 @@ def ddp_gradients_are_the_whole_batch_s(rank: int, backend: str) -> None:
             torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", backend_params())
+@backends
 def test_ddp_gradients_are_those_of_one_process_with_the_whole_batch(backend: str):
     run(ddp_gradients_are_the_whole_batch_s, backend)
 

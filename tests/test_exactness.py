@@ -1,0 +1,342 @@
+"""Law 2: what is exact in mathematics keeps its digits. Rows of logits are given to the bit (`cases.of_logits`), so
+that no product's rounding hides the row mathematics, and dz is read off the weight's gradient."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, DTYPES, Case, base, bias_of, cotangents, of_logits
+from closeness import (
+    SIXTEEN_BIT,
+    Array,
+    Truth,
+    dtype_id,
+    exact,
+    leaves,
+    pull,
+    round_cotangents,
+    same_bits,
+    stats_of,
+    truth,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from runnable import mainly
+from torch import Tensor
+
+from tdpo_kernels import TokenStats, fused_tdpo_loss
+
+T, V = 16, 1025
+WIDE = [torch.float64, torch.float32]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rows(
+    std: float = 1.0, apart: float = 0.3, offset: float = 0.0, sure: tuple[float, float] = (0.0, 0.0), V: int = V,
+    another: float = 0.0, seed: int = 0,
+) -> Case:  # fmt: skip
+    """T rows of logits. The reference is `apart` and `offset` away; `sure`: how far the label is put up, in the policy
+    and in the reference; `another`: how far another token in the policy."""
+    z, noise = std * normal(T, V, seed=seed), apart * normal(T, V, seed=seed + 1)
+    r = z + noise + offset
+    labels = torch.randint(V, (T,), generator=torch.Generator().manual_seed(seed))
+    labels[:2] = V - 1
+    every = torch.arange(T)
+    z[every, labels] += sure[0]
+    r[every, labels] += sure[1]
+    z[every, (labels + V // 2) % V] += another
+    return of_logits(z, r, labels, tile=(16, 256))
+
+
+def half_down() -> Case:
+    """The policy has half of the vocabulary 300 nats down: a KL of 150."""
+    case = rows()
+    weight = case.weight.clone()
+    weight[::2] -= 300.0
+    return replace(case, weight=weight)
+
+
+ROWS: dict[str, Callable[[], Case]] = {
+    "plain": rows,
+    "peaked": lambda: rows(std=10.0),
+    "peaked, nearly equal": lambda: rows(std=10.0, apart=1e-3),
+    **{f"nearly equal, {k} apart": (lambda k=k: rows(apart=1e-4, offset=k)) for k in (0.0, 2.0, 3.0, 5.0, 7.0, 362.0)},
+    "1e4 apart": lambda: rows(offset=1e4),
+    **{f"sure by {n}": (lambda n=n: rows(sure=(n, n))) for n in (15.0, 20.0, 23.0, 30.0, 80.0)},
+    "policy sure by 30": lambda: rows(sure=(30.0, 0.0)),
+    "reference sure by 30": lambda: rows(sure=(0.0, 30.0)),
+    "policy sure of another": lambda: rows(sure=(0.0, 25.0), another=25.0, V=268),
+    "half of it 300 down": half_down,
+}
+KINDS = ("general", "equal", "logp_zero", "kl_zero", "apart_1e-7", "apart_1e-6", "apart_1e-4")
+
+
+@functools.cache
+def case_of(name: str) -> Case:
+    return ROWS[name]()
+
+
+@functools.cache
+def truth_of(name: str, dtype: torch.dtype, kind: str) -> Truth:
+    return truth(case_of(name).problem(dtype), cotangents(kind, case_of(name).labels))
+
+
+def of_rows(case: Case, dtype: torch.dtype, cotangent: str, backend: str, budget: int = 0) -> tuple[TokenStats, Array]:
+    """Return the statistics and dz, entry by entry."""
+    live, parts = leaves(case.problem(dtype))
+    out = stats_of(live, backend, budget)
+    grads = pull((out.logp, out.kl), round_cotangents(live, cotangents(cotangent, live.labels)), parts)
+    return out, exact(grads[1]).T
+
+
+def excess(out: TokenStats, dz: Array, true: Truth, sure: bool) -> dict[str, float]:
+    """Return how many times too large each error is."""
+    eps = torch.finfo(out.kl.dtype).eps
+    have = {name: exact(getattr(out, name).flatten()) for name in ("logp", "ref_logp", "kl")}
+    found = {name: (np.abs(x - getattr(true.result, name)), getattr(true.result, name)) for name, x in have.items()}
+    errors = {
+        name: (error / np.maximum(np.abs(want), 1e-37)).max() / (1000 * eps) for name, (error, want) in found.items()
+    }
+    size, every = true.size.max(-1), true.size.sum(-1)
+    errors["dz"] = (np.abs(dz - true.dz).max(-1) / size).max() / (200 * eps)
+    errors["sum of dz"] = (np.abs(dz.sum(-1)) / every).max() / ((100 if sure else 10) * eps)
+    return {name: float(x) for name, x in errors.items() if not x <= 1}
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=dtype_id)
+@pytest.mark.parametrize("name", mainly(("plain", "nearly equal, 5.0 apart", "sure by 23.0"), ROWS))
+def test_every_number_of_a_row_has_its_digits(name: str, dtype: torch.dtype, backend: str, small_tiles):
+    """Log-probabilities and KL relative to themselves, entries of dz to the row's largest; a row of dz sums to 0."""
+    case, faults = case_of(name), {}
+    small_tiles(*case.tile)
+    for kind in KINDS:
+        out, dz = of_rows(case, dtype, kind, backend)
+        if found := excess(out, dz, truth_of(name, dtype, kind), "sure" in name):
+            faults[kind] = found
+    assert not faults, f"so many times too large: {faults}"
+
+
+@given(
+    seed=st.integers(0, 10**6), V=st.sampled_from([1, 2, 3, 17, 64, 65, 131]), std=st.sampled_from([0.1, 1.0, 10.0]),
+    apart=st.sampled_from([0.0, 1e-7, 1e-5, 1e-3, 0.1, 1.0]), offset=st.sampled_from([0.0, 3.0, 50.0, -1000.0]),
+    sure=st.sampled_from([(0.0, 0.0), (9.0, 9.0), (20.0, 20.0), (40.0, 0.0), (0.0, 40.0)]), kind=st.sampled_from(KINDS),
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", WIDE, ids=dtype_id)
+def test_random_rows(seed, V, std, apart, offset, sure, kind, dtype, backend, small_tiles):
+    """In small vocabularies a sum is less than what it is a sum of."""
+    case = rows(std, apart, offset, sure, V, seed=seed)
+    out, dz = of_rows(case, dtype, kind, backend)
+    true = truth(case.problem(dtype), cotangents(kind, case.labels))
+    eps, floor = torch.finfo(dtype).eps, 1e-18 if dtype == torch.float64 else 1e-37  # the truth's own, the smallest
+    assert (out.kl >= 0).all()  # False for nan
+    assert (np.abs(dz - true.dz) <= 100 * eps * true.size.max(-1, keepdims=True) + floor).all()
+    assert (np.abs(dz.sum(-1)) <= 100 * eps * true.size.sum(-1) + floor).all()
+    kl = true.result.kl
+    assert (np.abs(exact(out.kl[0]) - kl) <= 1e-3 * kl + 1e-30)[kl > 1e-8].all()
+
+
+@given(seed=st.integers(0, 10**6), std=st.sampled_from([0.1, 1.0, 10.0, 40.0]), apart=st.sampled_from([0.0, 1e-3, 1.0]),
+       V=st.sampled_from([1, 2, 64, 65, 131]), shift=st.sampled_from([0.0, 50.0, -1000.0]))  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_kl_is_never_negative(seed, std, apart, V, shift, dtype, backend, small_tiles):
+    problem = replace(base(seed, L=8, V=V, std=std, apart=apart), ref_bias=torch.full((V,), shift)).problem(dtype)
+    assert (stats_of(problem, backend, 0).kl >= 0).all()  # False for nan
+
+
+# --- the KL, from where every run starts to where none should go ------------------------------------------------------
+
+NATS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-2, 1.0, 10.0, 30.0, 60.0, 79.0, 81.0, 150.0)
+
+
+def apart_by(nats: float, offset: float) -> Case:
+    """Rows that differ by a constant, and by a direction that makes the mean KL `nats`: of all tokens, or, where it is
+    large, of one that the policy grows sure of."""
+    z, one = normal(T, 211), torch.zeros(211, dtype=torch.float64)
+    one[206] = 1.0
+    direction = normal(211, seed=2) if nats < 2.0 else one
+
+    def mean(size: float) -> float:
+        log_p, log_q = (z + size * direction).log_softmax(-1), z.log_softmax(-1)
+        return float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
+
+    low, high = 0.0, 400.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) < nats else (low, middle)
+    return of_logits(z + low * direction, z + offset, torch.arange(T))
+
+
+@pytest.mark.parametrize("offset", (0.0, 5.0, -50.0))
+@pytest.mark.parametrize("nats", mainly((1e-7, 1.0, 81.0), NATS))
+def test_kl_has_three_digits(nats: float, offset: float, backend: str, small_tiles):
+    case = apart_by(nats, offset)
+    problem = case.problem(torch.float32)
+    want = truth(problem, (None, None)).result.kl
+    assert 0.5 < float(want.mean()) / nats < 2
+    for tile in ((16, 64), (512, 2048)):
+        small_tiles(*tile)
+        have = exact(stats_of(problem, backend, 0).kl[0])
+        assert (np.abs(have - want) <= 1e-3 * want).all(), float((np.abs(have - want) / want).max())
+
+
+# --- policy == reference ----------------------------------------------------------------------------------------------
+
+EQUAL = {
+    "scaled": lambda: base(40, apart=0.0),
+    "peaked": lambda: base(41, apart=0.0, std=30.0),
+    "softcap": lambda: replace(base(42, apart=0.0), options=dict(softcap=4.0), ref_options=dict(softcap=4.0)),
+    "bias": lambda: with_biases(base(43, apart=0.0), bias_of(base(43), size=30.0)),
+    "ruled_out": lambda: with_biases(base(44, apart=0.0), every_tenth_ruled_out(base(44))),
+}
+
+
+def with_biases(case: Case, bias: Tensor) -> Case:
+    labels = torch.where(case.labels == -100, -100, case.labels // 10 * 10 + 1)
+    return replace(case, bias=bias, ref_bias=bias.clone(), labels=labels.clamp(max=201))
+
+
+def every_tenth_ruled_out(case: Case) -> Tensor:
+    bias = bias_of(case)
+    bias[::10] = -math.inf
+    bias[64:128] = -math.inf
+    bias[1::10] = 0.5
+    return bias
+
+
+def kl_gradients(problem, backend: str, budget: int = 0) -> tuple[TokenStats, list[Tensor]]:
+    live, parts = leaves(problem)
+    out = stats_of(live, backend, budget)
+    g_kl = cotangents("general", live.labels)[1].to(out.kl.dtype)
+    return out, list(torch.autograd.grad(out.kl, parts, g_kl))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", mainly(("bias",), EQUAL))
+def test_policy_equal_to_reference_gives_exactly_zero(case, dtype, backend, small_tiles):
+    """The KL and its gradient exactly, tokens too unlikely for fp32 to hold included."""
+    for budget in (0, 2**40):
+        out, grads = kl_gradients(EQUAL[case]().problem(dtype), backend, budget)
+        assert same_bits([out.kl, out.logp], [torch.zeros_like(out.kl), out.ref_logp])
+        assert max(float(g.abs().max()) for g in grads) == 0.0
+
+
+def misaligned(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "a slice of wider rows": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "every second column": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "every second row": lambda x: torch.stack([x, x], -2).flatten(-3, -2)[..., ::2, :],
+    "no multiple of 16 bytes": misaligned,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("layout", mainly(("transposed", "no multiple of 16 bytes"), LAYOUTS))
+def test_equality_is_of_numbers_not_of_layouts(layout, dtype, backend, small_tiles):
+    """The reference's numbers are the policy's, and lie otherwise in memory. Exactly zero wherever a library's product
+    has the same bits of both, as it has on the CPUs known; no more than that product's rounding elsewhere."""
+    problem, lay = base(40, apart=0.0, V=211).problem(dtype), LAYOUTS[layout]
+    hidden, head = lay(problem.hidden), replace(problem.head, weight=lay(problem.head.weight))
+    assert torch.equal(hidden, problem.hidden) and torch.equal(head.weight, problem.head.weight)
+    out, grads = kl_gradients(replace(problem, ref_hidden=hidden, ref_head=head), backend)
+    wide = problem.stats_dtype
+    z, r = (h[0].to(wide) @ w.to(wide).T for h, w in ((problem.hidden, problem.head.weight), (hidden, head.weight)))
+    rounding = 0.0 if torch.equal(z, r) else 16 * torch.finfo(wide).eps * float(z.abs().max())
+    assert out.kl.max().item() <= rounding**2 and (rounding or same_bits([out.logp], [out.ref_logp]))
+    assert all(float(g.abs().max()) <= rounding * float(problem.hidden.abs().max()) * T for g in grads)
+
+
+@pytest.mark.parametrize("variant, alpha", [("tdpo1", None), ("tdpo2", None), ("tdpo2", 0.0)])
+@pytest.mark.parametrize("dtype", mainly((torch.float32,), DTYPES), ids=dtype_id)
+def test_policy_equal_to_reference_gives_exactly_log_2(dtype, variant, alpha, backend, small_tiles):
+    out = loss_of(base(45, B=4, apart=0.0).problem(dtype), backend, variant=variant, alpha=alpha)
+    assert out.loss.item() == torch.tensor(2.0, dtype=out.loss.dtype).log().item()
+
+
+def loss_of(problem, backend: str, **options):
+    return fused_tdpo_loss(
+        problem.hidden, problem.head, problem.ref_hidden, problem.ref_head, problem.labels, backend=backend, **options
+    )
+
+
+# --- what a bias of -inf rules out ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("name", mainly(("ruled_out_capped",), ("ruled_out", "ruled_out_capped")))
+def test_a_token_both_models_rule_out_gets_no_gradient(name, dtype, backend, small_tiles):
+    """Not even a tiny one: padded rows of a vocabulary must not drift."""
+    case = CASES[name]()
+    for budget in (0, 2**40):
+        _, (_, weight, bias) = kl_gradients(case.problem(dtype), backend, budget)
+        out = torch.isneginf(case.bias)
+        assert not weight[out].count_nonzero() and not bias[out].count_nonzero()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"logit_scale": -0.5}], ids=str)
+def test_kl_is_infinite_where_the_policy_alone_rules_out_a_token(options, dtype, backend, small_tiles):
+    """However little the reference thinks of it, and whatever the policy's scale and softcap are."""
+    case = replace(base(31), bias=bias_of(base(31)), ref_bias=torch.zeros(211, dtype=torch.float64), options=options)
+    case.bias[100], case.ref_bias[100] = -math.inf, -200.0
+    problem = case.problem(dtype)
+    out = stats_of(problem, backend, 0)
+    counted = problem.rows()[0]
+    assert torch.isposinf(out.kl.flatten()[counted]).all() and torch.isfinite(out.ref_logp).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_what_is_ruled_out_under_a_softcap_passes_a_kernel_s_self_check(dtype, backend, small_tiles, monkeypatch):
+    monkeypatch.setenv("TDPO_KERNELS_SELF_CHECK", "1")
+    out, grads = kl_gradients(CASES["ruled_out_capped"]().problem(dtype), backend)
+    assert out.kl.isfinite().all() and all(g.isfinite().all() for g in grads)
+
+
+# --- rows of dz in 16 bits, DPO ---------------------------------------------------------------------------------------
+
+SUMMED = ("plain", "nearly equal, 5.0 apart", "sure by 15.0", "sure by 30.0", "policy sure of another")
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=dtype_id)
+@pytest.mark.parametrize("name", mainly(("plain",), SUMMED))
+def test_rows_of_16_bit_dz_sum_to_zero(name, dtype, backend, small_tiles):
+    """As nearly as entries rounded each on its own, in this dtype; what is kept leaves no trace."""
+    case = case_of(name)
+    small_tiles(*case.tile)
+    for kind in KINDS:
+        true = truth_of(name, dtype, kind).dz
+        tiny = torch.finfo(dtype).tiny * torch.finfo(dtype).eps * V  # of the gradient itself, which nobody can scale
+        for budget in (0, 2**40):
+            total = np.abs(of_rows(case, dtype, kind, backend, budget)[1].sum(-1))
+            assert (total <= 2 * torch.finfo(dtype).eps * np.sqrt((true * true).sum(-1)) + tiny).all(), kind
+
+
+@pytest.mark.parametrize("dtype", mainly((torch.bfloat16,), DTYPES), ids=dtype_id)
+def test_alpha_zero_is_dpo(dtype, backend, small_tiles):
+    """Value and gradients, against DPO written out on the logp of the same backend."""
+    results = []
+    for dpo in (False, True):
+        problem, parts = leaves(base(46, B=4).problem(dtype))
+        if dpo:
+            out = stats_of(problem, backend, 0)
+            (m_w, m_l) = (out.logp.double().sum(-1) - out.ref_logp.double().sum(-1)).chunk(2)
+            loss = -torch.nn.functional.logsigmoid(0.3 * (m_w - m_l)).mean().to(out.logp.dtype)
+        else:
+            loss = loss_of(problem, backend, beta=0.3, alpha=0.0, memory_budget=0).loss
+        results.append([loss, *torch.autograd.grad(loss, parts)])
+    assert same_bits(results[0][:1], results[1][:1])
+    for a, b in zip(*results, strict=True):
+        eps = torch.finfo(a.dtype).eps
+        assert (a.double() - b.double()).norm() <= 4 * eps * b.double().norm()
