@@ -117,7 +117,7 @@ def _psi_series(y: Array) -> Array:
     return out
 
 
-# --- eq. (8) over parts, until the library's own ----------------------------------------------------------------------
+# --- eq. (8) over parts, in float64 ------------------------------------------------------------------------------------
 
 
 def merge(parts: Array) -> Array:
