@@ -1,4 +1,4 @@
-r"""Row mathematics in torch: tiles of logits to states of parts, parts to rows, rows to gradients. No products, no loops.
+r"""Row mathematics in torch: tiles of logits to states of parts, parts to rows, rows to gradients.
 
 A *part* is a set of columns of the vocabulary: a tile, a rank's shard, or the label alone. Its state is one tensor
 ``(STATE, R)``: of each row the largest logits ``top_z`` and ``top_r``, the log-sum-exps ``lse_z`` and ``lse_r``
