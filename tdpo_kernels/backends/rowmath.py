@@ -1,24 +1,9 @@
 r"""Row mathematics in torch: tiles of logits to states of parts, parts to rows, rows to gradients.
 
-A *part* is a set of columns of the vocabulary: a tile, a rank's shard, or the label alone. Its state is one tensor
+Equations are those of `reference.py`; `device/math.py` has them for Triton. The state of a part is one tensor
 ``(STATE, R)``: of each row the largest logits ``top_z`` and ``top_r``, the log-sum-exps ``lse_z`` and ``lse_r``
 relative to them, the KL of the part's own two softmaxes, and ``gap = lse_z - lse_r`` without cancellation. With
 `extras` follow the entropy of the policy's own softmax and the sum of its logits.
-
-For parts of masses P_k (policy) and Q_k (reference) within a whole, ``Y_k = log P_k - log Q_k`` and
-``psi(x) = e^x - 1 - x``::
-
-    (8)  KL = sum_k [ Q_k KL_k + Q_k psi(Y_k) ] - e^2 / 2        e = sum_k (P_k - Q_k)        gap = lse_z - lse_r + e
-
-A column is a part whose KL is 0. So (8) reduces a tile, merges tiles, merges ranks, and lets the label join. ``e``
-would be 0 if L - L' had all the digits that the Y_k want of it; because it has not, (8) puts them back.
-
-The gradient at the logits follows from the state of the whole row, with ``a = -g_kl``, ``b = -g_logp``, ``c = b - a``
-and ``y = log p - log q``::
-
-    (9)  dz = q (b + c expm1(y))  for y < 8        dz = c p + a q  beyond        at the label: -(b Q_0 - c (p_y - q_y))
-
-``Q_0`` is the reference's mass outside the label. `device/math.py` has the same equations for Triton.
 """
 
 from __future__ import annotations
