@@ -1,4 +1,4 @@
-"""Under what conditions a row was measured. A number without them is a rumour."""
+"""Record under what conditions a row was measured. A number without them is a rumour."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT, INFO, STAT = Path(__file__).resolve().parent.parent, Path("/proc/cpuinfo"), Path("/proc/stat")
 PACKAGES = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
 CHANGING = {"commit": "", "dirty": False, "date": "", "fingerprint": ""}  # what is not the environment
 
@@ -35,11 +35,18 @@ class Conditions:
     packages: str = ""
     fingerprint: str = ""  # of everything above but commit and date: equal means the same environment
 
+    @property
+    def said(self) -> str:
+        """Return a line for the foot of a figure."""
+        commit = f"{self.commit}{' + changes' if self.dirty else ''}"
+        return f"{self.device}, {self.threads} threads, torch {self.torch}, commit {commit}, {self.date[:10]}"
+
 
 def conditions(device: torch.device | str = "cpu") -> Conditions:
-    """Call it once per run: everything measured together shares them."""
+    """Return what holds now. Call it once per run: everything measured together shares them."""
     device = torch.device(device)
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     found = Conditions(
         device=properties.name if properties else cpu_model(),
         threads=torch.get_num_threads(),
@@ -50,15 +57,12 @@ def conditions(device: torch.device | str = "cpu") -> Conditions:
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         system=f"{platform.system()} {platform.machine()}",
         cores=os.cpu_count(),
-        memory_bytes=properties.total_memory if properties else _main_memory(),
+        memory_bytes=properties.total_memory if properties else memory,
         driver=f"CUDA {torch.version.cuda}" if properties else "",
         packages=", ".join(f"{name} {at}" for name in PACKAGES if (at := _version(name))),
     )
-    return replace(found, fingerprint=_fingerprint(found))
-
-
-def _fingerprint(found: Conditions) -> str:
-    return hashlib.sha256(repr(sorted((asdict(found) | CHANGING).items())).encode()).hexdigest()[:12]
+    lasting = repr(sorted((asdict(found) | CHANGING).items()))
+    return replace(found, fingerprint=hashlib.sha256(lasting.encode()).hexdigest()[:12])
 
 
 def _version(package: str) -> str:
@@ -68,37 +72,30 @@ def _version(package: str) -> str:
         return ""
 
 
-def _main_memory() -> int | None:
-    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
-    return os.sysconf(names[0]) * os.sysconf(names[1]) if set(names) <= set(os.sysconf_names) else None
-
-
 def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    lines = INFO.read_text().splitlines() if INFO.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 class Neighbours:
-    """How many cores other processes kept busy since this was made. Many small operations suffer most from them."""
+    """Count the cores that other processes keep busy from now on. Many small operations suffer most from them."""
 
     def __init__(self) -> None:
         self.began, self.others = time.monotonic(), _others_seconds()
 
     def cores(self) -> float | None:
-        """None where the system does not tell."""
+        """Return the mean number of them, None where the system does not tell."""
         if self.others is None:
             return None
         return max((_others_seconds() - self.others) / (time.monotonic() - self.began), 0.0)
 
 
 def _others_seconds() -> float | None:
-    """CPU seconds of everything on the machine but this process, since boot."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
+    """Return the CPU seconds of everything on the machine but this process, since boot."""
+    if not STAT.exists():
         return None
-    user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, stat.read_text().splitlines()[0].split()[1:9])
+    user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, STAT.read_text().splitlines()[0].split()[1:9])
     busy = user + nice + system + sum(interrupts_and_steal)
     return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 

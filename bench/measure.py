@@ -1,4 +1,4 @@
-"""Time, as interleaved rounds in one process, so that a machine's moods hit everybody alike."""
+"""Measure time as interleaved rounds in one process, so that a machine's moods hit everybody alike."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from .energy import meter
 from .providers import Step
 
-FLUSH = 512 * 2**20  # bytes written to empty a GPU's cache
 
-
-@dataclass(frozen=True)
-class Sample:
-    """Seconds, and joules where they are reported, of one call."""
+class Sample(NamedTuple):
+    """Seconds of one call."""
 
     forward: float
     backward: float
-    joules: float | None = None
 
     @property
     def both(self) -> float:
@@ -37,78 +32,66 @@ def times(
     rounds: int,
     calls: int,
     tick: Callable[[], None],
-    cold: bool = False,
 ) -> dict[str, list[Sample]]:
-    """A sample of each step in each round, in a new random order every round. One untimed round goes first.
+    """Return a sample of each step in each round, in a new random order every round. One untimed round goes first.
 
     Args:
         clear: called before every call and after the last, outside the clock: a trainer's ``zero_grad`` is not the
             loss's work.
-        cold: the device's cache is emptied before every call, outside the clock.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
-    timer = _Timer(clear, device, calls, cold)
     for name in order:
-        timer(steps[name])
+        _sample(steps[name], clear, device, calls)
     gc.freeze()  # what is left over from imports and compilation need not be looked through every time
     try:
         for _ in range(rounds):
             shuffle(order)
             for name in order:
-                samples[name].append(timer(steps[name]))
+                samples[name].append(_sample(steps[name], clear, device, calls))
                 tick()
     finally:
         gc.unfreeze()
     return samples
 
 
-class _Timer:
-    def __init__(self, clear: Callable[[], None], device: torch.device, calls: int, cold: bool) -> None:
-        self.clear, self.device, self.calls, self.joules = clear, device, calls, meter(device)
-        self.flush = torch.empty(FLUSH, dtype=torch.uint8, device=self.device) if cold else None
+def _sample(step: Step, clear: Callable[[], None], device: torch.device, calls: int) -> Sample:
+    gc.collect()
+    gc.disable()
+    forward = backward = 0.0
+    for _ in range(calls):
+        clear()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # from an idle device on
+        begin = _mark(device)
+        out = step.forward()
+        middle = _mark(device)
+        step.backward(out)
+        end = _mark(device)
+        del out
+        forward, backward = forward + _between(begin, middle), backward + _between(middle, end)
+    gc.enable()
+    clear()
+    return Sample(forward / calls, backward / calls)
 
-    def __call__(self, step: Step) -> Sample:
-        gc.collect()
-        gc.disable()
-        began = self.joules() if self.joules else None
-        forward = backward = 0.0
-        for _ in range(self.calls):
-            self.clear()
-            if self.flush is not None:
-                self.flush.zero_()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # from an idle device on
-            marks = [self._mark()]
-            out = step.forward()
-            marks.append(self._mark())
-            step.backward(out)
-            marks.append(self._mark())
-            del out
-            first, second = self._between(marks)
-            forward, backward = forward + first, backward + second
-        joules = None if began is None else (self.joules() - began) / self.calls
-        gc.enable()
-        self.clear()
-        return Sample(forward / self.calls, backward / self.calls, joules)
 
-    def _mark(self):
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+def _mark(device: torch.device) -> float | torch.cuda.Event:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def _between(self, marks: list) -> tuple[float, float]:
-        a, b, c = marks
-        if self.device.type != "cuda":
-            return b - a, c - b
-        c.synchronize()
-        return a.elapsed_time(b) / 1e3, b.elapsed_time(c) / 1e3
+
+def _between(a: float | torch.cuda.Event, b: float | torch.cuda.Event) -> float:
+    if isinstance(a, float):
+        return b - a
+    b.synchronize()
+    return a.elapsed_time(b) / 1e3
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
+    """Return the median, and the 20th and 80th percentile."""
     values = list(values)
     if len(values) == 1:
         return values[0], values[0], values[0]

@@ -1,4 +1,4 @@
-"""Peak memory of one step above its inputs and its gradients: CUDA's allocator, or the resident set of a fresh process.
+"""Measure one step's peak memory above inputs and gradients: CUDA's allocator, or a fresh process's resident set.
 
 A process of its own, because what a predecessor freed stays with the allocator and would hide what a step takes.
 The peak is VmHWM and not getrusage's ru_maxrss, which a child inherits from its parent; it is set back just before the
@@ -7,6 +7,7 @@ step where the kernel permits.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -22,16 +23,15 @@ from .problem import Problem, make_problem
 from .providers import PROVIDERS
 from .shapes import SHAPES, Shape
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, CLEAR, INFO = (Path("/proc", name) for name in ("self/status", "self/clear_refs", "meminfo"))
 ROOT = Path(__file__).resolve().parent.parent
 FREE = 0.9  # of what is free may be asked for
-
-
+ALONE = True  # on a CPU a step is measured in a process of its own
 KILLED = -9  # by a system that has no memory left
 
 
 class MemoryFailure(Exception):
-    """The step did not survive in a process of its own, so it must not be tried in ours. `room`: it lacked memory."""
+    """Say that the step did not survive on its own, so it must not be tried with others. `room`: it lacked memory."""
 
     def __init__(self, message: str, room: bool = False) -> None:
         super().__init__(f"out of memory: {message}" if room else message)
@@ -39,7 +39,7 @@ class MemoryFailure(Exception):
 
 
 def shortage(needs: int, device: torch.device) -> str:
-    """Why a step that needs about so many bytes is not tried; empty if there is room."""
+    """Return why a step that needs about so many bytes is not tried; empty if there is room."""
     free = available(device)
     if free is None or needs <= FREE * free:
         return ""
@@ -47,23 +47,21 @@ def shortage(needs: int, device: torch.device) -> str:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes; None where the system does not tell."""
+    """Return the free bytes, None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    return _bytes(INFO, "MemAvailable") if INFO.exists() else None
 
 
 def peak_extra(shape: Shape, dtype: str, name: str, device: torch.device) -> int | None:
-    """Bytes, or None where the system does not tell."""
-    if device.type == "cuda":
-        return _on_cuda(shape, dtype, name, device)
+    """Return bytes, None where the system does not tell."""
+    if device.type == "cuda" or not ALONE:
+        return step_peak(make_problem(shape, dtype, device), name)
     return in_a_process_of_its_own("bench.memory", json.dumps(asdict(shape)), dtype, name)
 
 
 def in_a_process_of_its_own(module: str, *arguments: str) -> int | None:
-    """What `module` prints last, a number of bytes."""
+    """Return what `module` prints last, a number of bytes."""
     if not STATUS.exists():
         return None
     child = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -73,27 +71,43 @@ def in_a_process_of_its_own(module: str, *arguments: str) -> int | None:
     return int(child.stdout.split()[-1])
 
 
-def measure(shape: Shape, dtype: str, name: str) -> int:
-    """In the fresh process. A tiny step first brings in thread pools and library buffers: not the step's own."""
-    _once(make_problem(SHAPES["tiny"], dtype), name)
-    problem = make_problem(shape, dtype)
-    step = PROVIDERS[name].make(problem)
-    extra = resident_peak(lambda: step.backward(step.forward()))
-    return max(extra - _gradients(problem), 0)
+def step_peak(problem: Problem, name: str) -> int:
+    """Return the peak of a provider's step in this process, above its inputs and gradients."""
+    step, device = PROVIDERS[name].step(problem), problem.hidden.device
+
+    def run() -> None:
+        step.backward(step.forward())
+
+    try:
+        if device.type == "cuda":
+            run()  # compiles, and gets the libraries' workspaces
+            problem.clear()
+        extra = peak(run, device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryFailure(str(error).splitlines()[0], room=True) from error
+    return max(extra - sum(g.numel() * g.element_size() for g in problem.gradients().values() if g is not None), 0)
+
+
+def peak(run: Callable[[], object], device: torch.device) -> int:
+    """Return how far memory rises while `run` runs: of CUDA's allocator, or of this process."""
+    return allocator_peak(run, device) if device.type == "cuda" else resident_peak(run)
 
 
 def resident_peak(run: Callable[[], object]) -> int:
-    """How far the resident set of this process rises while it runs."""
+    """Return how far the resident set of this process rises while `run` runs."""
     gc.collect()
-    _give_back_freed_pages()
-    before = _resident("VmRSS")  # the inputs were written, so they are in it
-    _forget_peak()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
+    before = _bytes(STATUS, "VmRSS")  # the inputs were written, so they are in it
+    with contextlib.suppress(OSError):  # else the peak is the process's, which the inputs hardly raise above them
+        CLEAR.write_text("5")
     run()
-    return max(_resident("VmHWM") - before, 0)
+    return max(_bytes(STATUS, "VmHWM") - before, 0)
 
 
 def allocator_peak(run: Callable[[], object], device: torch.device) -> int:
-    """How far what CUDA's allocator has given out rises while it runs."""
+    """Return how far what CUDA's allocator has given out rises while `run` runs."""
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
@@ -104,45 +118,17 @@ def allocator_peak(run: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _on_cuda(shape: Shape, dtype: str, name: str, device: torch.device) -> int:
-    problem = make_problem(shape, dtype, device)
-    step = PROVIDERS[name].make(problem)
-    try:
-        step.backward(step.forward())  # compiles, and gets the libraries' workspaces
-        problem.clear()
-        extra = allocator_peak(lambda: step.backward(step.forward()), device)
-    except torch.cuda.OutOfMemoryError as error:
-        raise MemoryFailure(str(error).splitlines()[0], room=True) from error
-    return max(extra - _gradients(problem), 0)
+def _bytes(path: Path, field: str) -> int:
+    """Return what a line of a file of the kernel's says."""
+    return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(field))
 
 
-def _once(problem: Problem, name: str) -> None:
-    step = PROVIDERS[name].make(problem)
-    step.backward(step.forward())
-
-
-def _gradients(problem: Problem) -> int:
-    return sum(g.numel() * g.element_size() for g in problem.gradients().values() if g is not None)
-
-
-def _resident(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def _forget_peak() -> None:
-    try:
-        CLEAR.write_text("5")
-    except OSError:
-        pass  # then the peak is the process's, which building the inputs hardly raises above them
-
-
-def _give_back_freed_pages() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-    if trim is not None:
-        trim(0)
+def main(shape: str, dtype: str, name: str) -> None:
+    """Measure in a fresh process. A tiny step first brings in thread pools and library buffers: not the step's own."""
+    tiny = PROVIDERS[name].step(make_problem(SHAPES["tiny"], dtype))
+    tiny.backward(tiny.forward())
+    print(step_peak(make_problem(Shape(**json.loads(shape)), dtype), name))
 
 
 if __name__ == "__main__":
-    shape_json, dtype_name, provider_name = sys.argv[1:]
-    print(measure(Shape(**json.loads(shape_json)), dtype_name, provider_name))
+    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""One TDPO step's inputs. Everybody is given the same ones."""
+"""Make one TDPO step's inputs. Every provider gets the same ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PEAKED = 8.0
 class Problem:
     """TDPO2 with a frozen reference; labels already shifted."""
 
-    hidden: Tensor  # (2P, L, D), a leaf that wants a gradient
-    weight: Tensor  # (V, D), likewise unless the head is frozen
+    hidden: Tensor  # (2P, L, D), a leaf that wants a gradient unless the shape is of forward alone
+    weight: Tensor  # (V, D), likewise, and not where the head is frozen
     ref_hidden: Tensor
     ref_weight: Tensor
     labels: Tensor  # (2P, L), IGNORE on prompts
@@ -34,7 +34,7 @@ class Problem:
         return {name: x.grad for name, x in wanted.items() if x.requires_grad}
 
     def double(self) -> Problem:
-        """The same numbers in float64, for the gate."""
+        """Return the same numbers in float64, for the gate."""
         hidden, weight = (x.detach().double().requires_grad_(x.requires_grad) for x in (self.hidden, self.weight))
         ref_weight = weight.detach() if self.one_head else self.ref_weight.double()
         return replace(self, hidden=hidden, weight=weight, ref_hidden=self.ref_hidden.double(), ref_weight=ref_weight)
@@ -44,18 +44,12 @@ class Problem:
         return self.ref_weight.data_ptr() == self.weight.data_ptr()
 
     def packed(self, x: Tensor) -> Tensor:
-        """``(2P, L, ...)`` as the rows that count, ``(T, ...)``: as many of each sequence."""
+        """Flatten ``(2P, L, ...)`` to the rows that count, ``(T, ...)``, as many of each sequence."""
         return x[:, self.prompt :].flatten(0, 1)
 
 
-def make_problem(
-    shape: Shape, dtype: str, device: torch.device | str = "cpu", trainable: bool | None = None, seed: int = 0
-) -> Problem:
-    """Logits of unit variance, and a reference as near as in training: a KL of about 0.01 nats per token.
-
-    Args:
-        trainable: whether the head is; None: as the shape says.
-    """
+def make_problem(shape: Shape, dtype: str, device: torch.device | str = "cpu", seed: int = 0) -> Problem:
+    """Draw logits of unit variance, and a reference as near as in training: a KL of about 0.01 nats per token."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, scale: float) -> Tensor:
@@ -69,6 +63,31 @@ def make_problem(
     labels = torch.randint(shape.V, tokens, generator=generator, device=device)
     prompt = length - round(shape.valid * length)
     labels[:, :prompt] = IGNORE
-    trainable = shape.trainable if trainable is None else trainable
-    weight_leaf = weight.detach().requires_grad_(trainable)  # of the same memory: a frozen reference may share it
-    return Problem(hidden.requires_grad_(), weight_leaf, ref_hidden, ref_weight, labels, shape.softcap, prompt)
+    if shape.layout == "hidden-rows":
+        hidden, ref_hidden = (_within(x, (*tokens, 2 * shape.D), slice(shape.D)) for x in (hidden, ref_hidden))
+    elif shape.layout != "contiguous":
+        one_head, weight = shape.one_head, _laid_out(weight, shape.layout)
+        ref_weight = weight if one_head else _laid_out(ref_weight, shape.layout)
+    weight_leaf = weight.detach().requires_grad_(
+        shape.trainable and shape.gradients
+    )  # a reference may share its memory
+    return Problem(
+        hidden.requires_grad_(shape.gradients), weight_leaf, ref_hidden, ref_weight, labels, shape.softcap, prompt
+    )
+
+
+def _laid_out(weight: Tensor, layout: str) -> Tensor:
+    """Return the same numbers in another place, with other strides."""
+    V, D = weight.shape
+    if layout == "transposed":
+        return weight.t().contiguous().t()
+    if layout == "slice":
+        return _within(weight, (V, D + 3), slice(1, D + 1))  # rows of an odd length from an odd address
+    if layout == "every-other-row":
+        return _within(weight, (V, 2 * D), slice(D))  # row 2 v of a (2 V, D) matrix
+    return _within(weight, (V, 2 * D), slice(0, None, 2))
+
+
+def _within(x: Tensor, size: tuple[int, ...], columns: slice) -> Tensor:
+    """Copy `x` into the named columns of a larger tensor, and return that view of it."""
+    return x.new_zeros(size)[..., columns].copy_(x)

@@ -1,4 +1,4 @@
-"""What a shape asks for, counted, and what the machine gives, measured in the same run: a big product and a big copy.
+"""Count what a shape asks for, and measure what the machine gives in the same run: a big product and a big copy.
 
 G is one product of 2 T V D flops at the measured rate, T the tokens that count. At these rates no step is faster than
 `seconds`.
@@ -6,7 +6,9 @@ G is one product of 2 T V D flops at the measured rate, T the tokens that count.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,8 +26,8 @@ class Ceiling(NamedTuple):
 
 
 def flops(shape: Shape) -> float:
-    """Of the floor: both models' logits, dh, and dW unless the head is frozen."""
-    return gemm_flops(shape) * (4 if shape.trainable else 3)
+    """Count the floor's: both models' logits, dh, and dW unless the head is frozen."""
+    return gemm_flops(shape) * (2 + shape.gradients + (shape.gradients and shape.trainable))
 
 
 def gemm_flops(shape: Shape) -> float:
@@ -33,24 +35,23 @@ def gemm_flops(shape: Shape) -> float:
 
 
 def bytes_moved(shape: Shape, dtype: str) -> int:
-    """At least: hidden states and heads read once forward, the policy's once more backward, gradients written."""
+    """Count the least: hidden states and heads read forward, the policy's once more backward, gradients written."""
     hidden, head = shape.rows * shape.D, shape.V * shape.D
-    heads = 1 if shape.one_head else 2
-    read = 2 * hidden + heads * head + hidden + head
-    written = hidden + (head if shape.trainable else 0)
-    return (read + written) * getattr(torch, dtype).itemsize
+    forward = 2 * hidden + (1 if shape.one_head else 2) * head
+    backward = hidden + head + hidden + (head if shape.trainable else 0)
+    return (forward + shape.gradients * backward) * getattr(torch, dtype).itemsize
 
 
 def seconds(shape: Shape, dtype: str, ceiling: Ceiling) -> float:
-    """The roofline: whichever of the two takes longer."""
+    """Return the roofline: whichever of the two takes longer."""
     return max(flops(shape) / ceiling.flops, bytes_moved(shape, dtype) / ceiling.bytes)
 
 
 def measure(dtype: str, device: torch.device) -> Ceiling:
-    """The best of a few tries each: a ceiling, not an average."""
+    """Return the best of a few tries each: a ceiling, not an average. Data is random, as zeros multiply faster."""
     rows, columns, depth = GEMM[device.type]
     kind = getattr(torch, dtype)
-    a, b = (torch.ones(n, depth, dtype=kind, device=device) for n in (rows, columns))
+    a, b = (torch.randn(n, depth, device=device).to(kind) for n in (rows, columns))
     out = torch.empty(rows, columns, dtype=kind, device=device)
     gemm = _best(lambda: torch.mm(a, b.T, out=out), device)
     source = torch.ones(COPY[device.type], dtype=torch.uint8, device=device)
@@ -59,16 +60,19 @@ def measure(dtype: str, device: torch.device) -> Ceiling:
     return Ceiling(2.0 * rows * columns * depth / gemm, 2 * source.numel() / copy)
 
 
-def _best(step, device: torch.device) -> float:
+def _best(step: Callable[[], object], device: torch.device) -> float:
+    """Return the least seconds of a call. The first, which may load libraries, is not timed."""
     step()
-    return min(_seconds(step, device) for _ in range(TRIES))
+    best = math.inf
+    for _ in range(TRIES):
+        _wait(device)
+        began = time.perf_counter()
+        step()
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
-def _seconds(step, device: torch.device) -> float:
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began

@@ -1,23 +1,23 @@
-"""A measured row, and where rows are kept: JSON Lines, one file per name that a device has, only ever appended to."""
+"""Keep measured rows: JSON Lines, one file for each name that a device has, only ever appended to."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .conditions import Conditions
 
 FOLDER = Path(__file__).resolve().parent / "results"
 Spread = tuple[float, float, float]  # median, p20, p80
-SPREADS = ("seconds", "ratio", "forward", "backward", "joules")
+TUPLES = ("seconds", "ratio", "forward", "backward", "ceiling")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one shape and dtype. Without `seconds` it was not timed, and `note` says why.
+    """Hold one contender at one shape and dtype. Without `seconds` it was not timed, and `note` says why.
 
     Rows of the accuracy study have `drift`, of a whole training step `limit_bytes` where T is the longest context.
     """
@@ -36,28 +36,26 @@ class Row:
     peak_extra_bytes: int | None = None  # above inputs and gradients
     error: float | None = None  # against float64, relative
     busy_cores: float | None = None  # taken by other processes while it was timed
-    red: bool = False
+    red: bool = False  # the gate found it wrong; its time, if any, is in no chart
     note: str | None = None
     forward: Spread | None = None
     backward: Spread | None = None
-    joules: Spread | None = None
     ceiling: tuple[float, float] | None = None  # flops and bytes a second, measured in the same run
-    cache: str = "hot"  # or "cold": emptied before every call
     partial: bool = False  # computes less than TDPO
     rows: int | None = None  # tokens that count; None: all T
     trainable: bool = True
+    gradients: bool = True  # False: forward alone
     drift: float | None = None  # KL per token between the models, in nats
     kl_error: float | None = None  # of the KL, relative; `error` is then its gradient's
     limit_bytes: int | None = None
 
     @property
     def key(self) -> tuple:
-        T = self.T if self.limit_bytes is None else None  # which is then what was found out
-        return self.shape, T, self.dtype, self.provider, self.budget_bytes, self.cache
+        return self.shape, self.dtype, self.provider, self.budget_bytes
 
 
 def file_of(device: str) -> Path:
-    """Where rows of a device, by its name, are kept: ratios of two kinds of processor are not shown together."""
+    """Return the file of a device's rows: ratios of two kinds of processor are not shown together."""
     return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
 
 
@@ -69,18 +67,29 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 def load(path: Path) -> list[Row]:
     lines = path.read_text().splitlines() if path.exists() else []
-    return [_row(json.loads(line)) for line in lines if line.strip()]
+    return [parse(json.loads(line)) for line in lines if line.strip()]
 
 
-def _row(data: dict) -> Row:
-    for name in (*SPREADS, "ceiling"):
-        data[name] = None if data.get(name) is None else tuple(data[name])
-    return Row(**data | {"conditions": Conditions(**data["conditions"])})
+def parse(data: dict) -> Row:
+    """Return the row of a line. What older rows had and rows no longer have is left out."""
+    known = {field.name: data[field.name] for field in fields(Row) if field.name in data}
+    tuples = {name: tuple(value) for name in TUPLES if (value := data.get(name)) is not None}
+    return Row(**known | tuples | {"conditions": Conditions(**data["conditions"])})
+
+
+def merge(path: Path, rows: Iterable[Row]) -> int:
+    """Append the rows that are not in the file yet, and return how many they are."""
+    known = load(path)
+    new = [row for row in rows if row not in known]
+    append(path, new)
+    return len(new)
 
 
 def together(rows: Iterable[Row]) -> list[Row]:
-    """Of each shape and dtype the newest run, in the order shapes first appeared. Only what was measured together,
-    round by round, is shown together."""
+    """Return each shape's and dtype's newest run, in the order in which shapes first appeared.
+
+    Only what was measured together, round by round, is shown together.
+    """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row.shape, row.dtype), []).append(row)

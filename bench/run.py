@@ -1,4 +1,4 @@
-"""One shape in one dtype, start to end: gate, memory, then everybody's time together."""
+"""Measure one shape in one dtype, start to end: gate, memory, then everybody's time together."""
 
 from __future__ import annotations
 
@@ -26,61 +26,56 @@ def run(
     tick: Callable[[int], None],
     device: torch.device,
 ) -> list[Row]:
-    """`tick` is told how many of a contender's ``rounds + 1`` steps are done. On CUDA there is a second row for each,
-    with a cold cache."""
+    """Return a row of each contender. `tick` is told how many of its ``rounds + 1`` steps are done."""
     found = {name: _before_timing(shape, dtype, name, device) for name in names}
-    for facts in found.values():
-        tick(1 + rounds if facts.get("note") else 1)
+    for runs, _ in found.values():
+        tick(1 if runs else 1 + rounds)
     problem = make_problem(shape, dtype, device)
-    steps = {name: PROVIDERS[name].make(problem) for name, facts in found.items() if not facts.get("note")}
-    rows = []
-    for cache in ("hot", "cold") if device.type == "cuda" else ("hot",):
-        neighbours = Neighbours()
-        ticking, cold = (lambda: tick(1), False) if cache == "hot" else (lambda: None, True)
-        samples = measure.times(steps, problem.clear, device, rounds, shape.calls, ticking, cold)
-        busy = neighbours.cores()
-        timed = {name: facts | _timing(samples, name, busy) for name, facts in found.items()}
-        same = dict(dtype=dtype, rounds=rounds, conditions=conditions, ceiling=tuple(ceiling), cache=cache)
-        rows += [row(shape, name, **same, **facts) for name, facts in timed.items()]
-    return rows
+    steps = {name: PROVIDERS[name].step(problem) for name, (runs, _) in found.items() if runs}
+    neighbours = Neighbours()
+    samples = measure.times(steps, problem.clear, device, rounds, shape.calls, lambda: tick(1))
+    same = dict(dtype=dtype, rounds=rounds, conditions=conditions, ceiling=tuple(ceiling))
+    busy = neighbours.cores()
+    return [row(shape, name, **same, **facts, **_timing(samples, name, busy)) for name, (_, facts) in found.items()]
 
 
 def row(shape: Shape, name: str, **facts) -> Row:
     provider = PROVIDERS[name]
     size = dict(shape=shape.name, T=shape.T, V=shape.V, D=shape.D, rows=shape.rows, trainable=shape.trainable)
     who = dict(provider=name.split("@")[0], budget_bytes=provider.budget, partial=provider.computes == "dpo")
-    return Row(**size, **who, **facts)
+    return Row(**size, **who, gradients=shape.gradients, **facts)
 
 
 def _timing(samples: dict[str, list[Sample]], name: str, busy: float | None) -> dict:
     if name not in samples:
         return {}
     mine, floor = samples[name], samples[FLOOR]
-    facts = {
+    return {
         "seconds": measure.spread(s.both for s in mine),
         "forward": measure.spread(s.forward for s in mine),
         "backward": measure.spread(s.backward for s in mine),
         "ratio": measure.spread(s.both / f.both for s, f in zip(mine, floor, strict=True)),
         "busy_cores": busy,
     }
-    if all(s.joules is not None for s in mine):
-        facts["joules"] = measure.spread(s.joules for s in mine)
-    return facts
 
 
-def _before_timing(shape: Shape, dtype: str, name: str, device: torch.device) -> dict:
-    """What is known of a contender before it is timed; a note says why it will not be."""
+def _before_timing(shape: Shape, dtype: str, name: str, device: torch.device) -> tuple[bool, dict]:
+    """Return whether a contender is timed, and what is known of it so far.
+
+    Who ran and was wrong is timed all the same: the time stands beside the finding, in red.
+    """
     provider = PROVIDERS[name]
     if provider.computes == "products":
-        return {}
-    if reason := provider.unavailable(shape, device):
-        return {"note": f"skipped: {reason}"}
-    if reason := memory.shortage(provider.needs(shape), device):
-        return {"note": reason}
+        return True, {}
+    reason = provider.unavailable(shape, device)
+    if reason := f"skipped: {reason}" if reason else memory.shortage(provider.needs(shape), device):
+        return False, {"note": reason}
     verdict = gate.check(provider, shape, dtype, device)
-    if verdict.complaint:
-        return {"error": verdict.error, "red": True, "note": verdict.complaint}
+    error = None if provider.like else verdict.error  # which then is no error against float64
+    facts = {"error": error, "red": verdict.complaint is not None, "note": verdict.complaint}
+    if verdict.error is None:
+        return False, facts
     try:
-        return {"error": verdict.error, "peak_extra_bytes": memory.peak_extra(shape, dtype, name, device)}
+        return True, facts | {"peak_extra_bytes": memory.peak_extra(shape, dtype, name, device)}
     except memory.MemoryFailure as failure:
-        return {"error": verdict.error, "red": not failure.room, "note": str(failure)}
+        return False, {"error": error, "red": not failure.room, "note": str(failure)}

@@ -1,9 +1,9 @@
-"""An estimate, not a measurement: one TDPO loss with its backward on 8 to 4,096 ranks, from counted flops and bytes.
+"""Estimate, not measure, one TDPO loss with its backward on 8 to 4,096 ranks, from counted flops and bytes.
 
 W ranks are data x sequence x vocabulary. Each group of v ranks that share a vocabulary has T tokens, and each of its
 ranks V / v columns:
 
-    products    6 of 2 T (V / v) D flops: both models' logits, twice as nothing is staged, dh and dW
+    products    6 of 2 T (V / v) D flops: both models' logits, twice as nothing is kept, dh and dW
     vocabulary  forward gathers `SENT` fp32 numbers a token from each rank, backward sums dh in fp32: 4 D bytes a token
     sequence    one sum of 48 P + 8 bytes before the sigmoid, over the ranks that share P pairs
     gradient    of this rank's rows of the head in bf16, summed over all ranks that hold the same rows
@@ -17,8 +17,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tdpo_kernels.backends.sharded import SENT
-
 from .shapes import MODELS
 
 RANKS = tuple(2**n for n in range(3, 13))
@@ -27,6 +25,7 @@ PAIR_TOKENS = 2 * 4096
 TOKENS = 2**22  # a step of all ranks, where more ranks share the work
 TOKENS_EACH = 2**13  # a rank's, where the work grows with the ranks
 PRODUCTS = 6
+SENT = 8  # numbers a row of each rank's state: six of its part of the vocabulary, and the label's two logits
 BF16, FP32 = 2, 4
 
 
@@ -51,7 +50,7 @@ class Layout:
     vocabulary: int
 
     def sizes(self, ranks: int) -> tuple[int, int, int]:
-        """Of data, sequence and vocabulary."""
+        """Return how many ranks share data, a sequence and a vocabulary."""
         rest = ranks // self.vocabulary
         return (1, rest, self.vocabulary) if self.sequence else (rest, 1, self.vocabulary)
 
@@ -74,24 +73,20 @@ class Estimate:
     held: int
 
     @property
-    def seconds(self) -> float:
-        return self.products + self.vocabulary + self.sequence + self.gradient
-
-    @property
     def efficiency(self) -> float:
-        """Of a step that is products alone."""
-        return self.products / self.seconds
+        """Return the share of a step that products alone would take."""
+        return self.products / (self.products + self.vocabulary + self.sequence + self.gradient)
 
 
 def estimate(layout: Layout, ranks: int, tokens: int, cluster: Cluster | None = None, model: str = MODEL) -> Estimate:
-    """A step over so many tokens of all ranks together."""
+    """Estimate a step over so many tokens of all ranks together."""
     c, (V, D, *_) = cluster or Cluster(), MODELS[model]
     data, sequence, v = layout.sizes(ranks)
     T, rows = tokens / (data * sequence), V / v
     pairs = max(tokens / data / PAIR_TOKENS, 1)
     return Estimate(
         products=PRODUCTS * 2 * T * rows * D / c.flops,
-        vocabulary=gathered(FP32 * len(SENT) * T, v, 1, c) + summed(FP32 * D * T, v, 1, c),
+        vocabulary=gathered(FP32 * SENT * T, v, 1, c) + summed(FP32 * D * T, v, 1, c),
         sequence=summed(48 * pairs + 8, sequence, v, c),
         gradient=summed(BF16 * rows * D, data * sequence, v, c),
         held=round(3 * BF16 * rows * D),
@@ -99,24 +94,24 @@ def estimate(layout: Layout, ranks: int, tokens: int, cluster: Cluster | None = 
 
 
 def summed(size: float, ranks: int, stride: int, c: Cluster) -> float:
-    """Seconds of an all-reduce over ranks `stride` apart: within nodes, then each rank its share of it between them."""
+    """Return an all-reduce's seconds over ranks `stride` apart: within nodes, then each rank its share between them."""
     inside, nodes = _nodes(ranks, stride, c)
     return 2 * (_part(size, inside, c.node_bytes, c.node_hop) + _part(size / inside, nodes, c.net_bytes, c.net_hop))
 
 
 def gathered(each: float, ranks: int, stride: int, c: Cluster) -> float:
-    """Seconds of an all-gather: between nodes, each rank over its own card, then within them."""
+    """Return an all-gather's seconds: between nodes, each rank over its own card, then within them."""
     inside, nodes = _nodes(ranks, stride, c)
     whole = each * nodes
     return _part(whole, nodes, c.net_bytes, c.net_hop) + _part(whole * inside, inside, c.node_bytes, c.node_hop)
 
 
 def _nodes(ranks: int, stride: int, c: Cluster) -> tuple[int, int]:
-    """How many ranks of a group a node has, and on how many nodes they are."""
+    """Return how many ranks of a group a node has, and on how many nodes they are."""
     inside = max(min(ranks, c.node // stride), 1)
     return inside, ranks // inside
 
 
 def _part(size: float, ranks: int, rate: float, hop: float) -> float:
-    """Seconds in which each of a ring's ranks hands on all of `size` but its own share."""
+    """Return the seconds in which each of a ring's ranks hands on all of `size` but its own share."""
     return (ranks - 1) / ranks * size / rate + math.ceil(math.log2(ranks)) * hop

@@ -1,6 +1,6 @@
-"""What is measured: sizes by name, and for each the dtypes, contenders and rounds that answer its question.
+"""Name what is measured: sizes, and for each the dtypes, contenders and rounds that answer its question.
 
-Sizes are those of real models (`MODELS`). A CPU is given a cut of them, ``<model>/<n>``: V and D divided by n, so that
+Sizes are those of real models (`MODELS`). A CPU gets a cut of them, ``<model>/<n>``: V and D divided by n, so that
 V / D, which decides how much the vocabulary costs, stays the model's.
 """
 
@@ -29,6 +29,7 @@ MODELS = {
     "mistral-7b": Model(32768, 4096, 8),
 }
 
+LAYOUTS = ("contiguous", "transposed", "slice", "every-other-row", "every-other-column", "hidden-rows")
 OURS = ("ours@all", "ours@0")
 EVERYONE = ("floor", "eager", "compiled", "trl", "liger", "cce", "linear_ce", *OURS)
 FULL = ("floor", "eager", "trl", "linear_ce", *OURS)  # what runs on a CPU, but for the compiler's minutes
@@ -39,7 +40,7 @@ KERNELS = ("fused@0", "fused@all", "tiled@0", "tiled@all")
 
 @dataclass(frozen=True)
 class Shape:
-    """T tokens in 2 * pairs sequences of one length, V words, D features, the same for policy and reference."""
+    """Describe T tokens in 2 * pairs sequences of one length, V words and D features in both models."""
 
     name: str
     T: int
@@ -55,13 +56,15 @@ class Shape:
     trainable: bool = True  # the policy's head; False: frozen
     one_head: bool = False  # the reference has the policy's head
     peaked: bool = False  # logits of standard deviation 8, not 1
+    gradients: bool = True  # False: forward alone, under `torch.no_grad`
+    layout: str = "contiguous"  # how heads or hidden states lie in memory, one of LAYOUTS
     softcap: float | None = None
     family: str = ""  # chosen by `--shapes` like a name, and one figure of the report
     device: str = "cpu"  # where it is measured unless asked for by name
 
     @property
     def rows(self) -> int:
-        """Tokens that count."""
+        """The number of tokens that count."""
         return 2 * self.pairs * round(self.valid * (self.T // (2 * self.pairs)))
 
 
@@ -77,22 +80,24 @@ def _models() -> list[Shape]:
 
 
 def _rows() -> list[Shape]:
-    V, D, cut, _ = MODELS["llama-3.1-8b"]
+    V, D, _, _ = MODELS["llama-3.1-8b"]
     cpu = ((256, FULL, 7), (1024, FULL, 5), (4096, FULL, 3), (16384, ("floor", "eager", *OURS), 2),
            (131072, ("floor", "eager", "ours@0"), 1))  # fmt: skip
     shapes = [
         Shape(f"rows-{T}", T, V // 16, D // 16, "llama-3.1-8b/16 as rows grow", who, rounds, family="rows")
         for T, who, rounds in cpu
     ]
-    for T in (256, 1024, 4096, 16384, 65536, 131072):
-        who = ("floor", "eager", "trl", "liger", "cce", "linear_ce", *OURS)
-        name, asks = f"gpu-rows-{T}", "llama-3.1-8b as rows grow"
-        shapes.append(Shape(name, T, V, D, asks, who, 5, ("bfloat16",), family="rows", device="cuda"))
-    return shapes
+    who = ("floor", "eager", "trl", "liger", "cce", "linear_ce", *OURS)
+    return shapes + [
+        Shape(
+            f"gpu-rows-{T}", T, V, D, "llama-3.1-8b as rows grow", who, 5, ("bfloat16",), family="rows", device="cuda"
+        )
+        for T in (256, 1024, 4096, 16384, 65536, 131072)
+    ]
 
 
 def _settings() -> list[Shape]:
-    """One size, one condition changed at a time."""
+    """Return one size with one condition changed at a time."""
     changed = {
         "plain": ("everything as elsewhere", {}),
         "prompts": ("three tokens of four are a prompt", {"valid": 0.25}),
@@ -108,6 +113,28 @@ def _settings() -> list[Shape]:
     ]
 
 
+def _strided() -> list[Shape]:
+    """Each layout beside its contiguous twin, which has the same numbers: law 7 allows it three times the time."""
+    who, both = ("floor", "eager", *OURS), ("float32", "bfloat16")
+    return [
+        Shape(
+            f"strided-{V}/{layout}", T, V, D, layout, who, 5, both, calls=3, layout=layout, family="strided", device=""
+        )
+        for T, V, D in ((128, 2048, 128), (512, 8192, 256))
+        for layout in LAYOUTS
+    ]
+
+
+def _narrow() -> list[Shape]:
+    """Return shapes with few rows or few columns, where tiles are mostly edges."""
+    who, asks = ("floor", "eager", *OURS), "one side of the logits is narrow"
+    sizes = ((2, 151936, 64, ("bfloat16",)), (16, 151936, 256, ("bfloat16",)), (32768, 17, 64, ("float32", "bfloat16")))
+    return [
+        Shape(f"narrow-{T}x{V}", T, V, D, asks, who, 5, dtypes, pairs=1, family="narrow", device="")
+        for T, V, D, dtypes in sizes
+    ]
+
+
 _V, _D = MODELS["llama-3.1-8b"].V // 16, MODELS["llama-3.1-8b"].D // 16
 SHAPES = {
     shape.name: shape
@@ -119,6 +146,8 @@ SHAPES = {
         *_models(),
         *_rows(),
         *_settings(),
+        *_strided(),
+        *_narrow(),
         Shape("budget", 4096, _V, _D, "llama-3.1-8b/16, time against memory", BUDGETS, 4, family="budget"),
         Shape("small", 64, 1000, 64, "overhead per call", ("floor", "eager", *OURS), 50, calls=10, family="small"),
         Shape("tiny", 32, 500, 32, "does the benchmark itself work", ("floor", "eager", "trl", "linear_ce", *OURS), 5,

@@ -1,6 +1,6 @@
-"""End to end: a whole training step of a model with random weights in a plain loop, and the longest context that fits.
+"""Measure a whole training step of a model with random weights in a plain loop, and the longest context that fits.
 
-Two models up to their hidden states, the loss, backward, AdamW. Everything but the loss is the same for everybody.
+A step is two models up to their hidden states, the loss, backward, AdamW. Only the loss differs between providers.
 """
 
 from __future__ import annotations
@@ -53,41 +53,32 @@ AIM, ENOUGH, LEAP = 0.97, 0.92, 8.0  # at so much of the limit, content with so 
 
 
 def absent(size: str, names: Iterable[str], device: torch.device) -> dict[str, str]:
-    """Who cannot make a step there, and why not."""
+    """Return who cannot make a step there, and why not."""
     lacks = "" if find_spec("transformers") else "transformers is not installed"
     return {name: why for name in names if (why := lacks or PROVIDERS[name].unavailable(shape_of(size), device))}
 
 
 def study(
-    name: str,
-    who: Iterable[str],
-    rounds: int,
-    conditions: Conditions,
-    tick: Callable[[int], None],
-    device: torch.device,
+    name: str, who: list[str], rounds: int, conditions: Conditions, tick: Callable[[int], None], device: torch.device
 ) -> list[Row]:
-    """Two rows per provider: a step at the size's own length, and the longest context. `tick` is told of each."""
-    size, who = SIZES[name], list(who)
-    shape, missing = shape_of(name), absent(name, who, device)
+    """Return a provider's step at the size's own length, and its longest context. `tick` is told of each row."""
+    size, shape, missing = SIZES[name], shape_of(name), absent(name, who, device)
     same = dict(dtype=size.dtype, rounds=rounds, conditions=conditions)
     runnable = [n for n in who if n not in missing]
     rows = [row(shape, n, note=f"skipped: {why}", **same) for n, why in missing.items()]
     tick(len(missing))
     if not runnable:
         return rows
-    loop = Loop(size, device)
-    neighbours = Neighbours()
+    loop, neighbours = Loop(size, device), Neighbours()
     steps = {n: loop.step(n, size.length) for n in runnable}
     samples = measure.times(steps, lambda: None, device, rounds, 1, lambda: None)
     busy = neighbours.cores()
     del loop, steps
     for n in runnable:
-        seconds = measure.spread(sample.both for sample in samples[n])
-        peak = peak_of(name, n, size.length, device)
+        seconds, peak = measure.spread(s.both for s in samples[n]), peak_of(name, n, size.length, device)
         rows.append(row(shape, n, seconds=seconds, peak_extra_bytes=peak, busy_cores=busy, **same))
-        tick(1)
         rows.append(_longest(name, n, peak, device, same))
-        tick(1)
+        tick(2)
     return rows
 
 
@@ -102,23 +93,22 @@ def context_name(name: str) -> str:
 
 
 def _longest(name: str, provider: str, peak: int | None, device: torch.device, same: dict) -> Row:
-    """The longest of sequences whose step was measured to stay within the limit. T is what it says."""
+    """Return the longest of sequences whose step was measured to stay within the limit. T is what it says."""
     size = SIZES[name]
-    measured = {size.length: peak}  # already
 
     def peak_at(length: int) -> int:
-        return measured.get(length) or peak_of(name, provider, length, device)
+        return peak if length == size.length else peak_of(name, provider, length, device)
 
-    found = None if peak is None else search(peak_at, size.length, size.limit)
-    length, held = found or (0, None)
-    note = None if found else "no context was found to fit"
-    facts = dict(limit_bytes=size.limit, peak_extra_bytes=held, note=note)
+    length, held = (None if peak is None else search(peak_at, size.length, size.limit)) or (0, None)
+    facts = dict(limit_bytes=size.limit, peak_extra_bytes=held, note=None if length else "no context was found to fit")
     return row(replace(shape_of(name, length), name=context_name(name)), provider, **facts, **same)
 
 
 def search(peak_of: Callable[[int], int], length: int, limit: int) -> tuple[int, int] | None:
-    """The longest length tried whose measured peak is within the limit, and that peak. Memory grows by about the same
-    for each token: from one measurement to where the next one should be, until there is little room left."""
+    """Return the longest length tried whose measured peak is within the limit, and that peak.
+
+    Memory grows by about as much for each token, so one measurement tells where the next should be.
+    """
     best, tried = None, set()
     while length >= UNIT and length not in tried and len(tried) < TRIES:
         tried.add(length)
@@ -132,7 +122,7 @@ def search(peak_of: Callable[[int], int], length: int, limit: int) -> tuple[int,
 
 
 def peak_of(size: str, provider: str, length: int, device: torch.device) -> int | None:
-    """Of one step, above model, gradients and optimiser state."""
+    """Return the peak of one step above model, gradients and optimiser state."""
     if device.type == "cuda":
         return _measure(size, provider, length, device)
     return memory.in_a_process_of_its_own("bench.step", size, provider, str(length))
@@ -143,14 +133,11 @@ def _measure(name: str, provider: str, length: int, device: torch.device) -> int
     first, step = loop.step(provider, UNIT), loop.step(provider, length)
     first.backward(first.forward())  # brings in libraries, and makes the optimiser's state
 
-    def run() -> None:
-        step.backward(step.forward())
-
-    return memory.resident_peak(run) if device.type == "cpu" else memory.allocator_peak(run, device)
+    return memory.peak(lambda: step.backward(step.forward()), device)
 
 
 class Loop:
-    """A policy, its frozen copy, an optimiser, and steps of them by provider."""
+    """Hold a policy, its frozen copy and an optimiser, and make steps of them by provider."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -165,9 +152,9 @@ class Loop:
         inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
 
         def forward() -> Tensor:
-            hidden = _hidden(self.policy, inputs)
+            hidden = self.policy.model(input_ids=inputs, use_cache=False).last_hidden_state
             with torch.no_grad():
-                ref_hidden = _hidden(self.reference, inputs)
+                ref_hidden = self.reference.model(input_ids=inputs, use_cache=False).last_hidden_state
             heads = (self.policy.lm_head.weight, self.reference.lm_head.weight)
             return PROVIDERS[provider].make(Problem(hidden, heads[0], ref_hidden, heads[1], labels)).forward()
 
@@ -188,10 +175,6 @@ def _model(size: Size) -> nn.Module:
         max_position_embeddings=2**20, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config)
-
-
-def _hidden(model: nn.Module, inputs: Tensor) -> Tensor:
-    return model.model(input_ids=inputs, use_cache=False).last_hidden_state
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""``python -m tdpo_kernels env | verify | kernels``: what runs here and why; every backend against float64; what the
-kernels compile to."""
+"""``python -m tdpo_kernels env | verify``: what runs here and why; every backend against float64."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ import sys
 
 import torch
 
-from . import kernels
 from .backends import availability, choose
 from .verify import Line, skipped, verify
 from .version import __version__
@@ -22,19 +20,16 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("env", help="versions, devices, and each backend: available, or why not")
     check = commands.add_parser("verify", help="worst errors of every backend against float64; exits 1 on a failure")
     check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    offline = "what every shipped configuration compiles to, with no GPU; exits 1 on a fault"
-    kernels.add_arguments(commands.add_parser("kernels", help=offline))
+    check.add_argument("problems", nargs="*", metavar="PROBLEM", help="by name, as the table has them; default: all")
     arguments = parser.parse_args(argv)
     if arguments.command == "env":
         return _env()
-    if arguments.command == "kernels":
-        return kernels.run(arguments)
     try:
         device = torch.device(arguments.device)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the truth is float64, and wants reading
     except (RuntimeError, AssertionError, TypeError) as error:
         parser.error(f"--device {arguments.device}: {str(error).splitlines()[0]}")
-    return _verify(device)
+    return _verify(device, tuple(arguments.problems))
 
 
 def _env() -> int:
@@ -63,15 +58,15 @@ def _version(package: str) -> str:
 HEADER = f"{'backend':9}{'dtype':7}{'problem':19}{'budget':8}{'worst':10}{'error':>9}{'plain':>9}{'allowed':>9}"
 
 
-def _verify(device: torch.device) -> int:
+def _verify(device: torch.device, names: tuple[str, ...]) -> int:
     print(f"errors against float64 on {device}, relative to the truth's norm; plain: torch's own in the same dtype\n")
     for name, reason in skipped(device).items():
         print(f"{name} is skipped: {reason}")
     print(HEADER)
-    lines = verify(device, report=lambda line: print(_row(line), flush=True))
+    lines = verify(device, lambda line: print(_row(line), flush=True), names)
     failures = [line for line in lines if not line.passed]
     print(f"\n{len(lines) - len(failures)} passed, {len(failures)} failed")
-    return 1 if failures else 0
+    return 1 if failures or not lines else 0
 
 
 def _row(line: Line) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .loss import DEFAULT_ALPHA, REDUCTIONS, VARIANTS
 from .reference import EXTRAS
@@ -47,10 +48,11 @@ def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
     softcap = None if head.softcap is None else _number(head.softcap, f"{name}.softcap")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted > 0, or None for no cap")
-    if softcap is not None:
-        computed = torch.promote_types(head.weight.dtype, torch.float32)
-        if not torch.finfo(computed).tiny <= softcap <= torch.finfo(computed).max:
-            raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted one that {computed} holds")
+    computed = torch.promote_types(head.weight.dtype, torch.float32)
+    if abs(logit_scale) > torch.finfo(computed).max:
+        raise ValueError(f"{name}.logit_scale: got {seen(head.logit_scale)}, wanted one that {computed} holds")
+    if softcap is not None and not torch.finfo(computed).tiny <= softcap <= torch.finfo(computed).max:
+        raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted one that {computed} holds")
     if isinstance(head, VocabParallelHead):
         _check_split(head, name)
     floats = logit_scale is head.logit_scale and softcap is head.softcap
@@ -68,13 +70,37 @@ def _check_split(head: VocabParallelHead, name: str) -> None:
 
 
 def _of_linear(linear: nn.Linear, name: str) -> LMHead:
-    """The head that a linear is, where its weight and bias are the whole of its map."""
+    """Return the head that a linear is, where its weight and bias are the whole of its map."""
+    if isinstance(linear.weight, nn.parameter.UninitializedParameter):
+        raise TypeError(f"{name}: got a {seen(linear)} that is not initialised, wanted one with a weight; run it once")
     _tensor(linear.weight, f"{name}.weight", FLOATS)  # a sharded one has hooks too, and that it is sharded says more
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):  # LoRA, quantisation, offloading
         raise TypeError(f"{name}: got a {seen(linear)} with a forward of its own, wanted nn.Linear's, or an LMHead")
-    if linear._forward_hooks or linear._forward_pre_hooks:
-        raise TypeError(f"{name}: got a {seen(linear)} with forward hooks, which would not run; wanted an LMHead")
+    hooks = {
+        "forward hooks": linear._forward_hooks, "forward pre-hooks": linear._forward_pre_hooks,
+        "backward hooks": linear._backward_hooks, "backward pre-hooks": linear._backward_pre_hooks,
+    }  # fmt: skip
+    if there := " and ".join(kind for kind, registered in hooks.items() if registered):
+        raise TypeError(f"{name}: got a {seen(linear)} with {there}, which would not run; wanted an LMHead")
     return LMHead(linear.weight, linear.bias)
+
+
+def check_transforms(hidden: object) -> None:
+    """Refuse the transforms of torch that run a function on tensors of their own, which no kernel sees through."""
+    if torch.compiler.is_compiling():
+        return
+    level = torch._C._functorch.peek_interpreter_stack()
+    found = "" if level is None else _TRANSFORMS.get(level.key().name, "torch.func")
+    if not found and isinstance(hidden, Tensor) and forward_ad.unpack_dual(hidden).tangent is not None:
+        found = "forward-mode"
+    if not found and torch.jit.is_tracing():
+        found = "torch.jit.trace"
+    if found:
+        raise TypeError(f"hidden: got a tensor inside {found}, wanted a plain call; only reverse-mode torch.autograd and "
+                        "torch.compile go through it")  # fmt: skip
+
+
+_TRANSFORMS = {"Vmap": "torch.func.vmap", "Grad": "torch.func.grad", "Jvp": "forward-mode torch.func.jvp"}
 
 
 def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, labels: Tensor) -> None:

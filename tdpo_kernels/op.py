@@ -1,22 +1,19 @@
-"""`token_stats`: the differentiable primitive, and the library's only autograd function."""
+"""`token_stats`: the differentiable primitive. One autograd function on one operator each way, eager or compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields, replace
-from functools import cache
+import contextlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import checks, registered
-from .backends import choose
-from .backends.sharded import Sharded
-from .call import Call, lay_out
-from .pack import pack
-from .types import Inputs, LMHead, Model, Needs, Rows, TokenStats, VocabParallelHead
+from . import checks, pack
+from .backends import BACKENDS, choose, grid, rowmath, sharded
+from .backends.logits import ruled_out
+from .types import Inputs, LMHead, Model, Needs, Rows, TokenStats, VocabParallelHead, stats_dtype
 
 DEFAULT_BUDGET = 512 * 2**20
 
@@ -68,38 +65,31 @@ def token_stats(
     Raises:
         TypeError, ValueError: naming the argument, what was seen and what is wanted.
     """
+    checks.check_transforms(hidden)
     head, ref_head = checks.as_head(head, "head"), checks.as_head(ref_head, "ref_head")
     checks.check_inputs(hidden, head, ref_hidden, ref_head, labels)
     checks.check_options(ignore_index, shift, extras, memory_budget)
+    checks.check_backend(backend, BACKENDS)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, hidden)
     policy = Model(hidden, head, checks.compute_dtype(hidden, head, ""))
-    reference = Model(
-        _detached(ref_hidden), _detached_head(ref_head), checks.compute_dtype(ref_hidden, ref_head, "ref_")
-    )
-    compute = _statistics
-    if torch.compiler.is_compiling():  # a graph ends before collectives of a group's own, and begins anew after them
-        split = isinstance(head, VocabParallelHead)
-        compute = torch.compiler.disable(_statistics) if split else registered.statistics
-    logp, kl, ref_logp, *more = compute(
-        policy, reference, labels, cu_seqlens, ignore_index=ignore_index, shift=shift, extras=tuple(extras),
-        backend=backend, memory_budget=memory_budget,
+    reference = Model(ref_hidden, ref_head, checks.compute_dtype(ref_hidden, ref_head, "ref_"))
+    differentiated = (hidden, head.weight, head.bias)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiated]
+    budget = min(memory_budget, 2**62) if backend != "naive" else 2**62
+    room = _room(policy, reference, budget) if any(needs) else 0
+    options = (*_options(head, policy.dtype), *_options(ref_head, reference.dtype), shift, backend, needs)
+    logp, kl, ref_logp, extra = _TokenStats.apply(
+        *differentiated, ref_hidden.detach(), ref_head.weight.detach(), _detached(ref_head.bias), labels, cu_seqlens,
+        ignore_index, list(extras), room, options,
     )  # fmt: skip
-    return TokenStats(logp, ref_logp, kl, dict(zip(extras, more, strict=True)))
+    return TokenStats(logp, ref_logp, kl, dict(zip(extras, extra.unbind(), strict=True)))
 
 
-def _statistics(
-    policy: Model, reference: Model, labels: Tensor, cu_seqlens: Tensor | None, *, ignore_index: int | None,
-    shift: bool, extras: tuple[str, ...], backend: str, memory_budget: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """`registered.statistics`, without what an operator's dispatch costs a small call."""
-    _, implementation = choose(backend, policy.hidden.device, (policy, reference))
-    if isinstance(policy.head, VocabParallelHead):
-        implementation = Sharded(implementation)
-    rows = pack(labels, cu_seqlens, policy.head.vocab, ignore_index=ignore_index, shift=shift)
-    detached = Model(_detached(policy.hidden), policy.head, policy.dtype)
-    call = lay_out(implementation, detached, reference, rows, memory_budget, extras=extras)
-    return _TokenStats.apply(call, torch.is_grad_enabled(), policy.hidden, policy.head.weight, policy.head.bias)
+def _room(policy: Model, reference: Model, memory_budget: int) -> int:
+    """Return how many logits may be kept, as if every row counted: a graph wants shapes before a label is seen."""
+    N, itemsize = policy.hidden.shape[:-1].numel(), stats_dtype(policy, reference).itemsize
+    return grid.room(N, policy.head.weight.shape[0], itemsize, memory_budget)
 
 
 class _TokenStats(torch.autograd.Function):
@@ -107,81 +97,171 @@ class _TokenStats(torch.autograd.Function):
     backward."""
 
     @staticmethod
-    def forward(ctx, call: Call, grad_enabled: bool, hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None):
-        needs = Needs(*ctx.needs_input_grad[2:]) if grad_enabled else Needs(False, False, False)
-        out = call.forward(needs)
-        if needs:
-            ctx.set_materialize_grads(False)
-            ctx.refilled = _emptied(call)
-            _save(ctx, (*_tensors(call.inputs), *out.saved))
-        logp, kl, *others = call.statistics(out)
-        ctx.mark_non_differentiable(*others)
-        return logp, kl, *others
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, ignore_index, extras, room, options = arguments
+        run = _forward_op if torch.compiler.is_compiling() else _forward
+        logp, kl, ref_logp, extra, *kept = run(*tensors, ignore_index, extras, room, *options)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(ref_logp, extra)
+        if any(options[-1]):
+            ctx.options = options
+            _save(ctx, (*tensors[:_MODELS], *kept))
+        return logp, kl, ref_logp, extra
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_logp: Tensor | None, g_kl: Tensor | None, *_: None):
-        every = _saved(ctx)
-        call = ctx.refilled(*every[:_TENSORS])
-        grads = call.backward(Needs(*ctx.needs_input_grad[2:]), every[_TENSORS:], g_logp, g_kl)
-        return None, None, grads.hidden, grads.weight, grads.bias
+    def backward(ctx: Any, g_logp: Tensor | None, g_kl: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        grads = (None,) * 3
+        if g_logp is not None or g_kl is not None:
+            run = _backward_op if torch.compiler.is_compiling() else _backward
+            grads = run(*_saved(ctx), g_logp, g_kl, *ctx.options)
+        wanted = (g if need else None for g, need in zip(grads, ctx.options[-1], strict=True))
+        return *wanted, *(None,) * (_ARGUMENTS - 3)
 
 
-def _save(ctx, tensors: tuple[Tensor | None, ...]) -> None:
-    """Torch does not save inference tensors (they have no version to check); references often run in inference mode."""
-    ctx.unversioned = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+_MODELS = 6  # hidden, weight and bias of both models come first
+_ARGUMENTS = _MODELS + 6
+
+
+def _save(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
+    """Save the tensors. Inference tensors, which references often are, have no version and are held as they are."""
+    ctx.unversioned = {}
+    if not torch.compiler.is_compiling():
+        ctx.unversioned = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
     ctx.save_for_backward(*(None if i in ctx.unversioned else x for i, x in enumerate(tensors)))
 
 
-def _saved(ctx) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    return tuple(ctx.unversioned.get(i, x) for i, x in enumerate(saved)) if ctx.unversioned else saved
-
-
-_TENSORS = 9
-
-
-def _tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    sides = (inputs.policy, inputs.reference)
-    rows = inputs.rows
-    return (
-        *(x for s in sides for x in (s.hidden, s.head.weight, s.head.bias)),
-        rows.hidden_T,
-        rows.label_T,
-        rows.labels_T,
-    )
-
-
-def _emptied(call: Call) -> Callable[..., Call]:
-    """The call as a function of its `_tensors`, which it does not hold."""
-    backend, shape, steps, inputs = call.backend, call.shape, call.steps, call.inputs
-    budget, extras = inputs.memory_budget, inputs.extras
-    kinds = [(type(side.head), _options(side.head), side.dtype) for side in (inputs.policy, inputs.reference)]
-
-    def refilled(*tensors: Tensor | None) -> Call:
-        sides = (
-            Model(hidden, head(weight=weight, bias=bias, **options), dtype)
-            for (hidden, weight, bias), (head, options, dtype) in zip((tensors[:3], tensors[3:6]), kinds, strict=True)
-        )
-        return Call(backend, Inputs(*sides, Rows(*tensors[6:]), budget, extras), shape, steps)
-
-    return refilled
-
-
-def _options(head: LMHead) -> dict[str, Any]:
-    """All that a head is but weight and bias."""
-    return {name: getattr(head, name) for name in _option_names(type(head))}
-
-
-@cache
-def _option_names(kind: type[LMHead]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind) if field.name not in ("weight", "bias"))
+def _saved(ctx: Any) -> list[Tensor | None]:
+    return [ctx.unversioned.get(i, x) for i, x in enumerate(ctx.saved_tensors)]
 
 
 def _detached(x: Tensor | None) -> Tensor | None:
-    return x.detach() if x is not None and x.requires_grad else x
+    return None if x is None else x.detach()
 
 
-def _detached_head(head: LMHead) -> LMHead:
-    weight, bias = _detached(head.weight), _detached(head.bias)
-    return head if weight is head.weight and bias is head.bias else replace(head, weight=weight, bias=bias)
+# --- the operators: what a graph has of the two functions below, which are called as they are where none is traced ----
+
+_TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias"
+_OPTIONS = ", ".join(
+    f"float {side}scale, float? {side}softcap, ScalarType {side}dtype, str {side}group, SymInt[] {side}sizes"
+    for side in ("", "ref_")
+)
+_SHARED = f"{_OPTIONS}, bool shift, str backend, bool[] needs"
+_SAVED = "Tensor row, Tensor index, Tensor count, Tensor kept"
+FORWARD = (
+    f"({_TENSORS}, Tensor labels, Tensor? cu_seqlens, SymInt? ignore_index, str[] extras, SymInt room, {_SHARED}) "
+    f"-> (Tensor logp, Tensor kl, Tensor ref_logp, Tensor extra, {_SAVED})"
+)
+BACKWARD = (
+    f"({_TENSORS}, {_SAVED}, Tensor? g_logp, Tensor? g_kl, {_SHARED}) -> (Tensor hidden, Tensor weight, Tensor bias)"
+)
+_EACH = 5  # options of a model
+TAGS = (torch.Tag.cudagraph_unsafe,)  # packing waits for the device
+
+
+def _options(head: LMHead, dtype: torch.dtype) -> tuple:
+    """Return what else an operator is told of a model."""
+    split = isinstance(head, VocabParallelHead)
+    return head.logit_scale, head.softcap, dtype, *((head.group.group_name, list(head.sizes)) if split else ("", []))
+
+
+def _model(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Model:
+    scale, softcap, dtype, name, sizes = options
+    if name:
+        group = dist.distributed_c10d._resolve_process_group(name)
+        return Model(hidden, VocabParallelHead(weight, bias, scale, softcap, group, tuple(sizes)), dtype)
+    return Model(hidden, LMHead(weight, bias, scale, softcap), dtype)
+
+
+def _models(tensors: tuple, options: tuple) -> tuple[Model, Model]:
+    return _model(*tensors[:3], options[:_EACH]), _model(*tensors[3:], options[_EACH : 2 * _EACH])
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    labels, cu_seqlens, ignore_index, extras, room, *options, shift, backend, needs = args[_MODELS:]
+    policy, reference = _models(args[:_MODELS], options)
+    rows = pack.pack(labels, cu_seqlens, policy.head.vocab, ignore_index=ignore_index, shift=shift)
+    inputs = Inputs(policy, reference, rows, tuple(extras))
+    kept = policy.hidden.new_empty(room, dtype=inputs.stats_dtype)
+    found = _statistics(inputs, backend, Needs(*needs), kept)
+    logp, kl, ref_logp, *extra = (
+        pack.spread(x_T, rows, labels.shape) for x_T in (found.logp, found.kl, found.ref_logp, *found.extras.values())
+    )
+    extra = torch.stack(extra) if extra else logp.new_empty(0, *logp.shape)
+    return logp, kl, ref_logp, extra, *_sized(found.row, rows, labels.numel()), kept
+
+
+_forward_op = torch.library.custom_op("tdpo_kernels::token_stats", _forward, mutates_args=(), schema=FORWARD, tags=TAGS)
+
+
+def _sized(row: Tensor, rows: Rows, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the row values, positions and labels of the rows that count, in the size of all rows, and how many do."""
+    T, index = rows.count, rows.labels_T.new_zeros(2, count)
+    if rows.label_T is not None:
+        index[0, :T] = rows.label_T
+        row = torch.nn.functional.pad(row, (0, count - T))
+    index[1, :T] = rows.labels_T
+    return row, index, torch.tensor(T)
+
+
+@_forward_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    labels, _, _, extras, room, *options, _, backend, _ = args[_MODELS:]
+    policy, reference = _models(args[:_MODELS], options)
+    choose(backend, policy.hidden.device, (policy, reference))  # refused now rather than when it runs
+    dtype, N = stats_dtype(policy, reference), labels.numel()
+    shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape), (7, N))
+    index, count = labels.new_empty(2, N, dtype=torch.int64), torch.empty((), dtype=torch.int64, device="cpu")
+    return *(labels.new_empty(x, dtype=dtype) for x in shapes), index, count, labels.new_empty(room, dtype=dtype)
+
+
+def _statistics(inputs: Inputs, backend: str, needs: Needs, kept: Tensor) -> rowmath.Whole:
+    policy, reference, group = inputs.policy, inputs.reference, inputs.policy.head.group
+    _, inner = choose(backend, policy.hidden.device, (policy, reference))
+    with _settled(policy.hidden):
+        if group is None:
+            part, out = inner.forward(inputs, kept), ruled_out(policy, reference)
+        else:
+            part, out = sharded.forward(inner, inputs, needs, kept)
+        found = rowmath.whole(part.state, part.labels, inputs.extras, policy.head.vocab)
+        return found if out is None else rowmath.with_infinities(found, out)
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    row, index, count, kept, g_logp, g_kl, *options, shift, backend, needs = args[_MODELS:]
+    policy, reference = _models(args[:_MODELS], options)
+    T, needs = int(count), Needs(*needs)
+    rows = pack.rows_of(*index[:, :T], index.shape[1], shift)
+    inputs = Inputs(policy, reference, rows)
+    _, inner = choose(backend, policy.hidden.device, (policy, reference))
+    with _settled(policy.hidden):
+        g_logp_T, g_kl_T = (None if g is None else pack.gather(g, rows) for g in (g_logp, g_kl))
+        row = rowmath.cotangents(row[:, :T], g_logp_T, g_kl_T, policy.head.logit_scale)
+        if policy.head.group is None:
+            dh, dw, db = inner.backward(inputs, needs, kept, row, False)
+        else:
+            dh, dw, db = sharded.backward(inner, inputs, needs, kept, row)
+    dh = None if dh is None else dh.view(policy.hidden.shape)
+    return tuple(row.new_empty(0) if g is None else g for g in (dh, dw, db))  # an operator returns no None
+
+
+_backward_op = torch.library.custom_op(
+    "tdpo_kernels::token_stats_backward", _backward, mutates_args=(), schema=BACKWARD, tags=TAGS
+)
+
+
+@_backward_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    none = args[0].new_empty(0)
+    return tuple(x.new_empty(x.shape) if need else none.clone() for x, need in zip(args[:3], args[-1], strict=True))
+
+
+def _settled(x: Tensor) -> contextlib.AbstractContextManager:
+    """Return a context in which nothing casts behind our back (`checks.compute_dtype` settled the dtype), and in which
+    kernels are launched on x's own device."""
+    stack = contextlib.ExitStack()
+    if torch.is_autocast_enabled(x.device.type):
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    if x.is_cuda:
+        stack.enter_context(torch.cuda.device(x.device))
+    return stack

@@ -1,5 +1,4 @@
-"""The gate: the last code that knows a label can be ignored, that sequences have ends, that labels are shifted, or that
-hidden states have more than two axes."""
+"""The gate: the last code that knows a label can be ignored, that sequences have ends, or that labels are shifted."""
 
 from __future__ import annotations
 
@@ -8,14 +7,11 @@ from torch import Tensor
 
 from .types import Rows
 
-# In units of one row of memory, how far apart neighbours along each leading axis lie. None: in order, as a matrix.
-Steps = tuple[int, ...] | None
-
 
 def pack(labels: Tensor, cu_seqlens: Tensor | None, vocab: int, *, ignore_index: int | None, shift: bool) -> Rows:
-    """The rows that count, of ``labels`` ``(..., L)``, or ``(N,)`` between the offsets.
+    """Return the rows that count, of ``labels`` ``(..., L)``, or ``(N,)`` between the offsets.
 
-    Reads the device once: how many rows are left, the range of their labels and the offsets come back together; the
+    The device is read once: how many rows are left, the range of their labels and the offsets come back together; the
     rows are then found in a number known beforehand. ``ignore_index=None`` without offsets leaves nothing to ask: then
     a CUDA device is not read at all, and values are not checked.
 
@@ -36,13 +32,20 @@ def pack(labels: Tensor, cu_seqlens: Tensor | None, vocab: int, *, ignore_index:
     if left == count:
         return Rows(None, None, labels_N)
     label_T = valid_N.nonzero_static(size=left)[:, 0]
-    return Rows(label_T - 1 if shift else label_T, label_T, labels_N.index_select(0, label_T))
+    return rows_of(label_T, labels_N.index_select(0, label_T), count, shift)
+
+
+def rows_of(label_T: Tensor, labels_T: Tensor, count: int, shift: bool) -> Rows:
+    """Return the rows whose labels stand at `label_T` of `count` positions."""
+    if labels_T.numel() == count:
+        return Rows(None, None, labels_T)
+    return Rows(label_T - 1 if shift else label_T, label_T, labels_T)
 
 
 def _valid(
     labels_N: Tensor, shape: torch.Size, cu_seqlens: Tensor | None, ignore_index: int | None, shift: bool
 ) -> Tensor | None:
-    """Which labels count; None: all of them. When shifted, the first of a sequence has no predictor."""
+    """Return which labels count, or None where all do. When shifted, the first of a sequence has no predictor."""
     if ignore_index is None and not shift:
         return None
     valid_N = torch.ones_like(labels_N, dtype=torch.bool) if ignore_index is None else labels_N != ignore_index
@@ -54,7 +57,7 @@ def _valid(
 
 
 def _read(labels_N: Tensor, valid_N: Tensor | None, cu_seqlens: Tensor | None, vocab: int) -> int:
-    """How many rows count, once the values are found to be in order: the one read."""
+    """Return how many rows count, once the values are found to be in order: the one read."""
     counted_N = labels_N if valid_N is None else labels_N * valid_N
     facts = torch.stack([*counted_N.aminmax(), *(() if valid_N is None else (valid_N.count_nonzero(),))])
     lowest, highest, *rest = (facts if cu_seqlens is None else torch.cat([facts, cu_seqlens.long()])).tolist()
@@ -86,64 +89,8 @@ def _complain(labels_N: Tensor, counted_N: Tensor, vocab: int) -> None:
     )
 
 
-def flatten(hidden: Tensor, ref_hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Rows, Steps]:
-    """Both hidden states as matrices, and the rows of them that predict.
-
-    ``hidden[:, :-1]`` is no matrix without a copy, but a row index over its memory is. That index has to serve both
-    models: where they lie differently in memory, the one that is no matrix is copied.
-    """
-    steps = _steps(hidden)
-    if steps is None or steps != _steps(ref_hidden):
-        return hidden.reshape(-1, hidden.shape[-1]), ref_hidden.reshape(-1, ref_hidden.shape[-1]), rows, None
-    shape = hidden.shape[:-1]
-    reach = _reach(shape, steps)
-    row_N = torch.arange(reach, device=hidden.device).as_strided(shape, steps).reshape(-1)
-    hidden_T = row_N if rows.hidden_T is None else row_N[rows.hidden_T]
-    matrices = (_memory(x, steps, reach) for x in (hidden, ref_hidden))
-    return *matrices, Rows(hidden_T, rows.label_T, rows.labels_T), steps
-
-
-def unflatten(grad: Tensor, shape: torch.Size, steps: Steps) -> Tensor:
-    """The gradient of a matrix that `flatten` returned, as that of the hidden states it came from. A view."""
-    if steps is None:
-        return grad.view(shape)
-    row, column = grad.stride()
-    return grad.as_strided(shape, (*(step * row for step in steps), column))
-
-
-def _steps(x: Tensor) -> Steps:
-    """None where `reshape` is as good or better: nothing to copy, rows that share memory, more gaps than rows."""
-    if x.dim() == 2 or x.is_contiguous():
-        return None
-    axes = [(n, stride) for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
-    unit = min((stride for _, stride in axes), default=0)
-    if unit == 0 or any(stride % unit for _, stride in axes):
-        return None
-    reach, in_order = 1, True
-    for n, stride in sorted(axes, key=lambda axis: axis[1]):
-        if stride // unit < reach:
-            return None
-        reach += stride // unit * (n - 1)
-    for (_, outer), (n, inner) in zip(axes, axes[1:], strict=False):
-        in_order &= outer == n * inner
-    if in_order or reach > 2 * x.shape[:-1].numel():
-        return None
-    return tuple(stride // unit if n > 1 else 0 for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
-
-
-def _reach(shape: torch.Size, steps: tuple[int, ...]) -> int:
-    """How many rows of memory lie between the first and the last, both included."""
-    return 1 + sum(step * (n - 1) for step, n in zip(steps, shape, strict=True))
-
-
-def _memory(x: Tensor, steps: tuple[int, ...], reach: int) -> Tensor:
-    unit = next(s // step for s, step in zip(x.stride(), steps, strict=False) if step)
-    return x.as_strided((reach, x.shape[-1]), (unit, x.stride(-1)))
-
-
 def spread(x_T: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
-    """The statistics of the rows that count, in the labels' shape, zero elsewhere. Memory of its own, and no view:
-    its owner may change it in place."""
+    """Return the statistics of the rows that count in the labels' shape, zero elsewhere, in memory of their own."""
     if rows.label_T is None:
         return torch.view_copy(x_T, shape)
     out = x_T.new_zeros(shape)
@@ -152,5 +99,6 @@ def spread(x_T: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
 
 
 def gather(x: Tensor, rows: Rows) -> Tensor:
+    """Return the values of the rows that count, of a tensor in the labels' shape."""
     x = x.reshape(-1)
     return x if rows.label_T is None else x.index_select(0, rows.label_T)

@@ -9,7 +9,8 @@ S     sequences, ``2P``: the P chosen first, then their P rejected
 P     preference pairs
 D, E  hidden size of the policy, of the reference model
 V     vocabulary
-R, C  rows and columns of one tile of logits;  K = number of column tiles
+R, C  rows and columns of one tile of logits
+K     parts of a vocabulary that are merged
 ====  =========================================================================
 
 What holds tensors is equal to itself only (``eq=False``): tensors have no one truth value to compare by.
@@ -17,16 +18,17 @@ What holds tensors is equal to itself only (``eq=False``): tensors have no one t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # there are builds of torch without it
     from torch.distributed import ProcessGroup
+
+Extras = tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,11 @@ class LMHead:
     def vocab(self) -> int:
         """V."""
         return self.weight.shape[0]
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The ranks that a vocabulary is split over."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +82,8 @@ class VocabParallelHead(LMHead):
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One side of the comparison: its hidden states ``(N, D)``, its head, and the dtype its products are taken in."""
+    """One side of the comparison: its hidden states ``(..., L, D)`` or ``(N, D)``, its head, and the dtype of its
+    products."""
 
     hidden: Tensor
     head: LMHead
@@ -93,8 +101,7 @@ class Rows:
 
     hidden_T: Tensor | None  # int64, the row of `hidden` that predicts
     label_T: Tensor | None  # int64, the position in `labels` that the statistics belong to
-    labels_T: Tensor  # int64, in [0, V)
-    own_T: Tensor | None = None  # bool, False where the label is not in this part of V: labels_T is any column there
+    labels_T: Tensor  # int64; outside [0, V) where the label is not in this part of a split vocabulary
 
     @property
     def count(self) -> int:
@@ -115,61 +122,43 @@ class Needs:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Everything a backend sees. Nothing in it knows about preferences."""
+    """Everything a backend sees. Nothing in it knows about preferences, or about ranks."""
 
     policy: Model
     reference: Model
     rows: Rows
-    memory_budget: int  # bytes staged between forward and backward
-    extras: tuple[str, ...] = ()
-    partial: bool = False  # V is a part of a vocabulary: forward returns its state, backward dh (T, D) in stats_dtype
-    allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None
+    extras: Extras = ()
 
     @cached_property
     def stats_dtype(self) -> torch.dtype:
         return stats_dtype(self.policy, self.reference)
 
-    def keep(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory that lasts from forward to backward."""
-        if self.allocate is not None:
-            return self.allocate(shape, dtype)
-        return torch.empty(shape, dtype=dtype, device=self.policy.hidden.device)
+
+class Part(NamedTuple):
+    """What a backend's forward returns of its part of the vocabulary."""
+
+    state: Tensor  # (STATE, T): of all columns but the labels, `backends/rowmath.py`
+    labels: Tensor  # (2, T): the labels' logits in both models, 0 where the label is in another part
 
 
-@dataclass(frozen=True, eq=False)
-class Forward:
-    """What a backend's forward returns: the statistics of the T rows, and the tensors its backward wants back."""
-
-    logp_T: Tensor
-    ref_logp_T: Tensor
-    kl_T: Tensor
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    saved: tuple[Tensor | None, ...] = ()
-    state: tuple[Tensor, ...] = ()  # where `Inputs.partial`: z_top, r_top, and relative to them lse_z, lse_r, L - L'
-
-
-@dataclass(frozen=True, eq=False)
-class Gradients:
-    hidden: Tensor | None  # (N, D), zero in rows that predict nothing; where `Inputs.partial` the T rows that do
+class Gradients(NamedTuple):
+    hidden: Tensor | None  # (N, D), zero in rows that predict nothing; where `partial`, the T rows that do
     weight: Tensor | None  # (V, D)
     bias: Tensor | None  # (V,)
 
 
 class Backend(Protocol):
-    """A way to compute eqs. (1), (2) and their gradient (6), (7). A module with these two functions is one."""
+    """A way to compute eqs. (1), (2) and their gradient (6), (7). A module with these functions is one."""
 
-    def forward(self, inputs: Inputs, needs: Needs) -> Forward: ...
+    def forward(self, inputs: Inputs, kept: Tensor) -> Part:
+        """Fill `kept`, flat, with as many tiles of both models' logits as it has room for."""
+        ...
 
-    def backward(
-        self,
-        inputs: Inputs,
-        needs: Needs,
-        saved: tuple[Tensor | None, ...],
-        g_logp_T: Tensor | None,
-        g_kl_T: Tensor | None,
-        g_label_T: Tensor | None = None,
-    ) -> Gradients:
-        """g_label_T: the cotangent of each row's label logit itself, with `Rows.own_T`."""
+    def backward(self, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
+        """Return the gradients from `kept` and from what `rowmath.cotangents` says of each whole row, ``(ROW, T)``.
+
+        partial: dh is of this part of the vocabulary only, so it is returned unrounded, ``(T, D)``.
+        """
         ...
 
 

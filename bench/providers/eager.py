@@ -1,6 +1,11 @@
-"""The published TDPO formula: full logits of both models, autograd. What people run today."""
+"""Compute the published TDPO formula, full logits of both models and autograd: what people run today. Also compiled,
+which is the cheapest thing to try before a library."""
 
 from __future__ import annotations
+
+import os
+import shutil
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,8 +20,10 @@ COPIES = 6  # of fp32 [tokens, vocabulary] that it holds at its peak
 def statistics(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Per sequence, over the tokens that count: log-probability margin and KL. As published, in fp32 (float64 stays),
-    but for log_softmax in place of softmax().log(), which underflows."""
+    """Return each sequence's log-probability margin and KL over the tokens that count.
+
+    This is the published code in fp32 (float64 stays), with log_softmax for softmax().log(), which underflows.
+    """
     mask = labels != IGNORE
     pick = labels.where(mask, 0)[..., None]
     with torch.no_grad():
@@ -34,19 +41,12 @@ def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def tdpo2(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    labels: Tensor,
-    softcap: float | None = None,
-) -> Tensor:
-    return preference(*statistics(hidden, weight, ref_hidden, ref_weight, labels, softcap))
+def tdpo2(*tensors: Tensor | float | None) -> Tensor:
+    return preference(*statistics(*tensors))
 
 
 def dpo(problem: Problem) -> Tensor:
-    """What is left without the KL: the truth for those who compute no more."""
+    """Return what is left without the KL: the truth for those who compute no more."""
     return preference(statistics(*tensors(problem))[0], None)
 
 
@@ -62,4 +62,29 @@ def needs(shape: Shape) -> int:
     return COPIES * 4 * shape.T * shape.V
 
 
+def _no_compiler(shape: Shape, device: torch.device) -> str:
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "c++")
+    missing = device.type == "cpu" and not any(map(shutil.which, compilers))
+    return f"no C++ compiler (looked for {', '.join(compilers)})" if missing else ""
+
+
+@lru_cache(maxsize=1)
+def _compiled(*case: object):
+    """Return the formula for one case, so that gate, memory and clock share one compilation."""
+    torch.compiler.reset()
+    return torch.compile(tdpo2, dynamic=False)
+
+
+def _compile(problem: Problem) -> Step:
+    """Make a step of the compiled formula. Its first call, which compiles, is the gate's."""
+    leaves = (problem.hidden, problem.weight)
+    function = _compiled(*((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in leaves), problem.softcap)
+    return Step(lambda: function(*tensors(problem)))
+
+
+def _compiled_kl(problem: Problem) -> Tensor:
+    return torch.compile(statistics, dynamic=False)(*tensors(problem))[1]
+
+
 PROVIDER = Provider("tdpo2", anywhere, lambda p: Step(lambda: tdpo2(*tensors(p))), kl, needs)
+COMPILED = Provider("tdpo2", _no_compiler, _compile, _compiled_kl, lambda shape: needs(shape) // 2, like=PROVIDER)

@@ -1,5 +1,7 @@
-"""The matrix products that any exact TDPO step makes, four of them, three with a frozen head. Not a full provider: no
-softmax, no loss, no gradient. Each returns a new tensor, as `torch.mm` does."""
+"""Make the matrix products that any exact TDPO step makes: two forward, two backward, one backward with a frozen head.
+
+It is no full provider: no softmax, no loss, no gradient. Each product returns a new tensor, as `torch.mm` does.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,22 @@ ROWS = 16384  # at once: more logits than that nobody needs to hold
 
 
 def make(problem: Problem) -> Step:
-    """Over the tokens that count, and no others."""
+    """Multiply the tokens that count, and no others. dz is random: products of zeros run faster on a GPU."""
     hidden, ref_hidden = (problem.packed(x.detach()) for x in (problem.hidden, problem.ref_hidden))
     weight, ref_weight = problem.weight.detach(), problem.ref_weight
     trainable = problem.weight.requires_grad
     blocks = list(zip(hidden.split(ROWS), ref_hidden.split(ROWS), strict=True))
-    z = [torch.zeros(len(h), len(weight), dtype=h.dtype, device=h.device) for h, _ in blocks[:1]]
+    dz_TV = hidden.new_empty(len(blocks[0][0]), len(weight)).normal_() if problem.hidden.requires_grad else None
 
-    def forward() -> list[Tensor]:
+    def forward() -> Tensor | None:
         for h, h_ref in blocks:
             torch.mm(h_ref, ref_weight.T)
             torch.mm(h, weight.T)
-        return z
+        return dz_TV
 
-    def backward(logits: list[Tensor]) -> None:
+    def backward(dz_TV: Tensor) -> None:
         for h, _ in blocks:
-            dz = logits[0][: len(h)]
+            dz = dz_TV[: len(h)]
             torch.mm(dz, weight)
             if trainable:
                 torch.mm(dz.T, h)

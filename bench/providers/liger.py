@@ -1,7 +1,7 @@
-"""TDPO composed from Liger's fused linear losses: JSD at beta = 0, which is the forward KL, and cross-entropy.
+"""Compose TDPO from Liger's fused linear losses: JSD at beta = 0, which is the forward KL, and cross-entropy.
 
-Both fold a batch into one number and make its gradient in the forward pass, so that every sequence, whose share in
-TDPO's loss is its own, needs calls of its own.
+Both fold a batch into one number and make its gradient in the forward pass. So every sequence, whose share in TDPO's
+loss is its own, needs calls of its own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make(problem: Problem) -> Step:
 
 
 def kl(problem: Problem) -> Tensor:
-    """It divides by the number of tokens: multiplied back."""
+    """Multiply Liger's divergence by the number of tokens, which it has divided by."""
     from liger_kernel.transformers.functional import liger_fused_linear_jsd
 
     return torch.stack([

@@ -1,4 +1,4 @@
-"""This library, at one memory budget; on the backend that it chooses, or on a named one."""
+"""Run this library at one memory budget, on the backend that it chooses or on a named one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from ..problem import ALPHA, BETA, IGNORE, Problem
 from ..shapes import Shape
 from .provider import Provider, Step
 
-EVERYTHING = 2**40  # more than any shape has to stage
-MB = 10**6
-
 
 def provider(backend: str, budget: int) -> Provider:
-    """`backend`: as `fused_tdpo_loss` takes it."""
+    """Return one of this library's providers; `backend` is what `fused_tdpo_loss` takes."""
     options = dict(ignore_index=IGNORE, shift=False, backend=backend, memory_budget=budget)
 
     def unavailable(shape: Shape, device: torch.device) -> str:

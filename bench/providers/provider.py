@@ -1,4 +1,4 @@
-"""What a provider is, and the half of TDPO that all of them share: eqs. (3) to (5), on one number per sequence."""
+"""Define a provider, and the half of TDPO that all of them share: eqs. (3) to (5), on one number per sequence."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class Step(NamedTuple):
 class Provider:
     """`computes`: "tdpo2", all of it; "dpo", log-probabilities only, which is less; "products", no loss at all.
 
-    unavailable: why it cannot run this shape there; empty if it can.
-    make: one step of a problem. What happens here is not timed.
-    kl: the KL of each sequence, ``(S,)``, differentiable.
-    needs: about how many bytes a step takes above its inputs, where that is so many that asking first is wise.
+    unavailable: returns why it cannot run this shape there; empty if it can.
+    make: makes one step of a problem. What happens here is not timed.
+    kl: returns the KL of each sequence, ``(S,)``, differentiable.
+    needs: returns about how many bytes a step takes above its inputs, where asking first is wise.
+    like: the provider whose answer at the whole shape is the gate's truth, where a cut would be compiled once more.
     """
 
     computes: str
@@ -37,10 +38,16 @@ class Provider:
     kl: Callable[[Problem], Tensor] | None = None
     needs: Callable[[Shape], int] = lambda shape: 0
     budget: int | None = None
+    like: Provider | None = None
 
     @property
     def partial(self) -> bool:
         return self.computes != "tdpo2"
+
+    def step(self, problem: Problem) -> Step:
+        """Make a step. Backward does nothing where the problem wants no gradients."""
+        made = self.make(problem)
+        return made if problem.hidden.requires_grad else Step(made.forward, lambda out: None)
 
 
 def anywhere(shape: Shape, device: torch.device) -> str:
@@ -48,7 +55,7 @@ def anywhere(shape: Shape, device: torch.device) -> str:
 
 
 def preference(margin_S: Tensor, kl_S: Tensor | None) -> Tensor:
-    """TDPO2's loss; without a KL, DPO's."""
+    """Return TDPO2's loss; without a KL, DPO's."""
     m_w, m_l = margin_S.chunk(2)
     if kl_S is None:
         return -F.logsigmoid(BETA * (m_w - m_l)).mean()
@@ -57,12 +64,12 @@ def preference(margin_S: Tensor, kl_S: Tensor | None) -> Tensor:
 
 
 def per_sequence(x_T: Tensor, problem: Problem) -> Tensor:
-    """Sums of packed rows, ``(S,)``."""
+    """Sum packed rows to ``(S,)``."""
     return x_T.view(len(problem.labels), -1).sum(-1)
 
 
 def dpo_from(logp_T: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> Tensor:
-    """DPO's loss, from a function of hidden states and a head to the log-probabilities of the packed labels."""
+    """Return DPO's loss from a function of hidden states and a head to the packed labels' log-probabilities."""
     with torch.no_grad():
         ref_logp_T = logp_T(problem.ref_hidden, problem.ref_weight)
     margin_T = logp_T(problem.hidden, problem.weight).float() - ref_logp_T.float()

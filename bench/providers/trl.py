@@ -1,5 +1,5 @@
-"""TDPO composed from the chunked kernels that TRL's own trainers use: log-probabilities of the policy and of the
-reference, and the forward KL of `ChunkedDivergenceFunction`. The nearest thing a user has without this library."""
+"""Compose TDPO from the chunked kernels that TRL's own trainers use: log-probabilities of both models, and the forward
+KL of `ChunkedDivergenceFunction`. This is the nearest thing a user has without this library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ def unavailable(shape: Shape, device: torch.device) -> str:
     except PackageNotFoundError:
         return "trl is not installed"
     old = tuple(int(n) for n in found.split(".")[:2]) < SINCE
-    return f"trl {found} has no chunked divergence, 1.15 has" if old else ""
+    if old:
+        return f"trl {found} has no chunked divergence, 1.15 has"
+    try:
+        import trl.kernels.chunked_divergence  # noqa: F401
+    except ImportError as error:  # a wheel without what it depends on
+        return f"trl {found} does not import: {error}"
+    return ""
 
 
 def make(problem: Problem) -> Step:
@@ -30,12 +36,10 @@ def make(problem: Problem) -> Step:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
 
     labels_T, bias, scale, outputs = problem.packed(problem.labels), None, 1.0, ()
+    options = (labels_T, TEMPERATURE, CHUNK, problem.softcap, scale, outputs)
 
     def logp_T(hidden: Tensor, weight: Tensor) -> Tensor:
-        rows = problem.packed(hidden)
-        return ChunkedLogProbFunction.apply(
-            rows, weight, bias, labels_T, TEMPERATURE, CHUNK, problem.softcap, scale, outputs
-        )[0]
+        return ChunkedLogProbFunction.apply(problem.packed(hidden), weight, bias, *options)[0]
 
     def forward() -> Tensor:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The report. Every number comes from a row, unless called an estimate; what was not measured is said not to be."""
+"""Write the report. Every number comes from a row unless called an estimate; what was not measured is said to be so."""
 
 from __future__ import annotations
 
@@ -6,32 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..rows import Row
-from . import figures, page, scaling
-from .tables import Table, markdown, tables
-
-ESTIMATED = "several devices, estimated"
-NO_GPU = "Not yet measured on a GPU."
+from . import figures, scaling
+from .tables import markdown, tables
 
 
 def write(rows: Mapping[str, list[Row]], folder: Path) -> list[Path]:
-    """``report.md``, ``report.html`` and the figures, of the rows of each device's file. Returns their paths."""
+    """Write ``report.md`` and the figures, of the rows of each device's file, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = []
-    for device, measured in rows.items():
-        drawn = figures.draw(measured, folder, device)
-        sections.append((device, drawn, tables(measured)))
-    sections.append((ESTIMATED, [scaling.draw(folder)], [scaling.table()]))
-    gpu = any(row.conditions.driver for measured in rows.values() for row in measured)
-    missing = [] if gpu else [NO_GPU]
-    text, html = folder / "report.md", folder / "report.html"
-    text.write_text(_markdown(sections, missing))
-    html.write_text(page.html(sections, missing))
-    drawn = [figure for _, every, _ in sections for figure in every]
-    return [text, html, *(path for figure in drawn for path in (figure.light, figure.dark))]
-
-
-def _markdown(sections: list[tuple[str, list[figures.Figure], list[Table]]], missing: list[str]) -> str:
+    sections = [(device, figures.draw(mine, folder, device), tables(mine)) for device, mine in rows.items()]
+    sections.append(("several devices, estimated", [scaling.draw(folder)], [scaling.table()]))
     parts = ["# What was measured"]
-    for device, drawn, found in sections:
-        parts += [f"## {device}", *(figure.markdown() for figure in drawn), markdown(found)]
-    return "\n\n".join([*parts, *missing]) + "\n"
+    for title, drawn, found in sections:
+        parts += [f"## {title}", *(figure.markdown() for figure in drawn), markdown(found)]
+    if not any(row.conditions.driver for mine in rows.values() for row in mine):
+        parts.append("Not yet measured on a GPU.")
+    text = folder / "report.md"
+    text.write_text("\n\n".join(parts) + "\n")
+    return [text, *(path for _, drawn, _ in sections for figure in drawn for path in (figure.light, figure.dark))]

@@ -1,10 +1,11 @@
-"""The figures: each drawn once for light and once for dark, from rows alone."""
+"""Draw the figures from rows alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -12,15 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.transforms import Bbox
 
-from ..conditions import Conditions
 from ..rows import Row
 from ..shapes import SHAPES
+from .canvas import Figure, drawn
 from .tables import context, label, size
 
-THEMES = {
-    "light": {"paper": "#ffffff", "ink": "#1f2328", "faint": "#818b98", "rule": "#d1d9e0"},
-    "dark": {"paper": "#0d1117", "ink": "#e6edf3", "faint": "#7d8590", "rule": "#30363d"},
-}
 COLOURS = {  # mid-tones, legible on either paper; ours are one hue
     "floor": "#8c959f", "eager": "#d9534f", "compiled": "#d98a1f", "trl": "#9a6fd0", "liger": "#3f9d6b",
     "cce": "#c4608f", "linear_ce": "#7a9a2e", "ours": "#2f81f7", "fused": "#2f81f7", "tiled": "#1f9fb4",
@@ -29,70 +26,15 @@ PLACES = ((9, 0), (-9, 0), (0, 12), (0, -12), (9, 10), (-9, 10), (9, -10), (-9, 
 MARKERS = {"@all": "o", "@0": "s"}
 
 
-@dataclass(frozen=True)
-class Figure:
-    name: str
-    caption: str
-    light: Path
-    dark: Path
-
-    def markdown(self) -> str:
-        """For a page beside the pictures."""
-        dark = f'<source media="(prefers-color-scheme: dark)" srcset="{self.dark.name}">'
-        return f'<picture>{dark}<img alt="{self.caption}" src="{self.light.name}"></picture>\n\n{self.caption}'
-
-
-def draw(rows: Iterable[Row], folder: Path, device: str) -> list[Figure]:
-    """Every figure that the rows have something for."""
-    rows = list(rows)
+def draw(rows: list[Row], folder: Path, device: str) -> list[Figure]:
+    """Draw every figure that the rows have something for. What the gate found wrong is in none."""
     matplotlib.use("Agg")
-    return [figure for make in FIGURES if (figure := _draw(make, rows, folder, device))]
-
-
-def _draw(make: Drawing, rows: list[Row], folder: Path, device: str) -> Figure | None:
-    mine = [row for row in rows if make.wants(row)]
-    if not mine:
-        return None
-    light, dark = in_themes(
-        folder / f"{device}-{make.name}", make.title, _where(mine), make.inches, lambda canvas: make.draw(canvas, mine)
-    )
-    return Figure(make.name, make.caption, light, dark)
-
-
-def in_themes(
-    stem: Path, title: str, footer: str, inches: tuple[float, float], draw: Callable[[Canvas], None]
-) -> list[Path]:
-    """What `draw` puts on a canvas, once on each paper: ``stem-light.png`` and ``stem-dark.png``."""
-    paths = []
-    for theme, colours in THEMES.items():
-        with matplotlib.rc_context(_style(colours)):
-            canvas = Canvas(figsize=inches, layout="constrained")
-            draw(canvas)
-            canvas.suptitle(title, x=0.01, ha="left", fontweight="bold")
-            canvas.supxlabel(footer, x=0.01, ha="left", fontsize=7, color=colours["faint"])
-            paths.append(stem.with_name(f"{stem.name}-{theme}.png"))
-            canvas.savefig(paths[-1], dpi=160, metadata={"Software": None})
-    return paths
-
-
-def _style(colours: dict[str, str]) -> dict:
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), colours["ink"])
-    paper = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), colours["paper"])
-    return ink | paper | {
-        "axes.edgecolor": colours["faint"], "grid.color": colours["rule"], "axes.grid": True, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
-        "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
-        "legend.labelcolor": colours["ink"], "font.size": 9, "lines.linewidth": 1.8, "lines.markersize": 5,
-        "figure.titlesize": 11, "grid.linewidth": 0.6,
-    }  # fmt: skip
-
-
-def _where(rows: list[Row]) -> str:
-    seen: dict[Conditions, None] = dict.fromkeys(row.conditions for row in rows)
-    return "\n".join(dict.fromkeys(
-        f"{c.device}, {c.threads} threads, torch {c.torch}, commit {c.commit}{' + changes' if c.dirty else ''}, "
-        f"{c.date[:10]}" for c in seen
-    ))  # fmt: skip
+    figures = []
+    for make in FIGURES:
+        if mine := [row for row in rows if not row.red and make.wants(row)]:
+            footer, do = "\n".join(dict.fromkeys(row.conditions.said for row in mine)), partial(make.draw, rows=mine)
+            figures.append(drawn(folder / f"{device}-{make.name}", make.caption, make.title, footer, make.inches, do))
+    return figures
 
 
 def _family(name: str) -> Callable[[Row], bool]:
@@ -111,9 +53,6 @@ def _by_label(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-# --- time against memory ----------------------------------------------------------------------------------------------
-
-
 def _overview(canvas: Canvas, rows: list[Row]) -> None:
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     for axes, dtype in zip(canvas.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
@@ -121,7 +60,7 @@ def _overview(canvas: Canvas, rows: list[Row]) -> None:
 
 
 def _scatter(axes: Axes, rows: list[Row], title: str, places: Sequence[tuple[int, int]] = PLACES) -> None:
-    """Down and to the left is better."""
+    """Plot time against memory: down and to the left is better."""
     axes.set(title=title, xlabel="peak extra memory", ylabel="time / bare products", xscale="log", yscale="log")
     for row in rows:
         paint = _paint(row)
@@ -138,7 +77,7 @@ def _scatter(axes: Axes, rows: list[Row], title: str, places: Sequence[tuple[int
 
 
 def _name(axes: Axes, rows: list[Row], places: Sequence[tuple[int, int]]) -> None:
-    """Each point's name beside it, at the first place where it covers neither a point nor another name."""
+    """Put each point's name beside it, at the first place where it covers neither a point nor another name."""
     axes.get_figure().draw_without_rendering()
     points = [axes.transData.transform((r.peak_extra_bytes, r.ratio[0])) for r in rows]
     boxes = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in points]
@@ -161,9 +100,6 @@ def _budget(canvas: Canvas, rows: list[Row]) -> None:
     ours = sorted((r for r in timed if r.budget_bytes is not None), key=lambda r: r.budget_bytes)
     axes.plot([r.peak_extra_bytes for r in ours], [r.ratio[0] for r in ours], color=COLOURS["ours"], lw=1.2)
     _scatter(axes, timed, f"{rows[0].dtype}, T={rows[0].T:,}, V={rows[0].V:,}, D={rows[0].D:,}", PLACES[2:])
-
-
-# --- as rows grow -----------------------------------------------------------------------------------------------------
 
 
 def _growth(canvas: Canvas, rows: list[Row]) -> None:
@@ -190,15 +126,12 @@ def _growth(canvas: Canvas, rows: list[Row]) -> None:
 
 
 def _wall(axes: Axes, rows: list[Row]) -> None:
-    """Where the published formula did not run for lack of memory."""
+    """Mark where the published formula did not run for lack of memory."""
     stopped = sorted(r.T for r in rows if r.provider == "eager" and (r.note or "").startswith("out of memory"))
     if stopped:
         axes.axvline(stopped[0], color=COLOURS["eager"], lw=1, ls=":")
         axes.text(stopped[0], 0.45, "eager: out of memory ", color=COLOURS["eager"], rotation=90, fontsize=8,
                   ha="right", va="center", transform=axes.get_xaxis_transform())  # fmt: skip
-
-
-# --- a line per shape -------------------------------------------------------------------------------------------------
 
 
 def _percentages(canvas: Canvas, rows: list[Row]) -> None:
@@ -221,7 +154,9 @@ def _place(row: Row) -> str:
 
 def _errors(canvas: Canvas, rows: list[Row]) -> None:
     dtypes = sorted({r.dtype for r in rows}, reverse=True)
-    groups = {name: [r for r in rows if _who(r) == name] for name in dict.fromkeys(map(_who, rows))}
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.provider + (" *" if row.partial else ""), []).append(row)
     for axes, dtype in zip(canvas.subplots(1, len(dtypes), squeeze=False, sharey=True)[0], dtypes, strict=True):
         for place, mine in enumerate(groups.values()):
             errors = [r.error for r in mine if r.dtype == dtype]
@@ -232,13 +167,6 @@ def _errors(canvas: Canvas, rows: list[Row]) -> None:
         axes.xaxis.set_minor_formatter(lambda x, _: "")
         axes.set_yticks(range(len(groups)), groups)
     axes.invert_yaxis()
-
-
-def _who(row: Row) -> str:
-    return row.provider + (" *" if row.partial else "")
-
-
-# --- accuracy against drift -------------------------------------------------------------------------------------------
 
 
 def _drift(canvas: Canvas, rows: list[Row]) -> None:
@@ -255,9 +183,6 @@ def _drift(canvas: Canvas, rows: list[Row]) -> None:
             axes.set(xscale="log", yscale="log", title=f"{what}, {dtype}", ylabel="relative error")
         column[-1].set_xlabel("KL per token between policy and reference (nats)")
     canvas.legend(loc="outside right upper")
-
-
-# --- whole steps ------------------------------------------------------------------------------------------------------
 
 
 def _steps(canvas: Canvas, rows: list[Row]) -> None:
@@ -280,11 +205,7 @@ def _steps(canvas: Canvas, rows: list[Row]) -> None:
         axes.grid(False)
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
-
-
 def _bytes(axis) -> None:
-    """At 1, 2 and 5 of each power of ten."""
     axis.set_major_formatter(lambda x, _: f"{x / 1e9:g} GB" if x >= 1e9 else f"{x / 1e6:g} MB")
 
 
@@ -302,7 +223,7 @@ LESS = "Those with a star, drawn hollow or dotted, compute log-probabilities onl
 FIGURES = (
     Drawing("overview", "Time and memory of a TDPO step: forward and backward",
             f"Down and to the left is better. The dashed line is the four matrix products nobody can avoid. {LESS}",
-            (9.5, 4.6), lambda r: r.shape == "cpu-32k" or r.shape == "llama-3.1-8b", _overview),
+            (9.5, 4.6), lambda r: r.shape in ("cpu-32k", "llama-3.1-8b", "8b, forward + backward"), _overview),
     Drawing("rows", "As rows grow",
             f"Time and memory against the number of rows, and where the published formula runs out of it. {LESS}",
             (9.5, 4.8), _family("rows"), _growth),

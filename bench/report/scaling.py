@@ -1,4 +1,4 @@
-"""The figure and the table of what is estimated, not measured (`bench.scaling`)."""
+"""Show what is estimated, not measured (`bench.scaling`), as a figure and a table."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 from matplotlib.figure import Figure as Canvas
 
 from .. import scaling
-from .figures import Figure, in_themes
+from .canvas import Figure, drawn
 from .tables import Table
 
-NAME = "scaling"
 COLOURS = ("#d98a1f", "#2f81f7", "#1f9fb4")
 LINES = ("-", "-", "--")  # two of them lie on one another
 SHOWN = (8, 64, 512, 4096)
@@ -28,7 +27,7 @@ def draw(folder: Path) -> Figure:
         f"{c.net_bytes / 1e9:.0f} GB/s between nodes, nothing overlapped"
     )
     title = f"Scaling of the loss, {scaling.MODEL}'s head: an estimate"
-    return Figure(NAME, CAPTION, *in_themes(folder / NAME, title, footer, (9.0, 3.8), _panels))
+    return drawn(folder / "scaling", CAPTION, title, footer, (9.0, 3.8), _panels)
 
 
 def _panels(canvas: Canvas) -> None:
@@ -37,8 +36,8 @@ def _panels(canvas: Canvas) -> None:
     for axes, (title, grows) in zip(panels, works.items(), strict=True):
         for layout, colour, line in zip(scaling.LAYOUTS, COLOURS, LINES, strict=True):
             found = [scaling.estimate(layout, ranks, _tokens(ranks, grows)) for ranks in scaling.RANKS]
-            axes.plot(scaling.RANKS, [100 * e.efficiency for e in found], line, color=colour, marker="o", ms=3.5,
-                      label=layout.name)  # fmt: skip
+            share = [100 * e.efficiency for e in found]
+            axes.plot(scaling.RANKS, share, line, color=colour, marker="o", ms=3.5, label=layout.name)
         axes.set(title=title, xlabel="ranks", xscale="log", xticks=scaling.RANKS[::2], ylim=(0, 102))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.minorticks_off()

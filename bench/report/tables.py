@@ -1,4 +1,4 @@
-"""Rows as tables: one per shape, in Markdown that is also legible in a terminal."""
+"""Show rows as tables: one per shape, in Markdown that is also legible in a terminal."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 
 from .. import roofline, step
 from ..conditions import Conditions
-from ..providers.ours import EVERYTHING, MB
+from ..providers import BUDGETS
 from ..roofline import Ceiling
 from ..rows import Row, Spread
 from ..shapes import SHAPES, Shape
 
 BUSY = 0.1  # cores; above it times say more about the neighbours
-PRODUCT = "gemm"  # what the campaign on a GPU compares with: one product, not the floor's four
+LABELS = {budget: label for label, budget in BUDGETS.items()}
 LESS = "computes less: log-probabilities, no KL"
+Columns = dict[str, Callable[[Row], str]]
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,17 @@ class Table:
 
 
 def tables(rows: Iterable[Row]) -> list[Table]:
-    """Shapes first, then accuracy against drift, then whole steps."""
-    by_shape: dict[str, list[Row]] = {}
+    """Return shapes first, then layouts beside each other, accuracy against drift, and whole steps."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        by_shape.setdefault(_group(row), []).append(row)
-    special = {"drift": _drift, "step": _steps}
-    speed = [_speed(group) for name, group in by_shape.items() if name not in special]
-    return speed + [make(by_shape[name]) for name, make in special.items() if name in by_shape]
+        kind, _, rest = row.shape.partition("-" if row.shape.startswith(("drift", "strided")) else " ")
+        kind = {"context": "step"}.get(kind, kind)
+        name = rest.split("/")[0] if kind == "strided" else kind
+        groups.setdefault((kind, name) if kind in SPECIAL else ("", row.shape), []).append(row)
+    speed = [_speed(group) for (kind, _), group in groups.items() if not kind]
+    return speed + [
+        make(group) for name, make in SPECIAL.items() for (kind, _), group in groups.items() if kind == name
+    ]
 
 
 def markdown(found: Iterable[Table]) -> str:
@@ -47,55 +52,72 @@ def _lines(table: Table) -> str:
     return "\n".join([f"**{table.title}**", "", drawn[0], rule, *drawn[1:], "", *table.notes])
 
 
-def _group(row: Row) -> str:
-    if row.shape.split("-")[0] == "drift":
-        return "drift"
-    return "step" if row.shape.split(" ")[0] in ("step", "context") else row.shape
+def _size(row: Row) -> str:
+    return f"(T={row.T:,}, V={row.V:,}, D={row.D:,})"
 
 
 def _speed(rows: list[Row]) -> Table:
     first = rows[0]
     asks = f": {SHAPES[first.shape].asks}" if first.shape in SHAPES else ""
-    title = f"{first.shape} (T={first.T:,}, V={first.V:,}, D={first.D:,}){asks}"
-    unit = "one product" if any(row.provider == PRODUCT for row in rows) else "floor"
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: Columns = {
         "dtype": lambda row: row.dtype,
         "provider": label,
-        f"time / {unit} (p20-p80)": lambda row: _spread(row.ratio, 1.0, 2) if row.ratio else _why(row),
-        "of floor": lambda row: f"{100 / row.ratio[0]:.0f} %" if row.ratio and unit == "floor" else "-",
+        "time / floor (p20-p80)": _ratio,
+        "of floor": lambda row: f"{100 / row.ratio[0]:.0f} %" if row.ratio else "-",
         "G": lambda row: f"{units:.1f}" if (units := in_gemms(row)) else "-",
         "time (p20-p80)": lambda row: _time(row.seconds),
         "forward": lambda row: _time(row.forward, spread=False),
         "backward": lambda row: _time(row.backward, spread=False),
         "extra memory": lambda row: size(row.peak_extra_bytes),
-        "energy": lambda row: f"{row.joules[0]:.1f} J" if row.joules else "-",
-        "error vs float64": lambda row: "-" if row.error is None else f"{row.error:.1e}",
+        "error vs float64": lambda row: _number(row.error),
     }
-    return _table(title, columns, rows, [*_conditions(rows), *_ceilings(rows), *_partial(rows), *_warning(rows)])
+    partial = [f"\\* {LESS}."] if any(row.partial for row in rows) else []
+    notes = [*_conditions(rows), *_ceilings(rows), *partial, *_warning(rows)]
+    return _table(f"{first.shape} {_size(first)}{asks}", columns, rows, notes)
+
+
+def _strided(rows: list[Row]) -> Table:
+    """Divide each time by the contiguous twin's: law 7 allows 3."""
+    twins = {(row.dtype, label(row)): row for row in rows if row.shape.endswith("/contiguous")}
+
+    def beside(row: Row) -> str:
+        twin = twins.get((row.dtype, label(row)))
+        return f"{row.seconds[0] / twin.seconds[0]:.2f}" if twin and twin.seconds and row.seconds else _why(row)
+
+    columns: Columns = {
+        "layout": lambda row: row.shape.split("/")[1],
+        "dtype": lambda row: row.dtype,
+        "provider": label,
+        "time / contiguous": beside,
+        "time / floor (p20-p80)": _ratio,
+        "time (p20-p80)": lambda row: _time(row.seconds),
+        "extra memory": lambda row: size(row.peak_extra_bytes),
+    }
+    notes = [*_conditions(rows), *_warning(rows)]
+    return _table(f"the same numbers in other layouts {_size(rows[0])}", columns, rows, notes)
 
 
 def _drift(rows: list[Row]) -> Table:
-    columns: dict[str, Callable[[Row], str]] = {
-        "KL per token (nats)": lambda row: "-" if row.drift is None else f"{row.drift:.1e}",
+    columns: Columns = {
+        "KL per token (nats)": lambda row: _number(row.drift),
         "dtype": lambda row: row.dtype,
         "provider": label,
-        "error of the KL": lambda row: _why(row) if row.kl_error is None else f"{row.kl_error:.1e}",
-        "error of its gradient": lambda row: "-" if row.error is None else f"{row.error:.1e}",
+        "error of the KL": lambda row: _why(row) if row.kl_error is None else _number(row.kl_error),
+        "error of its gradient": lambda row: _number(row.error),
     }
-    first = rows[0]
-    title = f"accuracy as the policy drifts from the reference (T={first.T:,}, V={first.V:,}, D={first.D:,})"
+    title = f"accuracy as the policy drifts from the reference {_size(rows[0])}"
     return _table(title, columns, rows, _conditions(rows))
 
 
 def _steps(rows: list[Row]) -> Table:
-    """A context's length is what was found, so the two kinds of rows share columns but not what T means."""
+    """Show steps and contexts. A context's length is what was found: T does not mean the same in both."""
 
     def longest(row: Row) -> str:
         if row.limit_bytes is None:
             return "-"
         return f"{context(row):,} tokens in {size(row.limit_bytes)}" if row.T else _why(row)
 
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: Columns = {
         "what": lambda row: row.shape,
         "provider": label,
         "tokens": lambda row: f"{row.T:,}",
@@ -107,13 +129,16 @@ def _steps(rows: list[Row]) -> Table:
     return _table(title, columns, rows, [*_conditions(rows), *_warning(rows)])
 
 
+SPECIAL = {"strided": _strided, "drift": _drift, "step": _steps}
+
+
 def context(row: Row) -> int:
-    """Tokens of each sequence of a step's batch."""
+    """Return the tokens of each sequence of a step's batch."""
     return row.T // (2 * step.SIZES[row.shape.split(" ", 1)[1]].pairs)
 
 
-def _table(title: str, columns: dict[str, Callable[[Row], str]], rows: list[Row], notes: list[str]) -> Table:
-    """Without the columns that say nothing."""
+def _table(title: str, columns: Columns, rows: list[Row], notes: list[str]) -> Table:
+    """Make a table without the columns that say nothing."""
     cells = [tuple(cell(row) for cell in columns.values()) for row in rows]
     shown = [i for i, column in enumerate(zip(*cells, strict=True)) if set(column) != {"-"}]
     head = tuple(name for i, name in enumerate(columns) if i in shown)
@@ -121,29 +146,36 @@ def _table(title: str, columns: dict[str, Callable[[Row], str]], rows: list[Row]
 
 
 def label(row: Row) -> str:
-    """The name it was asked for by."""
-    name = row.provider
-    if row.budget_bytes is not None:
-        budget = row.budget_bytes
-        name += "@all" if budget >= EVERYTHING else f"@{budget // MB}MB" if budget >= MB else f"@{budget}"
-    return name + (" *" if row.partial else "") + (", cold" if row.cache == "cold" else "")
+    """Return the name a provider was asked for by."""
+    budget = "" if row.budget_bytes is None else f"@{LABELS.get(row.budget_bytes, row.budget_bytes)}"
+    return row.provider + budget + (" *" if row.partial else "")
 
 
 def in_gemms(row: Row) -> float | None:
-    """The time in units of one product of 2 T V D flops at the rate of the run's own large product."""
+    """Return the time in units of one product of 2 T V D flops at the rate of the run's own large product."""
     if not (row.seconds and row.ceiling):
         return None
     return row.seconds[0] * row.ceiling[0] / roofline.gemm_flops(_shape(row))
 
 
 def _shape(row: Row) -> Shape:
-    """As much of it as roofline counts: all rows are valid in it, as many as counted."""
+    """Return as much of the shape as roofline counts: all rows are valid in it, as many as counted."""
     rows = row.rows if row.rows is not None else row.T
-    return Shape(row.shape, rows, row.V, row.D, "", (), row.rounds, pairs=1, trainable=row.trainable)
+    how = dict(pairs=1, trainable=row.trainable, gradients=row.gradients)
+    return Shape(row.shape, rows, row.V, row.D, "", (), row.rounds, **how)
+
+
+def _ratio(row: Row) -> str:
+    """Return the time in units of the floor, and what is wrong with it."""
+    return (_spread(row.ratio, 1.0, 2) + (f" {_why(row)}" if row.red else "")) if row.ratio else _why(row)
 
 
 def _why(row: Row) -> str:
     return f"RED {row.note}" if row.red else row.note or "-"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
 
 
 def _time(seconds: Spread | None, spread: bool = True) -> str:
@@ -165,11 +197,9 @@ def size(count: int | None) -> str:
 
 
 def _conditions(rows: list[Row]) -> list[str]:
-    """One line for each set of conditions among the rows."""
-    return [
-        f"{_place(c)}, {c.date[:10]}, {rounds} rounds. Extra memory: above inputs and gradients."
-        for c, rounds in dict.fromkeys((row.conditions, row.rounds) for row in rows)
-    ]
+    """Return one line for each set of conditions among the rows."""
+    found = dict.fromkeys((row.conditions, row.rounds) for row in rows)
+    return [f"{_place(c)}, {c.date[:10]}, {n} rounds. Extra memory: above inputs and gradients." for c, n in found]
 
 
 def _place(c: Conditions) -> str:
@@ -179,7 +209,7 @@ def _place(c: Conditions) -> str:
 
 
 def _ceilings(rows: list[Row]) -> list[str]:
-    """What the machine gave in that run, and what the roofline makes of it."""
+    """Say what the machine gave in that run, and what the roofline makes of it."""
     told, beaten = {}, {}
     for row in rows:
         if row.ceiling:
@@ -193,10 +223,6 @@ def _ceilings(rows: list[Row]) -> list[str]:
                     ", which was beaten: they were of `torch.mm`, which is not the fastest here, or had a slow moment"
                 )
     return [f"{said}{beaten.get(dtype, '')}." for dtype, said in told.items()]
-
-
-def _partial(rows: list[Row]) -> list[str]:
-    return [f"\\* {LESS}."] if any(row.partial for row in rows) else []
 
 
 def _warning(rows: list[Row]) -> list[str]:

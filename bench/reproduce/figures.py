@@ -1,15 +1,16 @@
-"""The paper's figures from this world's runs, and the curves of parity: once for light, once for dark."""
+"""Draw the paper's figures from this world's runs, and the curves of parity: once for light, once for dark."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from ..report.figures import Figure, in_themes
+from ..report.canvas import Figure, drawn
 from .settings import METHODS
 from .store import Point, Record
 from .summary import Parity, by_method, final, over_seeds, parities, spread
@@ -20,37 +21,28 @@ SEQKL = (("chosen", "chosen_kl"), ("rejected", "rejected_kl"), ("|chosen - rejec
 
 
 def draw(records: Iterable[Record], folder: Path, footer: str) -> list[Figure]:
-    """Every figure that the records have something for."""
+    """Draw every figure that the records have something for."""
     matplotlib.use("Agg")
     groups, compared = by_method(records), parities(records)
-    figures = []
-    if groups:
-        figures += [
-            _figure("frontier", "Reward against KL: the frontier",
-                    "Mean over seeds at each look, and every seed as a faint line. Up and to the left is better.",
-                    (8.5, 4.8), lambda canvas: _frontier(canvas, groups), folder, footer),
-            _figure("seqkl", "Sequential KL(reference || policy) on held-out pairs, in training",
-                    "Mean over seeds, shaded from the lowest to the highest seed.",
-                    (11, 4.2), lambda canvas: _seqkl(canvas, groups), folder, footer),
-            _figure("accuracy", "Reward accuracy against the entropy of what is generated, where runs end",
-                    "Mean over seeds; bars from the lowest to the highest seed.",
-                    (9.5, 4.4), lambda canvas: _accuracy(canvas, groups), folder, footer),
-        ]  # fmt: skip
-    if compared:
-        figures.append(
-            _figure("parity", "The same run with the published formula and with every backend",
-                    "Left: the losses lie on one another. Right: how far apart they are, step by step; steps without "
-                    "a difference are not drawn.",
-                    (11, 4.4), lambda canvas: _parity(canvas, compared), folder, footer)
-        )  # fmt: skip
-    return figures
-
-
-def _figure(
-    name: str, title: str, caption: str, inches: tuple[float, float], draw: Callable[[Canvas], None], folder: Path,
-    footer: str,
-) -> Figure:  # fmt: skip
-    return Figure(name, caption, *in_themes(folder / name, title, footer, inches, draw))
+    figures = {
+        "frontier": ("Reward against KL: the frontier",
+                     "Mean over seeds at each look, and every seed as a faint line. Up and to the left is better.",
+                     (8.5, 4.8), partial(_frontier, groups=groups)),
+        "seqkl": ("Sequential KL(reference || policy) on held-out pairs, in training",
+                  "Mean over seeds, shaded from the lowest to the highest seed.", (11, 4.2),
+                  partial(_seqkl, groups=groups)),
+        "accuracy": ("Reward accuracy against the entropy of what is generated, where runs end",
+                     "Mean over seeds; bars from the lowest to the highest seed.", (9.5, 4.4),
+                     partial(_accuracy, groups=groups)),
+        "parity": ("The same run with the published formula and with every backend",
+                   "Left: the losses lie on one another. Right: how far apart they are, step by step; steps without a "
+                   "difference are not drawn.", (11, 4.4), partial(_parity, compared=compared)),
+    }  # fmt: skip
+    return [
+        drawn(folder / name, caption, title, footer, inches, draw)
+        for name, (title, caption, inches, draw) in figures.items()
+        if (compared if name == "parity" else groups)
+    ]
 
 
 def _frontier(canvas: Canvas, groups: dict[str, list[Record]]) -> None:
@@ -120,7 +112,7 @@ def name(pair: Parity) -> str:
 
 
 def _looks(records: list[Record]) -> list[tuple[Point, ...]]:
-    """The same look of every seed."""
+    """Return, of every seed, the same look."""
     return list(zip(*(record.points for record in records), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The page: every number and every sentence about one comes from the records."""
+"""Write the page. Every number and every sentence about one comes from the records."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from pathlib import Path
 
 from ..report.figures import Figure
 from ..report.tables import Table, markdown
-from . import paper
 from .figures import draw, name
-from .settings import COMPARED, PUBLISHED
+from .settings import COMPARED, KL, NAMES, PUBLISHED, SOURCE
 from .store import Record
 from .summary import Parity, Spread, Value, by_method, final, of_part, over_seeds, parities, reward_at, verdicts
 
 PAGE = "reproduce.md"
 FIRST = 100  # steps, before training has multiplied what rounding does
-FRONTIER_KLS = (1.0, paper.KL, 5.0)
+FRONTIER_KLS = (1.0, KL, 5.0)
 FINALS = (
     ("reward", "reward", 3), ("KL", "kl", 2), ("SeqKL chosen", "chosen_kl", 2), ("SeqKL rejected", "rejected_kl", 2),
     ("margin", "margin", 2), ("accuracy", "accuracy", 3), ("accuracy without KL", "accuracy_without_kl", 3),
@@ -25,7 +24,7 @@ FINALS = (
 
 
 def write(records: list[Record], folder: Path) -> Path:
-    """``reproduce.md`` and its figures."""
+    """Write ``reproduce.md`` and its figures."""
     drawn = {figure.name: figure for figure in draw(records, folder, "; ".join(_places(records)))}
     path = folder / PAGE
     path.write_text(text(records, drawn))
@@ -46,9 +45,6 @@ def text(records: list[Record], drawn: dict[str, Figure]) -> str:
     return "\n\n".join([*parts, "## How it was measured", *_measured(records)]) + "\n"
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
-
-
 def _setting(record: Record) -> str:
     s = record.settings
     return (
@@ -66,7 +62,7 @@ def _setting(record: Record) -> str:
 
 
 def said(records: list[Record]) -> str:
-    """How many orderings hold, and which do not."""
+    """Say how many orderings hold, and which do not."""
     found = verdicts(records)
     holds = [v for v in found if v.text == "holds"]
     lines = [f"Of {len(found)} orderings, {len(holds)} hold here in every seed."]
@@ -83,11 +79,11 @@ def said(records: list[Record]) -> str:
 
 def _what(verdict) -> str:
     o = verdict.ordering
-    return f"{paper.NAMES[o.quantity]}, {o.more} > {o.less}"
+    return f"{NAMES[o.quantity]}, {o.more} > {o.less}"
 
 
 def parity(records: list[Record]) -> str:
-    """The largest difference in loss, also for the terminal."""
+    """Say the largest difference in loss, also for the terminal."""
     ours = _ours(records)
     if not ours:
         return "Not compared: the published formula's run is not there."
@@ -124,19 +120,13 @@ def _measured(records: list[Record]) -> list[str]:
     if frontier:
         lines.append(f"A run that is measured on the way took {min(frontier):.0f} to {max(frontier):.0f} s.")
     return [" ".join(lines), "\n".join(f"* {place}" for place in _places(records)),
-            f"The paper's figures: {paper.SOURCE}; margins are differences of what was read, and what is \"in words\" "
+            f"The paper's figures: {SOURCE}; margins are differences of what was read, and what is \"in words\" "
             "is the caption's. `python -m bench.reproduce` makes this page anew."]  # fmt: skip
 
 
 def _places(records: Iterable[Record]) -> list[str]:
-    """Each set of conditions once, in order."""
-    return list(dict.fromkeys(
-        f"{c.device}, {c.threads} threads, torch {c.torch}, commit {c.commit}{' + changes' if c.dirty else ''}, "
-        f"{c.date[:10]}" for c in (record.conditions for record in records)
-    ))  # fmt: skip
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
+    """Return each set of conditions once, in order."""
+    return list(dict.fromkeys(record.conditions.said for record in records))
 
 
 def _orderings(records: list[Record]) -> Table:
@@ -144,7 +134,7 @@ def _orderings(records: list[Record]) -> Table:
     cells = []
     for v in verdicts(records):
         o, here = v.ordering, f"{v.more.mean:.3g}, {v.less.mean:.3g}" if v.more and v.less else "-"
-        cells.append((paper.NAMES[o.quantity], f"{o.more} > {o.less}", o.figures, here, _text(v.difference, 3), v.text))
+        cells.append((NAMES[o.quantity], f"{o.more} > {o.less}", o.figures, here, _text(v.difference, 3), v.text))
     return Table("the paper's orderings, held against these runs", head, cells,
                  ["Here: means over seeds. Difference: of the two methods within a seed."])  # fmt: skip
 
@@ -171,7 +161,7 @@ def _parity(records: list[Record]) -> Table:
 
 
 def _rates(records: list[Record]) -> Table:
-    """Beside the first seed's run at the learning rate of all others."""
+    """Show other learning rates beside the first seed's run at the rate of all others."""
     rated = of_part(records, "rate")
     methods = {r.run.method for r in rated}
     usual = [r for r in of_part(records, "frontier") if r.run.method in methods and r.run.seed == rated[0].run.seed]

@@ -1,10 +1,14 @@
-"""Methods, sizes, and which runs there are. Nothing here was chosen by what came out: sizes by time, the rest from the
-demo."""
+"""Say which runs there are, and what the paper has (Zeng et al. 2024, arXiv 2404.11999: IMDb, GPT-2 Large).
+
+Nothing of the runs was chosen by what came out: sizes by time, the rest from the demo. The paper's values were read by
+eye from the published figure, which is good for an order, not for a comparison of numbers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7)
 METHODS: dict[str, dict] = {
@@ -20,7 +24,7 @@ PUBLISHED = "published"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a result depends on. Results of different settings never meet."""
+    """Hold what a result depends on. Results of different settings never meet."""
 
     scale: str
     width: int  # of the model
@@ -55,7 +59,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Run:
-    """`loss` is a backend of `tdpo_kernels`, or the published formula. Runs for parity are not measured on the way."""
+    """Name a run. `loss` is a backend, or the published formula. Runs for parity are not measured on the way."""
 
     part: str  # "frontier", "parity" or "rate"
     method: str
@@ -71,11 +75,51 @@ class Run:
 
 
 def plan(settings: Settings, backends: Iterable[str]) -> list[Run]:
-    """Seed by seed, so that an interrupted campaign has every method. Parity: in fp32 all losses, and in float64, where
-    rounding is out of the way, those that take it."""
+    """Return the runs seed by seed, so that what is interrupted has every method.
+
+    Parity is in fp32 for all losses, and in float64, where rounding is out of the way, for those that take it.
+    """
     first, lr = settings.seeds[0], settings.lr
     runs = [Run("frontier", method, seed, lr) for seed in settings.seeds for method in METHODS]
     losses = [(loss, dtype) for dtype in ("float32", "float64") for loss in (PUBLISHED, *backends)]
     runs += [Run("parity", COMPARED, first, lr, loss, dtype) for loss, dtype in losses
              if not (loss == "fused" and dtype == "float64")]  # fmt: skip
     return runs + [Run("rate", method, first, rate * lr) for rate in RATES for method in RATED]
+
+
+SOURCE = "arXiv 2404.11999, the IMDb figure, GPT-2 Large, read by eye"
+KL = 2.5  # at which the paper's rewards were read
+CHOSEN = {"TDPO1": 50, "DPO": 23, "TDPO2 0.1": 18, "TDPO2 0.3": 10.5, "TDPO2 0.5": 6.5, "TDPO2 0.7": 4}
+REJECTED = {"DPO": 44, "TDPO2 0.1": 36, "TDPO1": 29, "TDPO2 0.3": 25, "TDPO2 0.5": 17, "TDPO2 0.7": 9}
+MARGIN = {method: abs(CHOSEN[method] - REJECTED[method]) for method in CHOSEN}
+REWARD = {"TDPO2 0.7": 0.97, "TDPO2 0.5": 0.96, "DPO": 0.86}
+READ = {"chosen_kl": CHOSEN, "rejected_kl": REJECTED, "margin": MARGIN, "reward_at_kl": REWARD}
+SAID = (("reward_at_kl", "TDPO2 0.5", "TDPO1"), ("reward_at_kl", "TDPO1", "DPO"))  # by the figure's caption
+NAMES = {
+    "chosen_kl": "SeqKL chosen", "rejected_kl": "SeqKL rejected", "margin": "absolute margin of SeqKL",
+    "reward_at_kl": f"reward at KL {KL:g}",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """The paper has more of `quantity` with one method than with another; without figures where it is only said."""
+
+    quantity: str
+    more: str
+    less: str
+
+    @property
+    def figures(self) -> str:
+        read = READ[self.quantity]
+        return f"{read[self.more]:g} > {read[self.less]:g}" if {self.more, self.less} <= set(read) else "in words"
+
+
+def orderings() -> list[Ordering]:
+    """Return, of each quantity, every method with the next lower one; what reads the same says nothing."""
+    found = []
+    for quantity, values in READ.items():
+        levels = sorted(set(values.values()), reverse=True)
+        groups = [[method for method, value in values.items() if value == level] for level in levels]
+        found += [Ordering(quantity, a, b) for upper, lower in pairwise(groups) for a in upper for b in lower]
+    return found + [Ordering(*said) for said in SAID]

@@ -1,5 +1,5 @@
-"""Finished runs: JSON Lines, a file each, written whole or not at all. First what the run was, then what was measured
-on the way, last every step's loss."""
+"""Keep finished runs: JSON Lines, a file each, written whole or not at all. First comes what the run was, then what was
+measured on the way, last every step's loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .settings import Run, Settings
 
 
 class Mixed(Exception):
-    """Results of other settings or of another checkpoint are where new ones are to go."""
+    """Say that results of other settings or of another checkpoint are where new ones are to go."""
 
     def __init__(self, path: Path, there: object, wanted: object) -> None:
         if isinstance(there, dict) and isinstance(wanted, dict):
@@ -26,7 +26,7 @@ class Mixed(Exception):
 
 @dataclass(frozen=True)
 class Point:
-    """Means over samples or held-out pairs, at a step of a run. KLs in nats."""
+    """Hold means over samples or held-out pairs, at a step of a run. KLs are in nats."""
 
     step: int
     examples: int  # pairs seen
@@ -44,7 +44,7 @@ class Point:
 
     @property
     def margin(self) -> float:
-        """As the paper's figure has it."""
+        """Return the margin as the paper's figure has it."""
         return abs(self.chosen_kl - self.rejected_kl)
 
 
@@ -75,20 +75,14 @@ class Store:
         return self._file(run).exists()
 
     def load(self, checkpoint: str = "") -> list[Record]:
-        """All of them.
-
-        Raises:
-            Mixed: one has other settings, or comes from another checkpoint than the others or the one named.
-        """
-        records = []
-        for path in sorted((self.folder / "runs").glob("*.jsonl")):
-            record = _parse(path)
-            if record.settings != self.settings:
-                raise Mixed(path, record.settings, self.settings)
+        """Return all of them. Raise `Mixed` where settings or checkpoints are not the same, or not the one named."""
+        records = [_parse(path) for path in sorted((self.folder / "runs").glob("*.jsonl"))]
+        for record in records:
             checkpoint = checkpoint or record.checkpoint
+            if record.settings != self.settings:
+                raise Mixed(self._file(record.run), record.settings, self.settings)
             if record.checkpoint != checkpoint:
-                raise Mixed(path, f"checkpoint {record.checkpoint}", f"of checkpoint {checkpoint}")
-            records.append(record)
+                raise Mixed(self._file(record.run), f"checkpoint {record.checkpoint}", f"of checkpoint {checkpoint}")
         return records
 
     def _file(self, run: Run) -> Path:
@@ -102,13 +96,11 @@ def _parse(path: Path) -> Record:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Whoever is interrupted leaves the old file, the new one, or none."""
+    """Leave the old file, the new one, or none, whenever it is interrupted."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -1,13 +1,11 @@
-"""Runs as numbers: means and spreads over seeds, orderings held against the paper's, and losses against losses."""
+"""Turn runs into numbers: means and spreads over seeds, orderings held against the paper's, losses against losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from . import paper
-from .paper import Ordering
-from .settings import METHODS, PUBLISHED
+from .settings import KL, METHODS, PUBLISHED, Ordering, orderings
 from .store import Record
 
 Value = Callable[[Record], float | None]
@@ -15,7 +13,7 @@ Value = Callable[[Record], float | None]
 
 @dataclass(frozen=True)
 class Spread:
-    """Over seeds."""
+    """Hold a value's mean and range over seeds."""
 
     mean: float
     low: float
@@ -34,13 +32,10 @@ def of_part(records: Iterable[Record], part: str) -> list[Record]:
 
 
 def by_method(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The frontier's runs, methods in their order and seeds in theirs."""
+    """Return the frontier's runs, methods in their order and seeds in theirs."""
     found = sorted(of_part(records, "frontier"), key=lambda record: record.run.seed)
     groups = {method: [record for record in found if record.run.method == method] for method in METHODS}
     return {method: group for method, group in groups.items() if group}
-
-
-# --- values of a run --------------------------------------------------------------------------------------------------
 
 
 def final(name: str) -> Value:
@@ -48,7 +43,7 @@ def final(name: str) -> Value:
 
 
 def reward_at(kl: float) -> Value:
-    """Where a run first comes to that KL, on a straight line between two looks; None if it does not."""
+    """Read the reward where a run first comes to that KL, on a straight line between two looks; None if it does not."""
 
     def value(record: Record) -> float | None:
         for before, after in zip(record.points, record.points[1:], strict=False):
@@ -61,17 +56,14 @@ def reward_at(kl: float) -> Value:
 
 
 def over_seeds(records: Iterable[Record], value: Value) -> Spread | None:
-    """None where a run does not have it."""
+    """Return the spread, None where a run does not have the value."""
     values = [value(record) for record in records]
     return spread(values) if values and None not in values else None
 
 
-# --- orderings --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Verdict:
-    """Seeds are compared one by one: within a seed both methods saw the same pairs in the same order."""
+    """Compare seeds one by one: within a seed both methods saw the same pairs in the same order."""
 
     ordering: Ordering
     more: Spread | None
@@ -91,11 +83,11 @@ class Verdict:
 
 def verdicts(records: Iterable[Record]) -> list[Verdict]:
     groups = by_method(records)
-    return [_verdict(o, groups) for o in paper.orderings() if o.more in groups and o.less in groups]
+    return [_verdict(o, groups) for o in orderings() if o.more in groups and o.less in groups]
 
 
 def _verdict(ordering: Ordering, groups: dict[str, list[Record]]) -> Verdict:
-    value = reward_at(paper.KL) if ordering.quantity == "reward_at_kl" else final(ordering.quantity)
+    value = reward_at(KL) if ordering.quantity == "reward_at_kl" else final(ordering.quantity)
     more, less = ({r.run.seed: value(r) for r in groups[method]} for method in (ordering.more, ordering.less))
     pairs = [(more[seed], less[seed]) for seed in sorted(more.keys() & less.keys())]
     complete = [(a, b) for a, b in pairs if a is not None and b is not None]
@@ -106,12 +98,9 @@ def _verdict(ordering: Ordering, groups: dict[str, list[Record]]) -> Verdict:
     return Verdict(ordering, *sides, spread(differences), len(pairs), sum(d > 0 for d in differences))
 
 
-# --- parity -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Parity:
-    """How far apart the losses of two runs are that should be the same, step by step."""
+    """Say how far apart, step by step, the losses of two runs are that should be the same."""
 
     one: Record
     other: Record
@@ -125,18 +114,17 @@ class Parity:
         return max(self.differences)
 
     def within(self, steps: int) -> float:
-        """The largest of the first `steps` differences."""
         return max(self.differences[:steps])
 
     @property
     def step(self) -> int:
-        """Of the largest difference."""
+        """Return the step of the largest difference."""
         return self.differences.index(self.largest) + 1
 
 
 def parities(records: Iterable[Record]) -> list[Parity]:
-    """Each backend with the published formula in the same dtype, and that formula in fp32 with itself in float64: what
-    rounding alone does."""
+    """Pair each backend with the published formula in the same dtype, and that formula in fp32 with itself in float64,
+    which is what rounding alone does."""
     runs = of_part(records, "parity")
     published = {r.run.dtype: r for r in runs if r.run.loss == PUBLISHED}
     ours = [Parity(r, published[r.run.dtype]) for r in runs if r.run.loss != PUBLISHED and r.run.dtype in published]

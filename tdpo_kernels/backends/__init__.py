@@ -7,16 +7,19 @@ from collections.abc import Sequence
 import torch
 
 from ..checks import check_backend
-from ..tuning import winner
+from ..tuning import estimated_winner, winner
 from ..types import Backend, Model
-from . import fused, launch, naive, rowwise, tiled
+from . import fused, kerneltiles, launch, naive, tiled
 
 BACKENDS: dict[str, Backend] = {"fused": fused, "tiled": tiled, "naive": naive}
 
 
 def availability(device: torch.device) -> dict[str, str]:
     """Each backend and whether it can run on `device`: ``"available: ..."`` or the reason why not."""
-    missing, rows = launch.unavailable(device), "Triton row kernels" if rowwise.runs_on(device) else "torch operations"
+    missing, rows = (
+        launch.unavailable(device),
+        "Triton row kernels" if kerneltiles.runs_on(device) else "torch operations",
+    )
     fused_says = f"available: Triton kernels that make logits in registers, on {device.type}"
     return {
         "fused": fused_says if not missing else f"unavailable: {missing}",
@@ -37,8 +40,10 @@ def lacks(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def choose(backend: str, device: torch.device, sides: Sequence[Model] = ()) -> tuple[str, Backend]:
-    """``"auto"`` is the one measured to be the fastest on such a device and at such sizes; `fused` on a GPU where
-    nothing was measured, guarded by its self-check; else `tiled`. A named one is taken at its word or refused.
+    """Return a backend's name and module; a named one is taken at its word or refused.
+
+    ``"auto"`` is the one measured to be the fastest on such a device and at such sizes. On a GPU where nothing was
+    measured it is the one estimated to be; elsewhere it is `tiled`.
 
     Args:
         sides: policy and reference, if there are any yet.
@@ -61,6 +66,6 @@ def _auto(device: torch.device, sides: Sequence[Model]) -> str:
     if device.type != "cuda" or _refusal("fused", device, sides):
         return "tiled"
     if not sides:
-        return "fused"
+        return "tiled"
     V, D = sides[0].head.weight.shape
-    return winner(launch.device_of(device), sides[0].dtype.itemsize, D, V) or "fused"
+    return winner(launch.device_of(device), sides[0].dtype.itemsize, D, V) or estimated_winner(D)

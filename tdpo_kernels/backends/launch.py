@@ -1,33 +1,58 @@
 """Host side of the device code: what runs where, pointers or descriptors, grids; one function per kernel.
 
-Operands are blocks already cut to the rows and columns at hand; labels count from the first of those columns.
+Operands are blocks already cut to the rows and columns at hand. Labels count from the vocabulary's first column, which
+lies `col` before the block's; one outside of the block is not in it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..tuning import Device, TileConfig, choose
-from ..tuning.heuristic import family_of
-from ..types import Inputs, LMHead
-from .slab import Operand, Side
-from .tile_math import largest_exponent
+from ..tuning import Case, Device, TileConfig, choose, family_of
+from ..types import LMHead
 
-STATE, ROWS = 12, 12  # `device.stats` and `device.merge`
-MERGE_ROWS = 32
+STATE, EXTRAS, ROWS = 6, 2, 9  # rows of a part's state, of its extras, of what backward knows of a row
 INTERPRETED = Device("interpreter", "interpreter")
+
+
+class Head(NamedTuple):
+    """What a kernel knows of a head besides its weight."""
+
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+class Strides(NamedTuple):
+    """Between the rows of both models' hidden states and weights; None where a kernel is given a descriptor."""
+
+    h: int | None
+    w: int | None
+    g: int | None
+    u: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """One model's share of a tile: hidden states ``(R, D)``, weight rows ``(C, D)``, and its head."""
+
+    hidden: Tensor
+    weight: Tensor
+    head: Head
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What tells one compiled kernel from another. `flags`: names and values of the constexprs but the tile's."""
+    """What tells one compiled kernel from another. `flags`: names and values of the constexprs but the tile's, and
+    which arguments are None or multiples of 16."""
 
     kernel: str
     config: TileConfig
@@ -38,33 +63,23 @@ class Launch:
     def __str__(self) -> str:
         flags = " ".join(f"{name}={value}" for name, value in self.flags)
         dtypes = ", ".join(str(x).removeprefix("torch.") for x in self.dtypes)
-        return f"{self.kernel} with {self.config!r}, {dtypes}, {flags or 'no flags'}, on {self.device}"
+        return f"{self.kernel} with {self.config!r}, {dtypes}, {flags}, on {self.device}"
 
 
 @cache
 def unavailable(device: torch.device) -> str:
-    """Why no kernel runs on `device`; empty if they do. Settled at the first call, as Triton does at its import."""
-    if not _installed():
+    """Return why no kernel runs on `device`, or "". It is settled at the first call, as Triton does at its import."""
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
-        return _no_configuration(device)
+        try:
+            family_of(device_of(device).arch)
+        except ValueError as error:
+            return str(error)
+        return ""
     if os.environ.get("TRITON_INTERPRET") and _interpreting():
         return "" if device.type == "cpu" else f"the interpreter runs on a CPU, not on {device.type}"
     return f"Triton has no compiler for {device.type}; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests"
-
-
-@cache
-def _no_configuration(device: torch.device) -> str:
-    try:
-        family_of(device_of(device).arch)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _interpreting() -> bool:
@@ -75,7 +90,7 @@ def _interpreting() -> bool:
 
 @lru_cache
 def device_of(device: torch.device) -> Device:
-    """What the choice of a configuration knows of a device."""
+    """Return what the choice of a configuration knows of a device."""
     if device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
@@ -83,297 +98,173 @@ def device_of(device: torch.device) -> Device:
     return Device(properties.name, arch)
 
 
-@dataclass(frozen=True, eq=False)
-class Operands:
-    """One model's share of a tile: hidden states ``(R, D)``, weight rows ``(C, D)``, and its head's bias ``(C,)``."""
-
-    hidden: Tensor
-    weight: Tensor
-    head: LMHead
-    bias: Tensor | None
-
-
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 is multiplied: as torch is told to. Others have only one way."""
+    """Return how fp32 is multiplied: as torch is told to. Other dtypes have only one way."""
     return "tf32" if dtype == torch.float32 and tf32_is_allowed() and not torch.version.hip else "ieee"
 
 
 def tf32_is_allowed() -> bool:
-    """Whichever way it was said: the older getter raises once the newer setting was used."""
+    """Return whether torch was told so, whichever way: the older getter raises once the newer setting was used."""
     said = torch.backends.cuda.matmul.fp32_precision
     return (torch.backends.fp32_precision if said == "none" else said) == "tf32"
 
 
-def _flags(head: LMHead, bias: Tensor | None, ref_head: LMHead, ref_bias: Tensor | None) -> dict[str, bool]:
-    return dict(
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
-        HAS_REF_BIAS=ref_bias is not None,
-        HAS_REF_SOFTCAP=ref_head.softcap is not None,
-    )
-
-
-def _scalars(head: LMHead, ref_head: LMHead) -> dict[str, float]:
-    return dict(
-        scale=head.logit_scale, softcap=head.softcap or 1.0,
-        ref_scale=ref_head.logit_scale, ref_softcap=ref_head.softcap or 1.0,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Traits:
-    """What the configurations of one call depend on; never the number of rows."""
+    """What the configurations of one call depend on; never the number of rows. Made once per call."""
 
+    case: Case  # of any kernel
     device: Device
-    itemsize: int
     width: int
-    one_head: bool  # one load of the weight serves both products
-    bias: bool
-    softcap: bool
-    extras: bool
-    ieee: bool
-    aligned: bool
-    lies: tuple[bool, ...]  # `_lies` of both models' hidden states and weights
 
-    def config(self, kernel: str, staged: bool = False) -> TileConfig:
-        return choose(
-            kernel, self.device, self.itemsize, width=self.width, staged=staged, one_head=self.one_head, bias=self.bias,
-            softcap=self.softcap, extras=self.extras, ieee=self.ieee, aligned=self.aligned,
-        )  # fmt: skip
-
-    def row_config(self, kernel: str, columns: int, staged: bool = False) -> TileConfig:
-        """Of a kernel that takes fp32 tiles of so many columns from memory."""
-        return choose(
-            kernel, self.device, 4, width=self.width, columns=columns, staged=staged, extras=self.extras,
-            bias=self.bias, softcap=self.softcap,
-        )  # fmt: skip
+    def config(self, kernel: str, columns: int = 0) -> TileConfig:
+        """Return a kernel's configuration; `columns` is the width of a tile in memory."""
+        return _config(self, kernel, columns)
 
 
-def traits_of(inputs: Inputs, sides: tuple[Side, Side]) -> Traits:
-    policy, reference = (side.model for side in sides)
-    heads = policy.head, reference.head
-    w, u = policy.head.weight, reference.head.weight
-    one_head = w.data_ptr() == u.data_ptr() and (w.shape, w.stride(), w.dtype) == (u.shape, u.stride(), u.dtype)
-    return Traits(
-        device=device_of(policy.hidden.device),
-        itemsize=max(policy.dtype.itemsize, reference.dtype.itemsize),
-        width=w.shape[1],
-        one_head=one_head and policy.dtype == reference.dtype,
+@lru_cache(maxsize=4096)
+def _config(traits: Traits, kernel: str, columns: int) -> TileConfig:
+    return choose(replace(traits.case, kernel=kernel, columns=columns), traits.device, traits.width)
+
+
+def traits_of(
+    heads: Sequence[LMHead], dtypes: Sequence[torch.dtype], extras: bool, device: torch.device, aligned: bool = True
+) -> Traits:
+    """Return the traits of a call on the policy's and the reference's head, multiplied in `dtypes`.
+
+    Args:
+        aligned: base and row stride of all four matrices that kernels are given are multiples of 16 bytes (`aligned`).
+    """
+    itemsize = max(dtype.itemsize for dtype in dtypes)
+    weights = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (head.weight for head in heads)]
+    case = Case(
+        kernel="fused_stats",
+        product="16bit" if itemsize == 2 else precision(torch.float32),
+        one_head=weights[0] == weights[1] and dtypes[0] == dtypes[1],
         bias=any(head.bias is not None for head in heads),
         softcap=any(head.softcap is not None for head in heads),
-        extras=bool(inputs.extras),
-        ieee=precision(policy.dtype) == "ieee",
-        aligned=all(_aligned(x) for side in sides for x in (side.hidden, side.weight)),
-        lies=tuple(lie for side in sides for x in (side.hidden, side.weight) for lie in _lies(x)),
+        extras=extras,
+        aligned=aligned,
     )
+    return Traits(case, device_of(device), heads[0].weight.shape[1])
 
 
-def _aligned(x: Operand) -> bool:
-    """What TMA asks of a matrix: base and row stride in multiples of 16 bytes, rows apart. Copies are packed."""
-    if x.needs_copy() or x.source.stride(1) != 1:
-        return x.source.shape[1] * x.compute.itemsize % 16 == 0
-    apart = x.source.stride(0)
-    return apart >= x.source.shape[1] and (x.source.data_ptr() | apart * x.source.itemsize) % 16 == 0
+def aligned(x: Tensor) -> bool:
+    """Return whether TMA takes x and every block of its rows: base and row stride in multiples of 16 bytes, rows apart.
+    A packed copy of x, where kernels are given that, is to be asked about as ``x.new_empty(0, D)`` of its dtype."""
+    apart = x.stride(0)
+    return x.stride(1) == 1 and apart >= x.shape[1] and (x.data_ptr() | apart * x.element_size()) % 16 == 0
 
 
-def _lies(x: Operand) -> tuple[bool, bool]:
-    """Whether base and row stride of what a kernel is given are multiples of 16, in bytes and in elements: a binary is
-    compiled for that, whatever its configuration."""
-    if x.needs_copy() or x.source.stride(1) != 1:
-        return True, x.source.shape[1] % 16 == 0
-    return x.source.data_ptr() % 16 == 0, x.source.stride(0) % 16 == 0
+def head_of(head: LMHead, bias_C: Tensor | None) -> Head:
+    """Return what kernels know of `head`; `bias_C`: of the columns at hand, contiguous, in the products' dtype."""
+    return Head(bias_C, float(head.logit_scale), None if head.softcap is None else float(head.softcap))
 
 
-def bias_block(side: Side, cols: slice) -> Tensor | None:
-    bias = side.model.head.bias
-    return None if bias is None else bias[cols].to(side.model.dtype).contiguous()
+def fused_stats(
+    traits: Traits, policy: Operands, reference: Operands, labels_R: Tensor, col: int,
+    states: Tensor, label_logits: Tensor, kept: Tensor | None,
+) -> Launch:  # fmt: skip
+    """Fill `states` ``(parts, STATE (+ EXTRAS), R)``, contiguous, `label_logits` ``(2, R)`` of labels that are here,
+    and `kept` ``(2, R, C)`` if given, with both products."""
+    from ..device.stats import fused_stats as kernel
+
+    config = traits.config("fused_stats")
+    operands = _operands(policy, reference, config)
+    parts = _blocks(operands["V"], config.C)
+    if parts != states.shape[0]:
+        raise ValueError(f"fused_stats: {config} makes {parts} parts of {operands['V']} columns, not {states.shape[0]}")
+    if traits.case.one_head:
+        operands["u"] = None
+    flags = dict(PRECISION=precision(policy.hidden.dtype), EXTRAS=traits.case.extras)
+    kernel[_blocks(operands["T"], config.R), parts](
+        **operands, labels=labels_R, col=col, states=states, label_logits=label_logits, kept=kept,
+        stride_labels=label_logits.stride(0), stride_kept=0 if kept is None else kept.stride(1),
+        plane=0 if kept is None else kept.stride(0), R=config.R, C=config.C, K=config.K, **flags, **config.options,
+    )  # fmt: skip
+    flags["one_head"], flags["kept"] = traits.case.one_head, kept is not None
+    return _launched("fused_stats", config, flags, policy, reference)
+
+
+def fused_dz(
+    traits: Traits, policy: Operands, reference: Operands, labels_R: Tensor, col: int, row_values: Tensor, dz: Tensor
+) -> Launch:
+    """Fill dz ``(R, C)`` from the operands and `row_values` ``(ROWS, R)``, a view of rows with one stride."""
+    from ..device.dlogits import fused_dz as kernel
+
+    config = traits.config("fused_dz")
+    operands, flags = _operands(policy, reference, config), dict(PRECISION=precision(policy.hidden.dtype))
+    kernel[_blocks(operands["T"], config.R), _blocks(operands["V"], config.C)](
+        **operands, labels=labels_R, col=col, row_values=row_values, dz=dz,
+        stride_rows=row_values.stride(0), stride_dz=dz.stride(0), R=config.R, C=config.C, K=config.K, **flags,
+        **config.options,
+    )  # fmt: skip
+    return _launched("fused_dz", config, flags, policy, reference, dz)
+
+
+def tile_stats(
+    traits: Traits, tiles: Sequence[Tensor], heads: Sequence[Head], labels_R: Tensor, col: int,
+    states: Tensor, label_logits: Tensor,
+) -> Launch:  # fmt: skip
+    """Fill `states` ``(1, STATE (+ EXTRAS), R)``, contiguous, and `label_logits` from both models' products ``(R, C)``,
+    fp32 and of one stride."""
+    from ..device.rows import tile_stats as kernel
+
+    z, r = tiles
+    (T, V), config = z.shape, traits.config("tile_stats", z.shape[1])
+    flags = dict(EXTRAS=traits.case.extras)
+    kernel[(_blocks(T, config.R),)](
+        z_tile=z, r_tile=r, head=heads[0], ref_head=heads[1], labels=labels_R, states=states,
+        label_logits=label_logits, T=T, V=V, col=col, stride=z.stride(0), stride_labels=label_logits.stride(0),
+        R=config.R, C=config.C, **flags, **config.options,
+    )  # fmt: skip
+    return _launched("tile_stats", config, flags, *heads, z)
+
+
+def tile_dz(
+    traits: Traits, tiles: Sequence[Tensor | None], heads: Sequence[Head], labels_R: Tensor, col: int,
+    row_values: Tensor, dz: Tensor,
+) -> Launch:  # fmt: skip
+    """Fill dz ``(R, C)`` from products ``(R, C)`` and `row_values` ``(ROWS, R)``. None stands for the products that no
+    row needs; the policy's are needed where it has a softcap."""
+    from ..device.rows import tile_dz as kernel
+
+    z, r = tiles
+    (T, V), config = dz.shape, traits.config("tile_dz", dz.shape[1])
+    kernel[(_blocks(T, config.R),)](
+        z_tile=z, r_tile=r, head=heads[0], ref_head=heads[1], labels=labels_R, row_values=row_values, dz=dz,
+        T=T, V=V, col=col, stride=(r if z is None else z).stride(0), stride_rows=row_values.stride(0),
+        stride_dz=dz.stride(0), R=config.R, C=config.C, **config.options,
+    )  # fmt: skip
+    return _launched("tile_dz", config, dict(z=z is not None, r=r is not None), *heads, r if z is None else z, dz)
 
 
 def _blocks(length: int, step: int) -> int:
     return -(-length // step)
 
 
-def _programs(device: torch.device, config: TileConfig, T: int, V: int) -> tuple[int, ...]:
-    """The grid of a kernel that multiplies. One that is persistent has as many programs as the device holds of them,
-    if each takes all the registers that a thread can have, which the tiles that are worth it do."""
-    tiles = _blocks(T, config.R), _blocks(V, config.C)
-    if not config.persistent:
-        return tiles
-    return (min(tiles[0] * tiles[1], _multiprocessors(device) * max(8 // config.warps, 1)),)
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _matrix(x: Tensor, rows: int, config: TileConfig):
-    """x as the kernel loads it."""
+def _operands(policy: Operands, reference: Operands, config: TileConfig) -> dict[str, Any]:
+    """Return what the kernels that multiply know of both models, by the names that it has there."""
+    shared = dict(
+        T=policy.hidden.shape[0], V=policy.weight.shape[0], D=policy.hidden.shape[1], E=reference.hidden.shape[1],
+        head=policy.head, ref_head=reference.head,
+    )  # fmt: skip
+    matrices = dict(h=policy.hidden, w=policy.weight, g=reference.hidden, u=reference.weight)
     if not config.tma:
-        return x
+        return matrices | shared | dict(strides=Strides(*(x.stride(0) for x in matrices.values())))
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(x, [rows, config.K])
+    boxes = dict(h=config.R, w=config.C, g=config.R, u=config.C)
+    described = {name: TensorDescriptor.from_tensor(x, [boxes[name], config.K]) for name, x in matrices.items()}
+    return described | shared | dict(strides=Strides(None, None, None, None))
 
 
-def _matrices(policy: Operands, reference: Operands, config: TileConfig) -> dict:
-    """The operands by their names in the kernel."""
-    pairs = dict(h=policy.hidden, w=policy.weight, g=reference.hidden, u=reference.weight)
-    rows = dict(h=config.R, w=config.C, g=config.R, u=config.C)
-    return {name: _matrix(x, rows[name], config) for name, x in pairs.items()}
-
-
-def _shapes(policy: Operands, reference: Operands) -> dict:
-    return dict(
-        T=policy.hidden.shape[0], V=policy.weight.shape[0], D=policy.hidden.shape[1], E=reference.hidden.shape[1],
-        first_col=0, last_col=policy.weight.shape[0], bias=policy.bias, ref_bias=reference.bias,
-        stride_h=policy.hidden.stride(0), stride_w=policy.weight.stride(0),
-        stride_g=reference.hidden.stride(0), stride_u=reference.weight.stride(0),
-        **_scalars(policy.head, reference.head),
-    )  # fmt: skip
-
-
-def fused_stats(
-    traits: Traits, policy: Operands, reference: Operands, labels_R: Tensor, states: Tensor, staged: Tensor | None
-) -> Launch:
-    """Fills `states` ``(parts, STATE, R)``, and `staged` ``(planes, R, C)`` if given."""
-    from ..device.stats import fused_stats as kernel
-
-    config = traits.config("fused_stats", staged is not None)
-    shapes = _shapes(policy, reference)
-    parts = _blocks(shapes["V"], config.C)
-    if parts != states.shape[0]:
-        raise ValueError(f"fused_stats: {config} makes {parts} parts of {shapes['V']} columns, not {states.shape[0]}")
-    flags = dict(
-        TMA=config.tma, PRECISION=precision(policy.hidden.dtype), ONE_HEAD=traits.one_head, STAGE=staged is not None,
-        EXTRAS=traits.extras, **_flags(policy.head, policy.bias, reference.head, reference.bias),
-    )  # fmt: skip
-    kernel[_programs(policy.hidden.device, config, shapes["T"], shapes["V"])](
-        **_matrices(policy, reference, config), **shapes, labels=labels_R, states=states, staged=staged,
-        stride_p=0 if staged is None else staged.stride(1), plane=0 if staged is None else staged.stride(0),
-        F=largest_exponent(torch.float32), R=config.R, C=config.C, K=config.K, PERSISTENT=config.persistent, **flags,
-        **config.options,
-    )  # fmt: skip
-    return _launched("fused_stats", config, flags | dict(lies=traits.lies), policy.hidden, reference.hidden, staged)
-
-
-def fused_dz(
-    traits: Traits,
-    policy: Operands,
-    reference: Operands,
-    labels_R: Tensor,
-    row_values: Tensor,
-    coefficients: Tensor,
-    dz: Tensor,
-) -> Launch:
-    """Fills dz ``(R, C)``; row_values and coefficients are ``(.., R)`` views of rows with one stride."""
-    from ..device.dlogits import fused_dz as kernel
-
-    config = traits.config("fused_dz")
-    shapes = _shapes(policy, reference)
-    flags = dict(
-        TMA=config.tma, PRECISION=precision(policy.hidden.dtype),
-        **_flags(policy.head, policy.bias, reference.head, reference.bias),
-    )  # fmt: skip
-    kernel[_programs(policy.hidden.device, config, shapes["T"], shapes["V"])](
-        **_matrices(policy, reference, config), **shapes, labels=labels_R, row_values=row_values,
-        coefficients=coefficients, dz=dz, stride_rows=row_values.stride(0), stride_dz=dz.stride(0),
-        R=config.R, C=config.C, K=config.K, PERSISTENT=config.persistent, **flags, **config.options,
-    )  # fmt: skip
-    return _launched("fused_dz", config, flags | dict(lies=traits.lies), policy.hidden, reference.hidden, dz)
-
-
-def staged_dz(
-    traits: Traits, staged: Tensor, weights: Tensor, part: int, labels_R: Tensor, coefficients: Tensor, dz: Tensor
-) -> Launch:
-    """The same from planes ``(planes, R, C)`` staged in parts of `part` columns; weights ``(parts, 3, R)``."""
-    from ..device.dlogits import staged_dz as kernel
-
-    flags = dict(HAS_SOFTCAP=staged.shape[0] == 3)
-    config = choose(
-        "staged_dz",
-        traits.device,
-        staged.dtype.itemsize,
-        width=traits.width,
-        columns=min(part, 1024),
-        softcap=flags["HAS_SOFTCAP"],
-    )
-    each = _blocks(part, config.C)
-    kernel[_blocks(dz.shape[0], config.R), weights.shape[0] * each](
-        staged=staged, weights=weights, labels=labels_R, coefficients=coefficients, dz=dz,
-        T=dz.shape[0], first_col=0, last_col=dz.shape[1], stride_p=staged.stride(1), plane=staged.stride(0),
-        stride_rows=coefficients.stride(0), stride_dz=dz.stride(0), part=part, R=config.R, C=config.C, **flags,
-        **config.options,
-    )  # fmt: skip
-    staged_by = dict(part=part, one_head=traits.one_head, bias=traits.bias, aligned=traits.aligned)
-    return _launched("staged_dz", config, flags | staged_by, staged, dz)
-
-
-def merge_states(states: Tensor, out: Tensor, weights: Tensor | None, extras: bool) -> Launch:
-    """`states` ``(parts, STATE, R)`` into `out` ``(ROWS, R)``; `weights` ``(staged, 3, R)`` of the first parts."""
-    from ..device.merge import merge_states as kernel
-
-    T, config, flags = states.shape[2], TileConfig(MERGE_ROWS, warps=1), dict(EXTRAS=extras)
-    kernel[(_blocks(T, MERGE_ROWS),)](
-        states=states, out=out, weights=states if weights is None else weights, T=T, parts=states.shape[0],
-        staged_parts=0 if weights is None else weights.shape[0], stride_out=out.stride(0),
-        stride_weights=0 if weights is None else weights.stride(1), R=MERGE_ROWS, **flags, **config.options,
-    )  # fmt: skip
-    return _launched("merge_states", config, flags, states, weights)
-
-
-def tile_stats(
-    traits: Traits,
-    tiles: list[Tensor],
-    heads: list[LMHead],
-    biases: list[Tensor | None],
-    labels_R: Tensor,
-    states: Tensor,
-    staged: Tensor | None,
-) -> Launch:
-    """Fills `states` ``(1, STATE, R)``, and `staged` ``(planes, R, C)`` if given, from products ``(R, C)``."""
-    from ..device.rows import tile_stats as kernel
-
-    (z, r), (T, V) = tiles, tiles[0].shape
-    config = traits.row_config("tile_stats", V, staged is not None)
-    flags = dict(STAGE=staged is not None, EXTRAS=traits.extras, **_flags(heads[0], biases[0], heads[1], biases[1]))
-    kernel[(_blocks(T, config.R),)](
-        z_tile=z, r_tile=r, bias=biases[0], ref_bias=biases[1], labels=labels_R, states=states, staged=staged,
-        T=T, V=V, first_col=0, last_col=V, stride=z.stride(0), stride_p=0 if staged is None else staged.stride(1),
-        plane=0 if staged is None else staged.stride(0), **_scalars(*heads), F=largest_exponent(torch.float32),
-        R=config.R, C=config.C, **flags, **config.options,
-    )  # fmt: skip
-    return _launched("tile_stats", config, flags, z, staged, *biases)
-
-
-def tile_dz(
-    traits: Traits,
-    tiles: list[Tensor | None],
-    heads: list[LMHead],
-    biases: list[Tensor | None],
-    labels_R: Tensor,
-    row_values: Tensor,
-    coefficients: Tensor,
-    dz: Tensor,
-) -> Launch:
-    """Fills dz ``(R, C)`` from the products that are needed; None stands for those that are not."""
-    from ..device.rows import tile_dz as kernel
-
-    (z, r), (T, V) = tiles, dz.shape
-    some = r if z is None else z
-    config = traits.row_config("tile_dz", V)
-    flags = dict(
-        NEEDS_Z=z is not None, NEEDS_R=r is not None, **_flags(heads[0], biases[0], heads[1], biases[1])
-    )  # fmt: skip
-    kernel[(_blocks(T, config.R),)](
-        z_tile=z, r_tile=r, bias=biases[0], ref_bias=biases[1], labels=labels_R, row_values=row_values,
-        coefficients=coefficients, dz=dz, T=T, V=V, first_col=0, last_col=V, stride=some.stride(0),
-        stride_rows=row_values.stride(0), stride_dz=dz.stride(0), **_scalars(*heads),
-        R=config.R, C=config.C, **flags, **config.options,
-    )  # fmt: skip
-    return _launched("tile_dz", config, flags, some, dz, *biases)
-
-
-def _launched(kernel: str, config: TileConfig, flags: dict[str, Any], *tensors: Tensor | None) -> Launch:
-    dtypes = tuple(x.dtype for x in tensors if x is not None)
-    return Launch(kernel, config, dtypes, tuple(flags.items()), tensors[0].device)
+def _launched(kernel: str, config: TileConfig, flags: dict[str, Any], *given: Operands | Head | Tensor) -> Launch:
+    """Return what was launched; a binary is compiled for the dtype and the alignment of whatever is `given`."""
+    heads = [x.head if isinstance(x, Operands) else x for x in given if not isinstance(x, Tensor)]
+    tensors = [x for x in given if isinstance(x, Tensor)] + [head.bias for head in heads if head.bias is not None]
+    tensors += [x for side in given if isinstance(side, Operands) for x in (side.hidden, side.weight)]
+    flags["bias"] = tuple(head.bias is not None for head in heads)
+    flags["softcap"] = tuple(head.softcap is not None for head in heads)
+    flags["divisible"] = tuple((x.data_ptr() % 16 == 0, x.stride(0) % 16 == 0) for x in tensors)
+    return Launch(kernel, config, tuple(x.dtype for x in tensors), tuple(flags.items()), tensors[0].device)

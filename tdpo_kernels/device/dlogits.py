@@ -1,132 +1,78 @@
-"""Backward: eq. (6) for a tile, from recomputed logits (`fused`) or from what was staged, in the dtype of its products.
+"""Backward: dz of a tile, eq. (9), from products made again; in the dtype in which it is multiplied.
 
-``row_values`` are `merge_states`'s; ``coefficients`` is ``(3, stride)``: a = -g_kl and b = -g_logp, times whatever
-scales dz, and dz at the label. Both have the same stride.
+`row_values` are ``(9, stride_rows)``: top_z, top_r, lse_z, lse_r, gap of the whole row, a, b, c, and dz at the label.
 """
 
 import triton
 import triton.language as tl
 
-from .math import dz_from_both, dz_from_stage, head, softcap_slope, softmax
-from .merge import load_rows
-from .tile import VARYING, load_bias, logits
+from .math import dz_of_both, dz_of_one, softcap_slope
+from .tile import ROWS, VARYING, product, store_tile, through_head
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ROWS)
 def fused_dz(
-    h, w, bias, g, u, ref_bias, labels, row_values, coefficients, dz,
-    T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_rows, stride_dz,
-    scale, softcap, ref_scale, ref_softcap,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_REF_SOFTCAP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    h, w, g, u, strides, head, ref_head, labels, row_values, dz,
+    T, V, D, E, col, stride_rows, stride_dz,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dz ``(T, stride_dz)`` of columns [first_col, last_col), tiles taken as by `stats.fused_stats`."""
-    if PERSISTENT:
-        row_blocks = tl.cdiv(T, R)
-        tiles = row_blocks * tl.cdiv(last_col - first_col, C)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1, disable_licm=True):
-            dz_tile(
-                h, w, bias, g, u, ref_bias, labels, row_values, coefficients, dz,
-                tile % row_blocks * R, first_col + tile // row_blocks * C,
-                T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_rows, stride_dz,
-                scale, softcap, ref_scale, ref_softcap, R, C, K, TMA, PRECISION,
-                HAS_BIAS, HAS_SOFTCAP, HAS_REF_BIAS, HAS_REF_SOFTCAP,
-            )  # fmt: skip
-    else:
-        dz_tile(
-            h, w, bias, g, u, ref_bias, labels, row_values, coefficients, dz,
-            tl.program_id(0) * R, first_col + tl.program_id(1) * C,
-            T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_rows, stride_dz,
-            scale, softcap, ref_scale, ref_softcap, R, C, K, TMA, PRECISION,
-            HAS_BIAS, HAS_SOFTCAP, HAS_REF_BIAS, HAS_REF_SOFTCAP,
-        )  # fmt: skip
+    """Fill dz ``(T, V)``; operands as in `stats.fused_stats`, u included.
 
-
-@triton.jit
-def dz_tile(
-    h, w, bias, g, u, ref_bias, labels, row_values, coefficients, dz, row, col,
-    T, V, D, E, first_col, last_col, stride_h, stride_w, stride_g, stride_u, stride_rows, stride_dz,
-    scale, softcap, ref_scale, ref_softcap,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_REF_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """Looks at the coefficients of its rows and skips the product that they leave no use for."""
+    A program looks at a and c of its rows and skips the product that they leave no use for.
+    """
+    row, first = tl.program_id(0) * R, tl.program_id(1) * C
     rows = row + tl.arange(0, R)
-    a, b = load_coefficients(coefficients, rows, T, stride_rows)
+    a, c = load_row(row_values, 5, rows, T, stride_rows), load_row(row_values, 7, rows, T, stride_rows)
     needs_r = tl.sum((a != 0).to(tl.int32), 0) > 0  # true for nan
-    needs_z = tl.sum((a - b != 0).to(tl.int32), 0) > 0
-    if HAS_SOFTCAP:  # its slope needs z whatever else is spared
-        needs_z = needs_z | needs_r
+    needs_z = tl.sum((c != 0).to(tl.int32), 0) > 0
+    if head.softcap is not None:  # its slope needs z whatever else is spared
+        label_dz = load_row(row_values, 8, rows, T, stride_rows)
+        needs_z = needs_z | needs_r | (tl.sum((label_dz != 0).to(tl.int32), 0) > 0)
     z = tl.zeros((R, C), tl.float32)
     r = tl.zeros((R, C), tl.float32)
     if needs_z:
-        z = logits(h, w, row, col, T, V, D, stride_h, stride_w, R, C, K, TMA, PRECISION)
+        z = product(h, w, row, first, T, V, D, strides.h, strides.w, R, C, K, PRECISION)
     if needs_r:
-        r = logits(g, u, row, col, T, V, E, stride_g, stride_u, R, C, K, TMA, PRECISION)
-    z = head(z, load_bias(bias, col, V, C, HAS_BIAS), scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-    ref_bias_C = load_bias(ref_bias, col, V, C, HAS_REF_BIAS)
-    r = head(r, ref_bias_C, ref_scale, ref_softcap, HAS_REF_BIAS, HAS_REF_SOFTCAP)
-    m_z, m_r, lse_z, lse_r, lse_diff = load_rows(row_values, rows, T, stride_rows)
+        r = product(g, u, row, first, T, V, E, strides.g, strides.u, R, C, K, PRECISION)
+    x, z = through_head(z, head, first, V, C)
+    _, r = through_head(r, ref_head, first, V, C)
+    top_z, top_r, lse_z, lse_r, gap = load_state(row_values, rows, T, stride_rows)
+    b = load_row(row_values, 6, rows, T, stride_rows)
     if needs_z & needs_r:
-        out = dz_from_both(z, r, m_z, m_r, lse_z, lse_r, lse_diff, a, b)
+        out = dz_of_both(z, r, top_z, top_r, lse_z, lse_r, gap, a, b, c)
     elif needs_r:
-        out = b[:, None] * softmax(r, m_r, lse_r)
+        out = dz_of_one(r, top_r, lse_r, b)
     elif needs_z:
-        out = b[:, None] * softmax(z, m_z, lse_z)
+        out = dz_of_one(z, top_z, lse_z, b)
     else:  # 0 x e^-lse may be 0 x inf
         out = tl.zeros((R, C), tl.float32)
-    out = with_label(out, labels, coefficients + 2 * stride_rows, rows, T, col, C)
-    if HAS_SOFTCAP:
-        out *= softcap_slope(z, softcap)
-    store_dz(dz, out, rows, T, col - first_col, last_col - first_col, stride_dz, C)
-
-
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=["weights"])  # a multiple of 12 T bytes in
-def staged_dz(
-    staged, weights, labels, coefficients, dz,
-    T, first_col, last_col, stride_p, plane, stride_rows, stride_dz, part,
-    R: tl.constexpr, C: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """The same from the planes that `stats.stage` filled from first_col on, in parts of `part` columns with their
-    `weights` ``(parts, 3, stride_rows)``. A program takes C columns of one part."""
-    col = tl.program_id(1) * C
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    inside = rows < T
-    weights += (col // part).to(tl.int64) * 3 * stride_rows
-    weight = tl.load(weights + rows, mask=inside, other=0.0)
-    ref_weight = tl.load(weights + stride_rows + rows, mask=inside, other=0.0)
-    ratio = tl.load(weights + 2 * stride_rows + rows, mask=inside, other=0.0)
-    a, b = load_coefficients(coefficients, rows, T, stride_rows)
-    cols = col + tl.arange(0, C)
-    at = rows[:, None].to(tl.int64) * stride_p + cols[None, :]
-    mask = inside[:, None] & (cols < last_col - first_col)[None, :]
-    p = tl.load(staged + at, mask=mask, other=0.0).to(tl.float32)
-    t = tl.load(staged + plane + at, mask=mask, other=0.0).to(tl.float32)
-    out = dz_from_stage(p, t, weight, ref_weight, ratio, a, b)
-    out = with_label(out, labels, coefficients + 2 * stride_rows, rows, T, first_col + col, C)
-    if HAS_SOFTCAP:
-        out *= tl.load(staged + 2 * plane + at, mask=mask, other=0.0).to(tl.float32)
-    store_dz(dz, out, rows, T, col, last_col - first_col, stride_dz, C)
+    finish(dz, out, x, head.softcap, labels, row_values, rows, first, T, V, col, stride_rows, stride_dz, C)
 
 
 @triton.jit
-def load_coefficients(coefficients, rows, T, stride):
-    a = tl.load(coefficients + rows, mask=rows < T, other=0.0)
-    b = tl.load(coefficients + stride + rows, mask=rows < T, other=0.0)
-    return a, b
+def load_row(row_values, i: tl.constexpr, rows, T, stride):
+    return tl.load(row_values + i * stride + rows, mask=rows < T, other=0.0)
 
 
 @triton.jit
-def with_label(out, labels, label_dz, rows, T, col, C: tl.constexpr):
-    """The label's entry is not computed like the others: 1 - p_y is -expm1(logp)."""
-    at = tl.load(labels + rows, mask=rows < T, other=-1) - col
-    value = tl.load(label_dz + rows, mask=rows < T, other=0.0)
-    return tl.where(tl.arange(0, C)[None, :] == at[:, None], value[:, None], out)
+def load_state(row_values, rows, T, stride):
+    """Return top_z, top_r, lse_z, lse_r, gap."""
+    return (
+        load_row(row_values, 0, rows, T, stride),
+        load_row(row_values, 1, rows, T, stride),
+        load_row(row_values, 2, rows, T, stride),
+        load_row(row_values, 3, rows, T, stride),
+        load_row(row_values, 4, rows, T, stride),
+    )
 
 
 @triton.jit
-def store_dz(dz, out, rows, T, col, cols_total, stride_dz, C: tl.constexpr):
-    cols = col + tl.arange(0, C)
-    inside = (rows < T)[:, None] & (cols < cols_total)[None, :]
-    tl.store(dz + rows[:, None].to(tl.int64) * stride_dz + cols[None, :], out.to(dz.dtype.element_ty), mask=inside)
+def finish(dz, out, x, softcap, labels, row_values, rows, first, T, V, col, stride_rows, stride_dz, C: tl.constexpr):
+    """Put in the label's entry, which is not computed like the others, take the softcap's slope, and store."""
+    label = tl.load(labels + rows, mask=rows < T, other=-1) - col
+    label_dz = load_row(row_values, 8, rows, T, stride_rows)
+    is_label = (first + tl.arange(0, C))[None, :] == label[:, None]
+    out = tl.where(is_label, label_dz[:, None], out)
+    if softcap is not None:
+        out *= softcap_slope(x, softcap)
+    store_tile(dz, out, rows, first, T, V, stride_dz, C)

@@ -1,70 +1,44 @@
-"""`tiled` on a GPU: both models' tiles ``(R, stride)`` lie in cache, made by library products; one pass each over them.
-
-A program takes R whole rows of the tile, all C columns of it.
-"""
+"""Forward and backward of one tile whose products lie in memory, fp32 and `stride` elements a row: what a library
+multiplied, or what `stats.fused_stats` kept. A program takes whole rows of the tile, all C columns of it."""
 
 import triton
 import triton.language as tl
 
-from .dlogits import load_coefficients, store_dz, with_label
-from .math import dz_from_both, head, softcap_slope, softmax
-from .merge import load_rows
-from .stats import tile_forward
-from .tile import VARYING, load_bias
+from .dlogits import finish, load_row, load_state
+from .math import dz_of_both, dz_of_one
+from .stats import reduce
+from .tile import ROWS, VARYING, load_tile, through_head
 
 
-@triton.jit
-def load_tile(x, bias, rows, T, col, cols, V, stride, scale, softcap, C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip # noqa: E501
-    """Logits of `rows`, through the head; 0 products past the tile's columns."""
-    inside = (rows < T)[:, None] & (tl.arange(0, C) < cols)[None, :]
-    out = tl.load(x + rows[:, None].to(tl.int64) * stride + tl.arange(0, C)[None, :], mask=inside, other=0.0)
-    return head(out, load_bias(bias, col, V, C, HAS_BIAS), scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-
-
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ROWS)
 def tile_stats(
-    z_tile, bias, r_tile, ref_bias, labels, states, staged,
-    T, V, first_col, last_col, stride, stride_p, plane, scale, softcap, ref_scale, ref_softcap, F,
-    R: tl.constexpr, C: tl.constexpr, STAGE: tl.constexpr, EXTRAS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_REF_SOFTCAP: tl.constexpr,
+    z_tile, r_tile, head, ref_head, labels, states, label_logits, T, V, col, stride, stride_labels,
+    R: tl.constexpr, C: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """The state ``(STATE, T)`` of columns [first_col, last_col), one part, and what is staged of it."""
-    rows, cols = tl.program_id(0) * R + tl.arange(0, R), last_col - first_col
-    z = load_tile(z_tile, bias, rows, T, first_col, cols, V, stride, scale, softcap, C, HAS_BIAS, HAS_SOFTCAP)
-    r = load_tile(
-        r_tile, ref_bias, rows, T, first_col, cols, V, stride, ref_scale, ref_softcap, C, HAS_REF_BIAS, HAS_REF_SOFTCAP
-    )
-    label = tl.load(labels + rows, mask=rows < T, other=-1) - first_col
-    tile_forward(
-        z, r, states, staged, rows, T, label, 0, cols, stride_p, plane, softcap, F, C, STAGE, EXTRAS, HAS_SOFTCAP
-    )
+    """Fill the state ``(STATE, T)`` of all V columns, one part, and their labels' logits."""
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    _, z = through_head(load_tile(z_tile, rows, 0, T, V, stride, C), head, 0, V, C)
+    _, r = through_head(load_tile(r_tile, rows, 0, T, V, stride, C), ref_head, 0, V, C)
+    reduce(z, r, labels, states, label_logits, rows, 0, T, V, col, stride_labels, C, EXTRAS)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ROWS)
 def tile_dz(
-    z_tile, bias, r_tile, ref_bias, labels, row_values, coefficients, dz,
-    T, V, first_col, last_col, stride, stride_rows, stride_dz, scale, softcap, ref_scale, ref_softcap,
-    R: tl.constexpr, C: tl.constexpr, NEEDS_Z: tl.constexpr, NEEDS_R: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_REF_SOFTCAP: tl.constexpr,
+    z_tile, r_tile, head, ref_head, labels, row_values, dz, T, V, col, stride, stride_rows, stride_dz,
+    R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """dz ``(T, stride_dz)`` of columns [first_col, last_col), from the tiles that the host found to be needed."""
-    rows, cols = tl.program_id(0) * R + tl.arange(0, R), last_col - first_col
-    a, b = load_coefficients(coefficients, rows, T, stride_rows)
-    m_z, m_r, lse_z, lse_r, lse_diff = load_rows(row_values, rows, T, stride_rows)
-    if NEEDS_Z:
-        z = load_tile(z_tile, bias, rows, T, first_col, cols, V, stride, scale, softcap, C, HAS_BIAS, HAS_SOFTCAP)
-    if NEEDS_R:
-        r = load_tile(
-            r_tile, ref_bias, rows, T, first_col, cols, V, stride, ref_scale, ref_softcap, C,
-            HAS_REF_BIAS, HAS_REF_SOFTCAP,
-        )  # fmt: skip
-    if NEEDS_Z and NEEDS_R:
-        out = dz_from_both(z, r, m_z, m_r, lse_z, lse_r, lse_diff, a, b)
-    elif NEEDS_Z:
-        out = b[:, None] * softmax(z, m_z, lse_z)
-    else:
-        out = b[:, None] * softmax(r, m_r, lse_r)
-    out = with_label(out, labels, coefficients + 2 * stride_rows, rows, T, first_col, C)
-    if HAS_SOFTCAP:
-        out *= softcap_slope(z, softcap)
-    store_dz(dz, out, rows, T, 0, cols, stride_dz, C)
+    """Fill dz ``(T, V)``; a tile that no row needs is None."""
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    top_z, top_r, lse_z, lse_r, gap = load_state(row_values, rows, T, stride_rows)
+    b = load_row(row_values, 6, rows, T, stride_rows)
+    x = tl.zeros((R, C), tl.float32)
+    if z_tile is not None:
+        x, z = through_head(load_tile(z_tile, rows, 0, T, V, stride, C), head, 0, V, C)
+        out = dz_of_one(z, top_z, lse_z, b)
+    if r_tile is not None:
+        _, r = through_head(load_tile(r_tile, rows, 0, T, V, stride, C), ref_head, 0, V, C)
+        out = dz_of_one(r, top_r, lse_r, b)
+    if z_tile is not None and r_tile is not None:
+        a, c = load_row(row_values, 5, rows, T, stride_rows), load_row(row_values, 7, rows, T, stride_rows)
+        out = dz_of_both(z, r, top_z, top_r, lse_z, lse_r, gap, a, b, c)
+    finish(dz, out, x, head.softcap, labels, row_values, rows, 0, T, V, col, stride_rows, stride_dz, C)

@@ -1,19 +1,23 @@
-"""Loads of matrix blocks and the product that makes a tile of logits."""
+"""Loads of matrix blocks, the products that make a tile, and what a head makes of them.
+
+A head is a NamedTuple of bias ``(V,)``, scale and softcap, None where there is none, which Triton compiles for.
+"""
 
 import triton
 import triton.language as tl
 
-# Follow from the number of rows or of parts, so from one batch to the next: no binary of their own where one of them
-# is 1 or a multiple of 16, which would be compiled, and be in need of its self-check, in the middle of a run.
-VARYING = (
-    "T", "V", "last_col", "parts", "part", "staged_parts", "plane", "stride_rows", "stride_out", "stride_weights",
-)  # fmt: skip
+from .math import LOWEST, RULED_OUT, tanh
+
+# Follow from the rows and columns at hand: no binary of their own where one of them is 1 or a multiple of 16, which
+# would be compiled, and be in need of its self-check, in the middle of a run.
+VARYING = ("T", "V", "col", "stride_labels", "stride_rows")
+ROWS = ("labels", "states", "label_logits", "row_values")  # the same goes for where a block's rows begin in these
 
 
 @triton.jit
-def load_block(x, row, col, rows, cols, stride, R: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
-    """``x[row : row + R, col : col + C]``, zero outside; x is a host tensor descriptor if TMA, else a pointer."""
-    if TMA:
+def load_block(x, row, col, rows, cols, stride, R: tl.constexpr, C: tl.constexpr):
+    """Return ``x[row : row + R, col : col + C]``, zero outside; x is a host tensor descriptor if stride is None."""
+    if stride is None:
         block = x.load([row, col])
     else:
         r, c = row + tl.arange(0, R), col + tl.arange(0, C)
@@ -23,40 +27,65 @@ def load_block(x, row, col, rows, cols, stride, R: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
-def logits(
+def product(
     h, w, row, col, T, V, D, stride_h, stride_w,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``h[rows] @ w[cols]^T``, fp32."""
+    """Return ``h[rows] @ w[cols]^T``, fp32."""
     acc = tl.zeros((R, C), tl.float32)
     for k in range(0, D, K):
-        a = load_block(h, row, k, T, D, stride_h, R, K, TMA)
-        b = load_block(w, col, k, V, D, stride_w, C, K, TMA)
+        a = load_block(h, row, k, T, D, stride_h, R, K)
+        b = load_block(w, col, k, V, D, stride_w, C, K)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def two_logits(
+def two_products(
     h, g, w, row, col, T, V, D, stride_h, stride_g, stride_w,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``h[rows] @ w[cols]^T`` and ``g[rows] @ w[cols]^T``: one load of w for two heads that are the same tensor."""
+    """Return ``h[rows] @ w[cols]^T`` and ``g[rows] @ w[cols]^T``: two heads of one weight load it once."""
     z = tl.zeros((R, C), tl.float32)
     r = tl.zeros((R, C), tl.float32)
     for k in range(0, D, K):
-        b = load_block(w, col, k, V, D, stride_w, C, K, TMA).T
-        z = tl.dot(load_block(h, row, k, T, D, stride_h, R, K, TMA), b, z, input_precision=PRECISION)
-        r = tl.dot(load_block(g, row, k, T, D, stride_g, R, K, TMA), b, r, input_precision=PRECISION)
+        b = load_block(w, col, k, V, D, stride_w, C, K).T
+        z = tl.dot(load_block(h, row, k, T, D, stride_h, R, K), b, z, input_precision=PRECISION)
+        r = tl.dot(load_block(g, row, k, T, D, stride_g, R, K), b, r, input_precision=PRECISION)
     return z, r
 
 
 @triton.jit
-def load_bias(bias, col, V, C: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """``(C,)`` fp32; zeros, which the compiler drops, where there is none."""
-    c = col + tl.arange(0, C)
-    if HAS_BIAS:
-        values = tl.load(bias + c, mask=c < V, other=0.0).to(tl.float32)
-    else:
-        values = tl.zeros((C,), tl.float32)
-    return values
+def through_head(acc, head, col, V, C: tl.constexpr):
+    """Return ``x = (acc + bias) * scale`` and the logits ``softcap * tanh(x / softcap)``, which without a softcap are
+    x. Both are LOWEST in columns that the bias rules out."""
+    x = acc
+    if head.bias is not None:
+        cols = col + tl.arange(0, C)
+        bias = tl.load(head.bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+        x += bias
+    x *= head.scale
+    z = x
+    if head.softcap is not None:
+        z = head.softcap * tanh(x / head.softcap)
+    if head.bias is not None:
+        x = tl.where(bias < RULED_OUT, LOWEST, x)
+        z = tl.where(bias < RULED_OUT, LOWEST, z)
+    return x, z
+
+
+@triton.jit
+def load_tile(x, rows, col, T, V, stride, C: tl.constexpr):
+    """Return columns [col, col + C) of these rows of a matrix of V columns, zero outside."""
+    cols = col + tl.arange(0, C)
+    inside = (rows < T)[:, None] & (cols < V)[None, :]
+    return tl.load(x + rows[:, None].to(tl.int64) * stride + cols[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(out, x, rows, col, T, V, stride, C: tl.constexpr):
+    """Store x where `load_tile` would load it."""
+    cols = col + tl.arange(0, C)
+    inside = (rows < T)[:, None] & (cols < V)[None, :]
+    at = rows[:, None].to(tl.int64) * stride + cols[None, :]
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=inside)

@@ -6,18 +6,19 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny_bench import CPU, TINY, run_tiny
 
 from bench import gate, memory
 from bench.problem import IGNORE, make_problem
-from bench.providers import PROVIDERS, Step, eager, linear_ce
+from bench.providers import PROVIDERS, Step, eager, partial
 from bench.providers.provider import Provider
 from bench.report import tables as tabled
-from bench.shapes import MODELS, SHAPES
+from bench.shapes import LAYOUTS, SHAPES
 
 SETTINGS = {
     "plain": {}, "prompts": {"valid": 0.25}, "frozen": {"trainable": False}, "one-head": {"one_head": True},
-    "peaked": {"peaked": True}, "softcap": {"softcap": 5.0, "peaked": True},
+    "peaked": {"peaked": True}, "softcap": {"softcap": 5.0, "peaked": True}, "forward": {"gradients": False},
 }  # fmt: skip
 
 
@@ -31,9 +32,6 @@ def altered(change) -> Provider:
     return replace(eager.PROVIDER, make=make)
 
 
-# --- the gate ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ["eager", "linear_ce", "trl", "ours@all", "ours@0"])
@@ -44,14 +42,16 @@ def test_gate_lets_the_right_ones_through(name, setting, dtype):
     assert gate.check(PROVIDERS[name], shape, dtype).complaint is None
 
 
-def test_gate_goes_red_on_planted_wrong_gradients_and_they_are_not_timed(monkeypatch):
+def test_gate_goes_red_on_planted_wrong_gradients_and_their_time_is_in_no_chart(monkeypatch, tmp_path):
     slightly = altered(lambda problem: problem.weight.grad.mul_(1.001))
     verdict = gate.check(slightly, TINY, "float32")
     assert verdict.error == pytest.approx(1e-3, rel=0.01) and "weight" in verdict.complaint
     monkeypatch.setitem(PROVIDERS, "eager", slightly)
     floor, wrong = run_tiny(["floor", "eager"])
-    assert floor.seconds is not None and wrong.seconds is None and wrong.red
+    assert floor.seconds and wrong.seconds and wrong.red
     assert "RED weight is off" in tabled.markdown(tabled.tables([floor, wrong]))
+    figures = pytest.importorskip("bench.report.figures")
+    assert not figures.draw([wrong], tmp_path, "cpu") and figures.draw([replace(wrong, red=False)], tmp_path, "cpu")
 
 
 def test_gate_goes_red_on_a_missing_gradient_and_on_an_exception():
@@ -66,39 +66,29 @@ def test_gate_goes_red_on_a_missing_gradient_and_on_an_exception():
 
 
 def test_less_than_tdpo_is_held_to_the_truth_of_what_it_computes():
-    assert gate.check(replace(linear_ce.PROVIDER, computes="tdpo2"), TINY, "float32").complaint
+    assert gate.check(replace(partial.LINEAR_CE, computes="tdpo2"), TINY, "float32").complaint
     assert gate.check(replace(eager.PROVIDER, computes="dpo"), TINY, "float32").complaint
-
-
-# --- problems ---------------------------------------------------------------------------------------------------------
 
 
 def test_settings_do_what_they_say():
     base = replace(TINY, T=64, D=64)
-    prompts, peaked = (
-        make_problem(replace(base, valid=0.25), "float32"),
-        make_problem(replace(base, peaked=True), "float32"),
-    )
+    changes = dict(valid=0.25), dict(peaked=True), dict(trainable=False), dict(one_head=True)
+    prompts, peaked, frozen, one = (make_problem(replace(base, **change), "float32") for change in changes)
     assert (prompts.labels == IGNORE).float().mean() == 0.75 and replace(base, valid=0.25).rows == 16
     assert (prompts.packed(prompts.labels) != IGNORE).all() and len(prompts.packed(prompts.hidden)) == 16
     assert float((peaked.hidden @ peaked.weight.T).detach().std()) == pytest.approx(8, rel=0.2)
-    frozen, one = (
-        make_problem(replace(base, trainable=False), "float32"),
-        make_problem(replace(base, one_head=True), "float32"),
-    )
     assert not frozen.weight.requires_grad and set(frozen.gradients()) == {"hidden"}
     assert one.one_head and one.double().one_head and not prompts.one_head
 
 
-def test_every_model_has_a_cut_for_a_cpu():
-    for name, (V, D, cut, softcap) in MODELS.items():
-        small, whole = SHAPES[f"{name}/{cut}"], SHAPES[name]
-        assert (small.V, small.D, small.softcap) == (V // cut, D // cut, softcap) and small.device == "cpu"
-        assert (whole.V, whole.D) == (V, D) and whole.device == "cuda"
-    assert {s.T for s in SHAPES.values() if s.family == "rows"} >= {256, 131072}
-
-
-# --- who can run ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_changes_strides_and_no_number(layout):
+    plain, other = (make_problem(replace(TINY, layout=name), "float32") for name in ("contiguous", layout))
+    for name in ("hidden", "weight", "ref_hidden", "ref_weight"):
+        assert torch.equal(getattr(plain, name), getattr(other, name))
+    strided = [x for x in (other.hidden, other.weight) if not x.is_contiguous()]
+    assert len(strided) == (layout != "contiguous") and other.weight.is_leaf
+    assert {s.layout for s in SHAPES.values() if s.family == "strided"} == set(LAYOUTS)
 
 
 @pytest.mark.parametrize("name", ["liger", "cce", "fused@0"])
@@ -121,10 +111,7 @@ def test_a_step_that_dies_in_its_own_process_is_not_tried_in_ours(monkeypatch):
     _, row = run_tiny(["floor", "eager"])
     assert row.red and "exit 1" in row.note and row.seconds is None
     script = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    monkeypatch.setattr(memory.subprocess, "run", _instead([python, "-c", script], memory.subprocess.run))
+    real = memory.subprocess.run
+    monkeypatch.setattr(memory.subprocess, "run", lambda _, **options: real([python, "-c", script], **options))
     _, row = run_tiny(["floor", "eager"])
     assert not row.red and row.note.startswith("out of memory: exit -9")
-
-
-def _instead(command_line, run):
-    return lambda _, **options: run(command_line, **options)

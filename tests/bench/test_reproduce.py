@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
@@ -19,11 +18,11 @@ for needed in ("transformers", "tqdm", "matplotlib"):
 
 from bench import reproduce  # noqa: E402
 from bench.reproduce import __main__ as command  # noqa: E402
-from bench.reproduce import page, paper, settings, summary  # noqa: E402
-from bench.reproduce.measure import distinct  # noqa: E402
-from bench.reproduce.published import published_loss  # noqa: E402
+from bench.reproduce import page, settings, summary  # noqa: E402
+from bench.reproduce import settings as paper  # noqa: E402
+from bench.reproduce.runs import published_loss  # noqa: E402
 from bench.reproduce.settings import METHODS, SCALES, Run, plan  # noqa: E402
-from bench.reproduce.store import Mixed, Point, Record, Store, write_atomically  # noqa: E402
+from bench.reproduce.store import Mixed, Point, Record, Store  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = SCALES["quick"]
@@ -57,26 +56,12 @@ def records(quick: Path) -> list[Record]:
     return Store(quick, QUICK).load()
 
 
-# --- the whole path ---------------------------------------------------------------------------------------------------
-
-
 def test_every_run_is_there_and_finished_ones_were_kept(quick, killed):
     _, before = killed
     assert 3 <= len(before) < 22
     after = {path.name: path.read_bytes() for path in quick.glob("runs/*.jsonl")}
     assert set(after) == {f"{run.name}.jsonl" for run in plan(QUICK, ["tiled", "naive"])}
     assert {name: after[name] for name in before} == before
-
-
-def test_all_start_from_one_checkpoint_and_are_measured_along_the_way(records):
-    assert len({record.checkpoint for record in records}) == 1
-    for record in records:
-        assert len(record.losses) == QUICK.steps
-        if record.run.part != "parity":
-            assert [point.step for point in record.points] == QUICK.measured_at
-            first = record.points[0]
-            assert (first.kl, first.chosen_kl, first.rejected_kl, first.accuracy) == (0, 0, 0, 0.5)
-            assert record.points[-1].chosen_kl > 0
 
 
 def test_the_published_formula_trains_to_the_same_losses(records):
@@ -98,9 +83,6 @@ def test_the_page_has_its_figures_and_runs_again_from_what_is_there(quick, capsy
     (quick / "world.pt").write_bytes(world)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
 def test_other_settings_are_refused_by_name_and_nothing_is_touched(quick, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in quick.rglob("*") if path.is_file()}
     monkeypatch.setitem(settings.SCALES, "quick", replace(QUICK, lr=1e-3))
@@ -118,33 +100,6 @@ def test_another_checkpoint_is_refused(records, tmp_path):
         store.load()
     with pytest.raises(Mixed, match="n3w"):
         store.load("n3w")
-
-
-def test_a_kept_world_of_other_settings_is_refused(quick, monkeypatch, tmp_path, capsys):
-    (tmp_path / "world.pt").write_bytes((quick / "world.pt").read_bytes())
-    monkeypatch.setitem(settings.SCALES, "quick", replace(QUICK, sft_steps=39))
-    assert command.main(["--quick", "--out", str(tmp_path)]) == 2
-    assert "sft_steps" in capsys.readouterr().err and not list(tmp_path.glob("runs/*"))
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-    def half(file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "run.jsonl", half)
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_is_kept_comes_back_as_it_was(records, tmp_path):
-    store = Store(tmp_path, QUICK)
-    store.add(records[0])
-    (back,) = store.load()
-    assert json.dumps(back.settings) == json.dumps(records[0].settings) and back == records[0]
-
-
-# --- what is said -----------------------------------------------------------------------------------------------------
 
 
 def record(method: str, seed: int = 0, **last: float) -> Record:
@@ -174,45 +129,6 @@ def test_an_ordering_that_is_turned_round_is_said_not_to_hold():
     assert "18 hold here in every seed" in said and "Not in any seed: SeqKL chosen, TDPO1 > DPO" in said
     both = as_in_the_paper() + as_in_the_paper(1, DPO=turned)
     assert "Only in some seeds: SeqKL chosen, TDPO1 > DPO (in 1 of 2 seeds)." in page.said(both)
-
-
-def test_a_kl_that_is_not_reached_is_not_compared():
-    said = page.said(as_in_the_paper(DPO={"kl": 2.0}))
-    assert "not comparable" in {v.text for v in summary.verdicts(as_in_the_paper(DPO={"kl": 2.0}))}
-    assert "the KL was not reached: reward at KL 2.5, TDPO2 0.5 > DPO; reward at KL 2.5, TDPO1 > DPO." in said
-
-
-def test_the_page_s_numbers_are_the_records(records, quick, tmp_path):
-    def changed(point: Point) -> Point:
-        return replace(point, reward=point.reward + 0.5, entropy=9.87)
-
-    moved = [replace(r, points=[changed(p) for p in r.points]) if r.run.method == "DPO" else r for r in records]
-    (old,), (new,) = (
-        [line for line in path.read_text().splitlines() if line.startswith("| DPO ") and line.count("|") > 9]
-        for path in (quick / page.PAGE, page.write(moved, tmp_path))
-    )
-    last = summary.spread(
-        [r.points[-1].reward + 0.5 for r in records if r.run.part == "frontier" and r.run.method == "DPO"]
-    )
-    assert last.text(3) in new and last.text(3) not in old and "9.87 (9.87 to 9.87)" in new
-
-
-def test_reward_is_read_where_the_kl_is_first_reached():
-    assert summary.reward_at(1.0)(record("DPO", kl=4.0, reward=0.8)) == pytest.approx(0.2)
-    assert summary.reward_at(5.0)(record("DPO", kl=4.0, reward=0.8)) is None
-
-
-def test_ties_in_the_paper_are_no_orderings():
-    assert not [o for o in paper.orderings() if o.quantity == "margin" and {o.more, o.less} == {"DPO", "TDPO1"}]
-
-
-def test_distinct_counts_n_grams_of_all_samples():
-    assert distinct([(1, 2, 1), (1, 2)], 1) == 2 / 5
-    assert distinct([(1, 2, 1), (1, 2)], 2) == 2 / 3
-    assert distinct([(1,)], 2) == 0
-
-
-# --- the published formula --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)

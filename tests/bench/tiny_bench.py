@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 
-pytest.importorskip("tqdm")
-
-from bench import rows  # noqa: E402
-from bench import run as running  # noqa: E402
-from bench.conditions import conditions  # noqa: E402
-from bench.roofline import Ceiling  # noqa: E402
-from bench.shapes import SHAPES  # noqa: E402
+from bench import rows
+from bench import run as running
+from bench.conditions import conditions
+from bench.roofline import Ceiling
+from bench.shapes import SHAPES
 
 CPU, CEILING = torch.device("cpu"), Ceiling(1e12, 1e10)
 TINY = replace(SHAPES["tiny"], calls=1)

@@ -1,0 +1,138 @@
+"""How ``[T, V]`` is cut into tiles, the memory that tiles are made in, and where kept tiles lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..types import Inputs
+
+WORKSPACE = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # bytes of tiles and gathered operands held at once
+TILE = {"cpu": (1024, 1024), "cuda": (2048, 2048)}  # rows x columns
+SMALLEST = 64
+ALIGNED = 16  # elements: rows of a kept tile, and blocks of rows and columns, begin at multiples
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``[T, V]`` cut into tiles of at most ``R x C``, evenly, the last ones shorter. It depends on shapes and dtypes
+    only, never on the memory budget."""
+
+    T: int
+    V: int
+    R: int
+    C: int
+
+    def row_blocks(self) -> tuple[slice, ...]:
+        return _blocks(self.T, self.R)
+
+    def col_blocks(self) -> tuple[slice, ...]:
+        return _blocks(self.V, self.C)
+
+
+@lru_cache
+def _blocks(length: int, step: int) -> tuple[slice, ...]:
+    return tuple(slice(a, min(a + step, length)) for a in range(0, length, step))
+
+
+def size(block: slice) -> int:
+    return block.stop - block.start
+
+
+def tile_of(device: torch.device) -> tuple[int, int]:
+    return TILE.get(device.type, TILE["cpu"])
+
+
+def cut(
+    inputs: Inputs, tile: tuple[int, int], held: tuple[int, int, int], multiple: int = ALIGNED, widest: int = 2**20
+) -> Grid:
+    """Return the grid of tiles with about as many entries as `tile` that fit into the workspace.
+
+    A call of few rows has tiles of more columns, and one of few columns tiles of more rows.
+
+    Args:
+        held: bytes held for each entry, row and column of a tile.
+        multiple: of columns.
+        widest: columns, at most.
+    """
+    workspace = WORKSPACE.get(inputs.policy.hidden.device.type, WORKSPACE["cpu"])
+    return _grid(inputs.rows.count, inputs.policy.head.weight.shape[0], tile, workspace, held, multiple, widest)
+
+
+@lru_cache
+def _grid(
+    T: int, V: int, tile: tuple[int, int], workspace: int, held: tuple[int, int, int], multiple: int, widest: int
+) -> Grid:
+    area, (per_entry, per_row, per_col) = math.prod(tile), held
+    R = max(min(T, tile[0]), 1)
+    C = min(max(area // R, tile[1]), V, widest)
+    R = max(min(area // max(min(C, V), 1), T), R)
+    while per_entry * R * C + per_row * R + per_col * C > workspace and max(R, C) > SMALLEST:
+        R, C = (R, C // 2) if C > R else (R // 2, C)
+    aligned = 1 if T <= R else min(R, ALIGNED)  # a kernel takes a block's row values to be aligned
+    return Grid(T, V, _even(T, R, aligned), _even(V, C, multiple))
+
+
+def _even(length: int, most: int, multiple: int) -> int:
+    """Return the step, a multiple of `multiple`, that cuts `length` into as few nearly equal blocks as `most` allows."""
+    count = max(-(-length // max(most, 1)), 1)
+    return max(-(-length // (count * multiple)) * multiple, multiple)
+
+
+# --- what is kept from forward to backward ----------------------------------------------------------------------------
+
+
+def padded(columns: int) -> int:
+    """Return how far apart rows of a kept tile lie. A vocabulary's last columns would be a kernel's second binary."""
+    return -(-columns // ALIGNED) * ALIGNED
+
+
+def room(rows: int, vocab: int, itemsize: int, memory_budget: int) -> int:
+    """Return how many elements are kept of a call of so many rows: both models' logits, or what the budget holds."""
+    return min(2 * rows * padded(vocab), memory_budget // itemsize)
+
+
+def kept_tile(kept: Tensor, grid: Grid, rows: slice, cols: slice) -> Tensor | None:
+    """Return where a tile of both models is kept, ``(2, R, C)``, or None if it is made again in backward.
+
+    Tiles lie end to end in column order, as many as `kept` has room for.
+    """
+    R, C, apart = size(rows), size(cols), padded(size(cols))
+    begin = 2 * (grid.T * cols.start + rows.start * apart)
+    if begin + 2 * R * apart > kept.numel():
+        return None
+    return kept.as_strided((2, R, C), (R * apart, apart, 1), kept.storage_offset() + begin)
+
+
+class Workspace:
+    """Buffers by name, made at first use and used again, so that no tile costs page faults twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffers: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
+
+    def get(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Return a contiguous view of the buffer `name`, grown if need be, whose content is whatever was there."""
+        view = self.views.get((name, dtype, shape))
+        if view is None:
+            have, wanted = self.buffers.get(name), math.prod(shape)
+            if have is None or have.numel() < wanted or have.dtype != dtype:
+                self.views = {key: x for key, x in self.views.items() if key[0] != name}
+                have = self.buffers[name] = torch.empty(wanted, dtype=dtype, device=self.device)
+            view = self.views[name, dtype, shape] = have[:wanted].view(shape)
+        return view
+
+
+def tiles(grid: Grid, columns_outer: bool) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows and columns of each tile."""
+    every_row, every_col = grid.row_blocks(), grid.col_blocks()
+    if columns_outer:
+        yield from ((rows, cols) for cols in every_col for rows in every_row)
+    else:
+        yield from ((rows, cols) for rows in every_row for cols in every_col)

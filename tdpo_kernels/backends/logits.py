@@ -1,0 +1,261 @@
+"""One model's tiles of logits, and the gradient products (7): what is multiplied in which dtype, and how 16-bit gradients
+are summed in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..types import Gradients, Inputs, LMHead, Model, Needs
+from . import onednn
+from .grid import Grid, Workspace, size, tiles
+from .rowmath import LOWEST, is_lowest
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+def block_of(x: Tensor, rows: slice) -> Tensor:
+    """Return ``x[rows]``, without asking torch where that is all of it."""
+    return x if size(rows) == x.shape[0] else x[rows]
+
+
+def operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that operands are multiplied in.
+
+    CUDA multiplies 16-bit operands into fp32 tiles. Elsewhere a 16-bit product would come back in 16 bits, so operands
+    are widened.
+    """
+    return compute if device.type == "cuda" and stats == torch.float32 else stats
+
+
+def multiply_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, add: bool = False) -> Tensor:
+    """Set ``out = alpha a b``, or ``out + alpha a b``, accumulated in the dtype of out; alpha is a power of two."""
+    if a.dtype != out.dtype:
+        part = torch.mm(a, b, out_dtype=out.dtype)
+    elif onednn.takes(a, b):
+        part = onednn.product(a, b)
+    else:
+        return out.addmm_(a, b, alpha=alpha, beta=1 if add else 0)
+    return out.add_(part, alpha=alpha) if add else torch.mul(part, alpha, out=out)
+
+
+class Operand:
+    """Blocks of rows of one matrix: gathered, rounded to the compute dtype, and widened to the dtype of a product.
+
+    Hidden states of more than two axes are a matrix where a view of them is; where not, their rows are gathered by
+    all of their axes, so that no copy of the whole is ever made.
+    """
+
+    def __init__(self, work: Workspace, name: str, source: Tensor, index: Tensor | None, compute: torch.dtype) -> None:
+        self.work, self.name, self.index, self.compute = work, name, index, compute
+        self.axes, self.source = source.shape[:-1], _matrix(source)
+        self.loaded: dict[torch.dtype, tuple[slice, Tensor]] = {}
+
+    @property
+    def is_gathered(self) -> bool:
+        return self.index is not None or self.source.dim() > 2
+
+    def needs_copy(self) -> bool:
+        return self.is_gathered or self.source.dtype != self.compute
+
+    def block(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        if not self.needs_copy() and self.source.dtype == dtype:
+            return block_of(self.source, rows)
+        have = self.loaded.get(dtype)
+        if have is None or have[0] != rows:
+            have = self.loaded[dtype] = (rows, self._load(rows, dtype))
+        return have[1]
+
+    def _load(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        x = self._gathered(rows) if self.is_gathered else block_of(self.source, rows)
+        for step in dict.fromkeys((self.compute, dtype)):  # round first, then widen
+            if x.dtype != step:
+                x = self.work.get(f"{self.name} {step}", step, *x.shape).copy_(x)
+        return x
+
+    def _gathered(self, rows: slice) -> Tensor:
+        index_R = None if self.index is None else self.index[rows]
+        if self.source.dim() == 2:
+            out = self.work.get(f"{self.name} gathered", self.source.dtype, size(rows), self.source.shape[1])
+            return torch.index_select(self.source, 0, index_R, out=out)
+        if index_R is None:
+            index_R = torch.arange(rows.start, rows.stop, device=self.source.device)
+        return self.source[torch.unravel_index(index_R, self.axes)]
+
+
+def _matrix(x: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return x
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:  # not a matrix in memory
+        return x
+
+
+class Side:
+    """One model: it hands out tiles of its logits, and the operands of its gradient products."""
+
+    def __init__(self, model: Model, index_T: Tensor | None, work: Workspace, name: str, stats: torch.dtype) -> None:
+        self.model, self.head, self.name, self.work, self.stats = model, model.head, name, work, stats
+        self.hidden = Operand(work, f"{name} hidden", model.hidden, index_T, model.dtype)
+        self.weight = Operand(work, f"{name} weight", model.head.weight, None, model.dtype)
+        self.operand_dtype = operand_dtype(model.dtype, stats, model.hidden.device)
+
+    def products(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        """Return ``h W^T`` of one tile in `out`, in the statistics' dtype."""
+        dtype = self.operand_dtype
+        return multiply_(out, self.hidden.block(rows, dtype), self.weight.block(cols, dtype).T)
+
+    def bias(self, cols: slice) -> Tensor | None:
+        return None if self.head.bias is None else self.head.bias[cols].to(self.model.dtype)
+
+    def gradient_operand(self, dz_RC: Tensor) -> Tensor:
+        """Return dz rounded to the compute dtype, on every device alike, in the dtype its products are taken in."""
+        rounded = self.model.dtype if self.model.dtype in SIXTEEN_BIT else dz_RC.dtype
+        for step in dict.fromkeys((rounded, self.operand_dtype)):
+            if dz_RC.dtype != step:
+                dz_RC = self.work.get(f"dz {step}", step, *dz_RC.shape).copy_(dz_RC)
+        return dz_RC
+
+
+def sides_of(inputs: Inputs, work: Workspace) -> tuple[Side, Side]:
+    index, stats = inputs.rows.hidden_T, inputs.stats_dtype
+    return Side(inputs.policy, index, work, "z", stats), Side(inputs.reference, index, work, "r", stats)
+
+
+def copied_bytes(sides: tuple[Side, Side]) -> tuple[int, int]:
+    """Return the bytes of gathered, rounded and widened operands and of partial gradients, for each row and column."""
+    per_row, per_col = (
+        sum(_copies(operand, side.operand_dtype) for side, operand in zip(sides, operands, strict=True))
+        for operands in ([side.hidden for side in sides], [side.weight for side in sides])
+    )
+    partial = sides[0].hidden.source.shape[-1] * sides[0].stats.itemsize
+    return per_row + 2 * partial, per_col + partial
+
+
+def _copies(x: Operand, dtype: torch.dtype) -> int:
+    steps = [step for step in dict.fromkeys((x.compute, dtype)) if step != x.source.dtype or step != x.compute]
+    gathered = x.source.dtype.itemsize if x.is_gathered else 0
+    return x.source.shape[-1] * (gathered + sum(step.itemsize for step in steps))
+
+
+# --- the head, on a tile of products ----------------------------------------------------------------------------------
+
+
+def affine_(x: Tensor, head: LMHead, bias: Tensor | None) -> Tensor:
+    """Add the bias and multiply by the scale. A column whose bias rules it out becomes LOWEST."""
+    if bias is not None:
+        x.add_(bias)
+    if head.logit_scale != 1.0:
+        x.mul_(head.logit_scale)
+    return x if bias is None else x.masked_fill_(is_lowest(bias), LOWEST)
+
+
+def capped(x: Tensor, head: LMHead, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Return the logits that the softcap makes of x, in `out`. What is ruled out stays so."""
+    torch.mul(x, 1.0 / head.softcap, out=out).tanh_().mul_(head.softcap)
+    return out if bias is None else out.masked_fill_(is_lowest(bias), LOWEST)
+
+
+def ruled_out(policy: Model, reference: Model) -> Tensor | None:
+    """Return ``(2,)`` bool: whether the policy rules out a token that the reference allows, and whether it rules
+    out any; None where no bias could."""
+    out, ref_out = (_ruled_out(model) for model in (policy, reference))
+    if out is None and ref_out is None:
+        return None
+    none = torch.zeros_like(ref_out if out is None else out)
+    out, ref_out = (none if x is None else x for x in (out, ref_out))
+    return torch.stack([(out & ~ref_out).any(), out.any()])
+
+
+def _ruled_out(model: Model) -> Tensor | None:
+    bias = model.head.bias
+    return None if bias is None else is_lowest(bias.to(model.dtype))
+
+
+# --- gradients (7) ----------------------------------------------------------------------------------------------------
+
+
+class Sum:
+    """Sums products into blocks of rows of `grad`, so that a 16-bit gradient is rounded once.
+
+    A gradient in the statistics' dtype is its own accumulator. Otherwise `held` rows of accumulator are kept: all of
+    them where blocks are returned to, one block where each is finished (`close`) before the next is begun. With
+    `index`, row i of what is summed belongs to row ``index[i]`` of the gradient, whose other rows stay zero.
+    """
+
+    def __init__(self, grad: Tensor, index: Tensor | None, dtype: torch.dtype, held: int) -> None:
+        self.grad, self.index, self.held = grad, index, held
+        self.acc = None if grad.dtype == dtype else grad.new_empty(held, grad.shape[1], dtype=dtype)
+        self.begun: set[int] = set()
+
+    def add(self, block: slice, a: Tensor, b: Tensor, alpha: float) -> None:
+        again = block.start in self.begun
+        self.begun.add(block.start)
+        if self.acc is not None:
+            multiply_(self.acc[self._within(block)], a, b, alpha, again)
+        elif self.index is None:
+            multiply_(block_of(self.grad, block), a, b, alpha, again)
+        else:
+            partial = self.grad.new_empty(a.shape[0], b.shape[1])
+            self.grad.index_add_(0, self.index[block], multiply_(partial, a, b, alpha))
+
+    def close(self, block: slice) -> None:
+        """Round a complete block into the gradient, or zero it where nothing was added."""
+        if block.start not in self.begun:
+            if self.index is None:
+                self.grad[block].zero_()
+        elif self.acc is not None and self.index is None:
+            self.grad[block].copy_(self.acc[self._within(block)])
+        elif self.acc is not None:
+            self.grad.index_copy_(0, self.index[block], self.acc[self._within(block)].to(self.grad.dtype))
+
+    def _within(self, block: slice) -> slice:
+        return block if block.stop <= self.held else slice(0, size(block))
+
+
+class Sums:
+    """dh, dW and db under construction, in the order of tiles in which the larger fp32 sum is never held whole."""
+
+    def __init__(self, inputs: Inputs, grid: Grid, needs: Needs, policy: Side, scale: float, partial: bool) -> None:
+        hidden, head, dtype = inputs.policy.hidden, inputs.policy.head, inputs.stats_dtype
+        self.grid, self.policy, self.alpha = grid, policy, 1.0 / scale
+        self.columns_outer = needs.weight and 0 < grid.T <= grid.V
+        held_rows, held_cols = (grid.T, grid.C) if self.columns_outer else (grid.R, grid.V)
+        index = None if partial else inputs.rows.hidden_T
+        shape, kept_as = (hidden.shape[:-1].numel(), hidden.dtype) if not partial else (grid.T, dtype)
+        make = hidden.new_empty if index is None else hidden.new_zeros
+        dh = make(shape, hidden.shape[-1], dtype=kept_as) if needs.hidden else None
+        self.hidden = None if dh is None else Sum(dh, index, dtype, held_rows)
+        self.weight = Sum(torch.empty_like(head.weight), None, dtype, held_cols) if needs.weight else None
+        self.bias = hidden.new_zeros(grid.V, dtype=dtype) if needs.bias else None
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        return tiles(self.grid, self.columns_outer)
+
+    def add(self, dz_RC: Tensor, rows: slice, cols: slice) -> None:
+        if self.bias is not None:
+            self.bias[cols].add_(dz_RC.sum(0, dtype=self.bias.dtype), alpha=self.alpha)
+        dtype, dz_RC = self.policy.operand_dtype, self.policy.gradient_operand(dz_RC)
+        if self.hidden is not None:
+            self.hidden.add(rows, dz_RC, self.policy.weight.block(cols, dtype), self.alpha)
+        if self.weight is not None:
+            self.weight.add(cols, dz_RC.T, self.policy.hidden.block(rows, dtype), self.alpha)
+
+    def close(self, rows: slice, cols: slice) -> None:
+        """Finish the block that the outer loop leaves behind this tile, if this is its last."""
+        if self.columns_outer and self.weight is not None and rows.stop == self.grid.T:
+            self.weight.close(cols)
+        if not self.columns_outer and self.hidden is not None and cols.stop == self.grid.V:
+            self.hidden.close(rows)
+
+    def finish(self) -> Gradients:
+        inner, every = (
+            (self.hidden, self.grid.row_blocks()) if self.columns_outer else (self.weight, self.grid.col_blocks())
+        )
+        for block in every if inner is not None else ():
+            inner.close(block)
+        bias = None if self.bias is None else self.bias.to(self.policy.head.weight.dtype)
+        return Gradients(*(None if x is None else x.grad for x in (self.hidden, self.weight)), bias)

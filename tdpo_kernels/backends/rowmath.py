@@ -1,0 +1,314 @@
+r"""Row mathematics in torch: tiles of logits to states of parts, parts to rows, rows to gradients. No products, no loops.
+
+A *part* is a set of columns of the vocabulary: a tile, a rank's shard, or the label alone. Its state is one tensor
+``(STATE, R)``: of each row the largest logits ``top_z`` and ``top_r``, the log-sum-exps ``lse_z`` and ``lse_r``
+relative to them, the KL of the part's own two softmaxes, and ``gap = lse_z - lse_r`` without cancellation. With
+`extras` follow the entropy of the policy's own softmax and the sum of its logits.
+
+For parts of masses P_k (policy) and Q_k (reference) within a whole, ``Y_k = log P_k - log Q_k`` and
+``psi(x) = e^x - 1 - x``::
+
+    (8)  KL = sum_k [ Q_k KL_k + Q_k psi(Y_k) ] - e^2 / 2        e = sum_k (P_k - Q_k)        gap = lse_z - lse_r + e
+
+A column is a part whose KL is 0. So (8) reduces a tile, merges tiles, merges ranks, and lets the label join. ``e``
+would be 0 if L - L' had all the digits that the Y_k want of it; because it has not, (8) puts them back.
+
+The gradient at the logits follows from the state of the whole row, with ``a = -g_kl``, ``b = -g_logp``, ``c = b - a``
+and ``y = log p - log q``::
+
+    (9)  dz = q (b + c expm1(y))  for y < 8        dz = c p + a q  beyond        at the label: -(b Q_0 - c (p_y - q_y))
+
+``Q_0`` is the reference's mass outside the label. `device/math.py` has the same equations for Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import Extras
+from .grid import Workspace
+
+STATE = 6  # rows of a part's state; two more with extras
+ROW = 9  # rows of what backward needs: tops, lse (2 each), gap, a, b, c, dz at the label
+LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
+NEAR = 0.35  # |y| up to which psi(y) is taken by its series
+FAR = 8.0  # y from which p - q no longer cancels, and q e^y would lose digits
+GROUP = 32  # parts that are merged at once
+
+
+def is_lowest(x: Tensor) -> Tensor:
+    """Return where x stands for -inf. fp16 holds no number as low, so it is compared in fp32."""
+    return (x.float() if x.dtype == torch.float16 else x) < LOWEST / 10
+
+
+def exact_difference_(z: Tensor, r: Tensor, top_z: Tensor, top_r: Tensor, gap: Tensor, out: Buffers) -> Tensor:
+    """Return ``y = (z - top_z) - (r - top_r) - gap`` in ``out.y``; all but the last subtraction lose nothing.
+
+    ``z - r`` is split into the rounded difference and its error (Knuth's two-sum), and so is ``top_z - top_r``.
+    """
+    apart, error = _two_difference(top_z, top_r)
+    y, b, e = torch.sub(z, r, out=out.y), out.one, out.two
+    torch.sub(y, z, out=b)
+    torch.sub(y, b, out=e)
+    torch.sub(z, e, out=e)
+    e.sub_(b.add_(r)).sub_(error + gap)
+    return y.sub_(apart).add_(e)
+
+
+def _two_difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``x - y`` rounded, and what rounding took off."""
+    s = x - y
+    b = s - x
+    return s, (x - (s - b)) - (y + b)
+
+
+def psi_series_(y: Tensor, out: Tensor) -> Tensor:
+    """Return ``psi(y)`` for |y| <= NEAR, to the digits of the dtype."""
+    terms = 8 if y.dtype == torch.float32 else 14
+    one = y.new_ones(())
+    torch.add(one, y, alpha=1 / terms, out=out)
+    for n in range(terms - 1, 2, -1):
+        torch.addcmul(one, out, y, value=1 / n, out=out)
+    return out.mul_(y).mul_(y).mul_(0.5)
+
+
+class Buffers(NamedTuple):
+    """Planes of the shape of a tile, whose content is scratch."""
+
+    q: Tensor
+    y: Tensor
+    one: Tensor
+    two: Tensor
+    three: Tensor
+
+    @staticmethod
+    def of(work: Workspace, z: Tensor) -> Buffers:
+        return Buffers(*(work.get(f"scratch {name}", z.dtype, *z.shape) for name in Buffers._fields))
+
+    @staticmethod
+    def like(z: Tensor) -> Buffers:
+        return Buffers(*(torch.empty_like(z) for _ in Buffers._fields))
+
+
+def reaches_far(y: Tensor) -> bool:
+    """Return whether any y may be FAR or more. A device that would have to be waited for is not asked."""
+    return y.device.type != "cpu" or (y.numel() > 0 and not y.amax().item() < FAR)
+
+
+def divergence_(p: Tensor | None, out: Buffers, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the sums over `dim` of ``Q psi(Y)`` and of ``P - Q``, eq. (8), from ``Q = out.q`` and ``Y = out.y``.
+
+    With ``n`` the Y that is held within NEAR, ``psi(Y) = psi(n) + (e^Y - e^n) - (Y - n)``: the series alone where Y is
+    near 0, and no cancellation beyond. It asks for no choice between two forms, which costs more than either.
+
+    Args:
+        p: P, in the units of Q; None where no Y is FAR.
+    """
+    q, y, near, psi, less = out
+    torch.clamp(y, -NEAR, NEAR, out=near)
+    torch.exp(near, out=psi)
+    grown = torch.clamp(y, max=FAR, out=less).exp_().sub_(psi)
+    psi_series_(near, psi).add_(grown)
+    torch.add(psi, near, out=less)  # e^Y - 1
+    psi.sub_(y.sub_(near)).mul_(q)
+    less.mul_(q)
+    if p is not None:
+        far, exact = y >= FAR - NEAR, p - q
+        less = torch.where(far, exact, less)
+        psi = torch.where(far, exact.sub_(y.add_(NEAR).mul_(q)), psi)
+    return psi.sum(dim), less.sum(dim)
+
+
+def part(z: Tensor, r: Tensor, extras: Extras, work: Workspace) -> Tensor:
+    """Return the state ``(STATE, R)`` of a tile of both models' logits ``(R, C)``, which stay as they are.
+
+    Columns that do not count are LOWEST in both models.
+    """
+    out = Buffers.of(work, z)
+    top_z, top_r = z.amax(-1), r.amax(-1)
+    p = torch.sub(z, top_z[:, None], out=out.one)
+    more = _entropy_sums(z, p, out.two) if extras else []
+    sum_z = p.exp_().sum(-1)
+    sum_r = torch.sub(r, top_r[:, None], out=out.q).exp_().sum(-1)
+    lse_z, lse_r = sum_z.log(), sum_r.log()
+    gap = lse_z - lse_r
+    y = exact_difference_(z, r, top_z[:, None], top_r[:, None], gap[:, None], out)
+    p = _softmax(z, top_z, lse_z).mul_(sum_r[:, None]) if reaches_far(y) else None
+    kl, excess = divergence_(p, out, -1)
+    kl, excess = kl / sum_r, excess / sum_r
+    state = [top_z, top_r, lse_z, lse_r, (kl - 0.5 * excess * excess).clamp_(min=0.0), gap + excess]
+    if more:
+        weighted, total = more
+        state += [lse_z - weighted / sum_z, total]
+    return torch.stack(state)
+
+
+def _entropy_sums(z: Tensor, down: Tensor, scratch: Tensor) -> list[Tensor]:
+    """Return ``sum e^down down``, and the sum of the logits that count."""
+    weighted = torch.exp(down, out=scratch).mul_(down).sum(-1)
+    return [weighted, torch.where(is_lowest(z), 0.0, z).sum(-1)]
+
+
+def _softmax(x: Tensor, top: Tensor, lse: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.sub(x, top[:, None], out=out).sub_(lse[:, None]).exp_()
+
+
+def merge(parts: Tensor) -> Tensor:
+    """Return the state ``(STATE, R)`` of K parts ``(K, STATE, R)`` together, eq. (8), GROUP of them at a time."""
+    while (K := parts.shape[0]) > 1:
+        groups = -(-K // GROUP)
+        each = GROUP if groups > 1 else K
+        if missing := groups * each - K:
+            parts = torch.cat([parts, empty(parts).expand(missing, -1, -1)])
+        parts = _merge(parts.view(groups, each, *parts.shape[1:]))
+    return parts[0]
+
+
+def empty(like: Tensor) -> Tensor:
+    """Return the state ``(STATE, R)`` of a part without columns, for parts of this shape ``(..., STATE, R)``."""
+    state = like.new_zeros(like.shape[-2:])
+    state[:2] = LOWEST
+    return state
+
+
+def _merge(parts_GKSR: Tensor) -> Tensor:
+    """Return ``(G, STATE, R)``: each group of K parts as one."""
+    top_z_K, top_r_K, lse_z_K, lse_r_K, kl_K, gap_K, *extras = parts_GKSR.unbind(2)
+    top_z, top_r = top_z_K.amax(1, keepdim=True), top_r_K.amax(1, keepdim=True)
+    log_P_K, log_Q_K = lse_z_K + (top_z_K - top_z), lse_r_K + (top_r_K - top_r)
+    lse_z, lse_r = log_P_K.logsumexp(1, keepdim=True), log_Q_K.logsumexp(1, keepdim=True)
+    out, gap = Buffers.like(log_P_K), lse_z - lse_r
+    exact_difference_(top_z_K, top_r_K, top_z, top_r, gap - gap_K, out)
+    P_K, Q_K = (log_P_K - lse_z).exp_(), torch.sub(log_Q_K, lse_r, out=out.q).exp_()
+    own = (Q_K * kl_K).sum(1)
+    kl, excess = divergence_(P_K, out, 1)
+    kl = (own + kl - 0.5 * excess * excess).clamp_(min=0.0)
+    state = [*(x.squeeze(1) for x in (top_z, top_r, lse_z, lse_r)), kl, gap.squeeze(1) + excess]
+    if extras:
+        entropy_K, total_K = extras
+        state += [(P_K * (entropy_K - (log_P_K - lse_z))).sum(1), total_K.sum(1)]
+    return torch.stack(state, 1)
+
+
+# --- the whole row ----------------------------------------------------------------------------------------------------
+
+
+class Whole(NamedTuple):
+    """Each row over the whole vocabulary, ``(T,)`` each."""
+
+    logp: Tensor
+    ref_logp: Tensor
+    kl: Tensor
+    extras: dict[str, Tensor]
+    row: Tensor  # (7, T): tops, lse and gap of the whole, Q_0 and p_y - q_y, which `cotangents` wants
+
+
+def whole(others: Tensor, labels_2T: Tensor, extras: Extras, vocab: int) -> Whole:
+    """Return eqs. (1) and (2) from the state of all columns but the label, and the label's two logits.
+
+    The label is a part of its own, so ``1 - p_y = P_0`` and nothing cancels however sure a model is.
+    """
+    z_y, r_y = labels_2T.unbind()
+    label = torch.zeros_like(others)
+    label[:2] = labels_2T
+    state = merge(torch.stack([others, label]))
+    top_z, top_r, lse_z, lse_r, kl, gap = state[:STATE].unbind()
+    x_z, x_r = ((others[:2] - labels_2T) + others[2:4]).unbind()  # log of the odds against the label
+    (P_0, Q_0), (p_y, q_y) = torch.sigmoid(torch.stack([x_z, x_r])), torch.sigmoid(-torch.stack([x_z, x_r]))
+    Y_y = exact_difference_(z_y, r_y, top_z, top_r, gap, Buffers.like(z_y))
+    Y_0 = exact_difference_(others[0], others[1], top_z, top_r, gap - others[5], Buffers.like(z_y))
+    at_label, elsewhere = _difference(p_y, q_y, Y_y), _difference(P_0, Q_0, Y_0)
+    row = [*state[:4], gap, Q_0, torch.where(q_y > Q_0, -elsewhere, at_label)]
+    logp, ref_logp = -_softplus(x_z), -_softplus(x_r)
+    more = _extras(extras, others, z_y, logp, x_z, vocab) if extras else {}
+    return Whole(logp, ref_logp, kl, more, torch.stack(row))
+
+
+def with_infinities(found: Whole, ruled_out_2: Tensor) -> Whole:
+    """Return the row with what leans on LOWEST as the infinity that it stands for.
+
+    A KL that must be inf is not found by its size: 1e30 times a tiny q looks finite. Only a bias rules a token out, so
+    all rows have one or none has.
+
+    Args:
+        ruled_out_2: whether the policy rules out a token that the reference allows, and whether it rules out any.
+    """
+    missed, any_out = ruled_out_2.unbind()
+    extras = dict(found.extras)
+    if "mean_logit" in extras:
+        extras["mean_logit"] = extras["mean_logit"].masked_fill(any_out, -math.inf)
+    logp, ref_logp = (x.masked_fill(is_lowest(x), -math.inf) for x in (found.logp, found.ref_logp))
+    return Whole(logp, ref_logp, found.kl.masked_fill(missed, math.inf), extras, found.row)
+
+
+def _difference(p: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    """Return ``p - q``, from ``y = log p - log q`` where they nearly agree."""
+    return torch.where(y.abs() < NEAR, q * torch.expm1(y.clamp(-1.0, 1.0)), p - q)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=40)
+
+
+def _extras(wanted: Extras, others: Tensor, z_y: Tensor, logp: Tensor, x_z: Tensor, vocab: int) -> dict[str, Tensor]:
+    """Return those `wanted` of the policy's statistics that trainers log."""
+    entropy_0, total = others[STATE:].unbind()
+    found = {
+        "entropy": torch.sigmoid(x_z) * (entropy_0 + _softplus(-x_z)) - torch.sigmoid(-x_z) * logp,
+        "mean_logit": (total + z_y) / vocab,
+        "is_argmax": (z_y >= others[0]).to(z_y.dtype),
+    }
+    return {name: found[name] for name in wanted}
+
+
+def cotangents(row: Tensor, g_logp_T: Tensor | None, g_kl_T: Tensor | None, scale: float) -> Tensor:
+    """Return ``(ROW, T)``: what eq. (9) needs of each row, with dz multiplied by `scale`.
+
+    c is computed from the cotangents as they came: nearly equal ones differ by less than they are rounded to.
+    """
+    zero = torch.zeros_like(row[0])
+    g_logp, g_kl = (zero if g is None else g.to(row.dtype) for g in (g_logp_T, g_kl_T))
+    a, b, c = g_kl * -scale, g_logp * -scale, (g_kl - g_logp) * scale
+    Q_0, difference_y = row[5:].unbind()
+    return torch.cat([row[:5], torch.stack([a, b, c, c * difference_y - b * Q_0])])
+
+
+# --- backward: eq. (9) for a tile, but for the label's entry ----------------------------------------------------------
+
+
+def dz_from_p(z: Tensor, row: Tensor, work: Workspace) -> Tensor:
+    """Return ``b p``, for rows whose a is 0."""
+    top_z, _, lse_z, _, _, _, b, _, _ = row.unbind()
+    return _softmax(z, top_z, lse_z, Buffers.of(work, z).q).mul_(b[:, None])
+
+
+def dz_from_q(r: Tensor, row: Tensor, work: Workspace) -> Tensor:
+    """Return ``b q``, for rows whose c is 0."""
+    _, top_r, _, lse_r, _, _, b, _, _ = row.unbind()
+    return _softmax(r, top_r, lse_r, Buffers.of(work, r).q).mul_(b[:, None])
+
+
+def dz_from_both(z: Tensor, r: Tensor, row: Tensor, work: Workspace) -> Tensor:
+    out = Buffers.of(work, z)
+    top_z, top_r, lse_z, lse_r, gap, a, b, c, _ = row[..., None].unbind()
+    y = exact_difference_(z, r, top_z, top_r, gap, out)
+    q = _softmax(r, top_r[:, 0], lse_r[:, 0], out.q)
+    dz = torch.clamp(y, max=FAR, out=out.one).expm1_().mul_(c).add_(b).mul_(q)
+    if reaches_far(y):
+        p = _softmax(z, top_z[:, 0], lse_z[:, 0], out.two)
+        dz = torch.where(y < FAR, dz, p.mul_(c).add_(q.mul_(a)), out=out.one)
+    return dz
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+
+def softcap_slope(x: Tensor, softcap: float) -> Tensor:
+    """Return the derivative ``sech^2(x / softcap)`` of the cap at the logit before it."""
+    e = torch.exp(x.abs().mul_(-2.0 / softcap))
+    return e.mul(4.0).div_(e.add_(1.0).square_())

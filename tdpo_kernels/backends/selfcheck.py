@@ -1,0 +1,150 @@
+"""A kernel checks itself the first time a process uses it, on 64 rows and 64 columns of the launch at hand.
+
+The truth is float64, from the inputs alone. The bounds are such that only a wrong kernel exceeds them, not a rounded
+number: a compiler that miscompiles makes garbage. A kernel that passed costs a look into a set. Nothing is checked while
+a CUDA graph is captured, or on numbers that are not finite; the check is then made at a later call.
+
+``TDPO_KERNELS_SELF_CHECK=0`` in the environment turns it off, and ``=warn`` makes it warn where it would raise.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..types import Inputs, Model, Part
+from ..version import __version__
+from . import rowmath
+from .grid import Grid, Workspace, size
+from .launch import Launch, precision
+from .logits import Operand, affine_, capped
+
+SWITCH = "TDPO_KERNELS_SELF_CHECK"
+SAMPLE = 64
+CHUNK = 2**14  # columns of float64 logits at once
+_passed: set[tuple[Launch, int, int]] = set()  # with both hidden sizes
+
+
+class Check:
+    """The launches of one call."""
+
+    def __init__(self, inputs: Inputs, grid: Grid) -> None:
+        self.inputs, self.grid, self.fresh = inputs, grid, dict[Launch, None]()
+        capturing = inputs.policy.hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+        self.on = os.environ.get(SWITCH, "1") != "0" and not capturing
+
+    def seen(self, launch: Launch) -> None:
+        if self.on and self._key(launch) not in _passed:
+            self.fresh[launch] = None
+
+    def forward(self, part: Part) -> Part:
+        """Compare L, L', the KL and the labels' logits of sampled rows, if a launch is new; return `part`."""
+        if self.fresh and self.grid.T:
+            rows = _spread(self.grid.T, part.state.device)
+            truth, labels, slack = self._statistics(rows)
+            state, unit = part.state[:6, rows].double(), slack.sum(0)
+            apart = torch.stack([state[0] + state[2], state[1] + state[3], state[4]])
+            want = torch.stack([truth[0] + truth[2], truth[1] + truth[3], truth[4]])
+            allowed = torch.stack([slack[0], slack[1], 4 * unit * (1 + want[2]) + unit * unit])
+            found, want = torch.cat([apart, part.labels[:, rows].double()]), torch.cat([want, labels])
+            self._judge(list(self.fresh), found, want, torch.cat([allowed, slack]) + 1e-4 * (1 + want.abs()))
+        return part
+
+    def dz(self, launch: Launch, rows: slice, cols: slice, row_R: Tensor, dz: Tensor) -> Tensor:
+        """Compare sampled entries of eq. (9), if the launch is new; return `dz`."""
+        if self.on and self._key(launch) not in _passed and size(rows):
+            r, c = _spread(size(rows), dz.device), _spread(size(cols), dz.device)
+            want, allowed = self._dz(r + rows.start, c + cols.start, row_R[:, r].double())
+            self._judge([launch], dz[r][:, c].double(), want, allowed + 4 * torch.finfo(dz.dtype).eps * want.abs())
+        return dz
+
+    def _key(self, launch: Launch) -> tuple[Launch, int, int]:
+        return launch, self.inputs.policy.hidden.shape[-1], self.inputs.reference.hidden.shape[-1]
+
+    def _judge(self, launches: list[Launch], found: Tensor, want: Tensor, allowed: Tensor) -> None:
+        if not (torch.isfinite(want) & torch.isfinite(allowed)).all():
+            return
+        wrong = ~((found - want).abs() <= allowed)
+        if wrong.any():
+            at = tuple(wrong.nonzero()[0].tolist())
+            report = _report(self.inputs, launches, found[at].item(), want[at].item(), int(wrong.sum()), wrong.numel())
+            if os.environ.get(SWITCH) != "warn":
+                raise RuntimeError(report)
+            warnings.warn(report, RuntimeWarning, stacklevel=2)
+        _passed.update(self._key(launch) for launch in launches)
+
+    def _statistics(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the state of `rows`, the labels' logits, and how far off each model's logits may be."""
+        V, y = self.grid.V, self.inputs.rows.labels_T[rows]
+        inside, at = ((y >= 0) & (y < V))[:, None], y.clamp(0, V - 1)[:, None]
+        states, labels, slack = [], 0, 0
+        for a in range(0, V, CHUNK):
+            cols = torch.arange(a, min(a + CHUNK, V), device=rows.device)
+            (z, _, off), (r, _, ref_off) = self._logits(rows, cols)
+            here = inside & (at == cols)
+            labels = labels + torch.stack([torch.where(here, x, 0.0).sum(1) for x in (z, r)])
+            slack = torch.stack([off, ref_off]).maximum(torch.as_tensor(slack))
+            z, r = (x.masked_fill(here, rowmath.LOWEST) for x in (z, r))
+            states.append(rowmath.part(z, r, (), Workspace(z.device)))
+        return rowmath.merge(torch.stack(states)), labels, slack
+
+    def _dz(self, rows: Tensor, cols: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return eq. (9) as it reads, and what it may be off."""
+        (z, x, off), (r, _, ref_off) = self._logits(rows, cols)
+        top_z, top_r, lse_z, lse_r, _, a, b, c, label = row[..., None].unbind()
+        p, q = (z - top_z - lse_z).exp(), (r - top_r - lse_r).exp()
+        head = self.inputs.policy.head
+        slope = 1.0 if head.softcap is None else rowmath.softcap_slope(x, head.softcap)
+        dz = torch.where(cols == self.inputs.rows.labels_T[rows, None], label, b * q + c * (p - q)) * slope
+        grown = torch.expm1(4 * (off + ref_off))[:, None] + 1e-3
+        return dz, grown * ((b.abs() + c.abs()) * (p + q) + dz.abs()) + 1e-30
+
+    def _logits(self, rows: Tensor, cols: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return each model's logits after and before its softcap, and how far off they may be."""
+        return [
+            _logits(model, self.inputs.rows.hidden_T, rows, cols)
+            for model in (self.inputs.policy, self.inputs.reference)
+        ]
+
+
+def _logits(model: Model, index: Tensor | None, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    head, dtype = model.head, model.dtype
+    rows = rows if index is None else index[rows]
+    h = Operand(Workspace(rows.device), "", model.hidden, rows, dtype).block(slice(0, len(rows)), dtype).double()
+    w = head.weight.index_select(0, cols).to(dtype).double()
+    bias = None if head.bias is None else head.bias[cols].to(dtype).double()
+    rounded = 2.0**-9 if precision(dtype) == "tf32" else 0.0
+    sizes = h.norm(dim=1) * w.norm(dim=1).amax() * abs(head.logit_scale)
+    off = sizes * ((h.shape[1] / 16 + 8) * 2.0**-24 + rounded)
+    x = affine_(h @ w.T, head, bias)
+    return (x if head.softcap is None else capped(x, head, bias, torch.empty_like(x))), x, off
+
+
+def _spread(length: int, device: torch.device) -> Tensor:
+    """Return up to SAMPLE indices from the first to the last."""
+    return torch.linspace(0, length - 1, min(SAMPLE, length), device=device).long()
+
+
+def _report(inputs: Inputs, launches: list[Launch], found: float, want: float, wrong: int, of: int) -> str:
+    import triton
+
+    device = inputs.policy.hidden.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    shapes = [
+        f"{tuple(m.hidden.shape)} {m.hidden.dtype} x {tuple(m.head.weight.shape)}"
+        for m in (inputs.policy, inputs.reference)
+    ]
+    return "\n".join([
+        "tdpo_kernels: a kernel disagrees with float64 on the inputs of this call, the first of its kind here.",
+        f"  found {found:.9g}, expected {want:.9g}; {wrong} of {of} sampled numbers are wrong",
+        *(f"  kernel:   {launch}" for launch in launches),
+        f"  inputs:   {' and '.join(shapes)}, {inputs.rows.count} rows, extras {inputs.extras or 'none'}",
+        f"  versions: tdpo_kernels {__version__}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"cuda {torch.version.cuda or torch.version.hip}, python {platform.python_version()}, on {name}",
+        f'What to do: backend="naive" uses no kernels; {SWITCH}=warn warns instead, {SWITCH}=0 turns this check off.',
+        "Please report this text: it may be a compiler's bug, and others will meet it.",
+    ])  # fmt: skip

@@ -1,0 +1,97 @@
+"""Forward and backward of a call, tile by tile, whoever makes the tiles."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import Gradients, Inputs, Needs, Part
+from . import rowmath
+from .grid import Grid, kept_tile
+from .logits import Side, Sums
+
+FP16_HEADROOM = 2.0**14  # |dz| is scaled to stay below it
+
+
+class Kind(Enum):
+    """What the coefficients of a block of rows leave to compute, eq. (9)."""
+
+    NOTHING = 0
+    ONLY_P = 1
+    ONLY_Q = 2
+    BOTH = 3
+
+
+class Tiles(Protocol):
+    """A way to make tiles of both models' logits, and what becomes of them before they are gone."""
+
+    grid: Grid
+    policy: Side
+
+    def part(self, rows: slice, cols: slice, labels_2R: Tensor, kept: Tensor | None) -> Tensor:
+        """Return the states ``(K, STATE, R)`` of the parts that these columns are, without the labels' columns.
+
+        Fill in the labels' logits where the labels are among these columns, and `kept` ``(2, R, C)`` if it is given.
+        """
+        ...
+
+    def dz(self, rows: slice, cols: slice, kind: Kind, row_R: Tensor, kept: Tensor | None) -> Tensor:
+        """Return eq. (9) at the outputs of ``h W^T + b``, from what was kept of the tile or from a new one."""
+        ...
+
+    def checked(self, inputs: Inputs, part: Part) -> Part:
+        """Return `part`, once the kernels that made it are known to be sound."""
+        ...
+
+
+def forward(tiles: Tiles, inputs: Inputs, kept: Tensor) -> Part:
+    grid = tiles.grid
+    labels_2T = kept.new_zeros(2, grid.T)
+    states = [_row_block(tiles, rows, labels_2T[:, rows], kept) for rows in grid.row_blocks() or (slice(0, 0),)]
+    return tiles.checked(inputs, Part(states[0] if len(states) == 1 else torch.cat(states, -1), labels_2T))
+
+
+def _row_block(tiles: Tiles, rows: slice, labels_2R: Tensor, kept: Tensor) -> Tensor:
+    """Return the state of one block of rows over all columns."""
+    grid = tiles.grid
+    parts = [tiles.part(rows, cols, labels_2R, kept_tile(kept, grid, rows, cols)) for cols in grid.col_blocks()]
+    return rowmath.merge(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+
+def backward(tiles: Tiles, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
+    grid = tiles.grid
+    kinds, scale = _read(grid, row, inputs.policy.dtype)
+    row = torch.cat([row[:5], row[5:] * scale]) if scale != 1.0 else row
+    sums = Sums(inputs, grid, needs, tiles.policy, scale, partial)
+    for rows, cols in sums.tiles():
+        kind = kinds[rows.start]
+        if kind is not Kind.NOTHING:
+            sums.add(tiles.dz(rows, cols, kind, row[:, rows], kept_tile(kept, grid, rows, cols)), rows, cols)
+        sums.close(rows, cols)
+    return sums.finish()
+
+
+def _read(grid: Grid, row: Tensor, compute: torch.dtype) -> tuple[dict[int, Kind], float]:
+    """Return the kind of each block of rows, by its first row, and the power of two that lifts an fp16 dz clear of
+    underflow: |dz| <= |a| + |b|. The device is read once, and not at all while a CUDA graph is captured."""
+    starts = [rows.start for rows in grid.row_blocks()]
+    if not starts or (row.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return dict.fromkeys(starts, Kind.BOTH), 1.0
+    a, b, c, label = row[5:].unbind()
+    spared_3T = F.pad(torch.stack([a == 0, c == 0, label == 0]), (0, len(starts) * grid.R - grid.T), value=True)
+    spared = spared_3T.view(3, len(starts), grid.R).all(-1).T.reshape(-1)
+    largest = a.abs().add_(b.abs()).amax() if compute == torch.float16 else a.new_zeros(())
+    *spared, largest = torch.cat([spared.to(a.dtype), largest[None]]).tolist()
+    kinds = {start: _kind(*spared[3 * i : 3 * i + 3]) for i, start in enumerate(starts)}
+    return kinds, 2.0 ** math.floor(math.log2(FP16_HEADROOM / largest)) if 0 < largest < math.inf else 1.0
+
+
+def _kind(no_q: float, no_p: float, no_label: float) -> Kind:
+    if no_q and no_p:
+        return Kind.NOTHING if no_label else Kind.ONLY_P
+    return Kind.ONLY_P if no_q else Kind.ONLY_Q if no_p else Kind.BOTH
