@@ -210,7 +210,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     policy, reference = _models(args[:_MODELS], options)
     choose(backend, policy.hidden.device, (policy, reference))  # refused now rather than when it runs
     dtype, N = stats_dtype(policy, reference), labels.numel()
-    shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape), (7, N))
+    shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape), (rowmath.WHOLE, N))
     index, count = labels.new_empty(2, N, dtype=torch.int64), torch.empty((), dtype=torch.int64, device="cpu")
     return *(labels.new_empty(x, dtype=dtype) for x in shapes), index, count, labels.new_empty(room, dtype=dtype)
 

@@ -38,9 +38,12 @@ out as e, so e is added to the *gap*, the difference of the log-sum-exps, and ps
 
 With ``a = -g_kl``, ``b = -g_logp``, ``c = b - a`` and ``y = log p - log q`` of the whole row, (6) becomes::
 
-    (9)  dz = q (b + c expm1(y))  for y < 8        c p + a q  beyond        at the label  -(b Q_0 - c (p_y - q_y))
+    (9)  dz = q (b + c expm1(y))            at the label  -(b Q_0 - c (p_y - q_y))      for y < 8 and |a| >= |c| / 2
+         dz = c p + a q                     at the label  -(b P_0 + a (p_y - q_y))      elsewhere
 
-where Q_0 is the reference's mass outside the label. Nothing in it cancels, however sure of the label a model is.
+where P_0 and Q_0 are the masses outside the label. The two lines are equal. The first has the digits where p and q
+nearly agree, or the cotangents do; the second where one of p and q dwarfs the other, or a is small beside b. In neither
+does anything cancel that the result is not small for, however sure of the label a model is.
 Consequences that tests hold: rows of dz sum to 0; rows with g_kl = 0 need no q (DPO, the chosen half of TDPO2), and
 rows with g_kl = g_logp no p (TDPO1).
 """
