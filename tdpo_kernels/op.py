@@ -242,7 +242,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
         else:
             dh, dw, db = sharded.backward(inner, inputs, needs, kept, row)
     dh = None if dh is None else dh.view(policy.hidden.shape)
-    return tuple(row.new_empty(0) if g is None else g for g in (dh, dw, db))  # an operator returns no None
+    return tuple(args[0].new_empty(0) if g is None else g for g in (dh, dw, db))  # an operator returns no None
 
 
 _backward_op = torch.library.custom_op(

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import batch as plain_batch
 from packed import D, E, L, P, V, pack, ragged_batch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -319,18 +320,21 @@ def operators(call: dict, **options) -> list[tuple]:
     return calls.seen
 
 
-def biased() -> dict:
-    return batch() | {"head": LMHead(batch()["head"], torch.zeros(V, requires_grad=True), 0.5, 7.0)}
+def full(dtype: torch.dtype = torch.float32, **heads) -> dict:
+    """Return a call that fills all that is kept, which opcheck compares as well: every row counts, in whole tiles."""
+    return plain_batch(dtype, length=9, D=8, V=32) | heads
 
 
 SAMPLES = {
-    "padded": lambda: operators(batch()),
-    "bf16, some kept": lambda: operators(ragged_batch(torch.bfloat16), memory_budget=3000),
+    "padded": lambda: operators(full()),
+    "bf16, some kept": lambda: operators(full(torch.bfloat16), memory_budget=4 * 5 * 16 * 8),
     "nothing kept": lambda: operators(batch(), memory_budget=0),
-    "packed": lambda: operators(packed((5, 0, 7, 3))),
-    "bias, softcap, extras": lambda: operators(biased(), extras=EXTRAS),
-    "frozen head": lambda: operators(batch() | {"head": batch()["head"].detach()}),
-    "naive, no shift": lambda: operators(batch(), backend="naive", shift=False),
+    "packed": lambda: operators(packed((5, 0, 7, 3)), memory_budget=0),
+    "bias, softcap, extras": lambda: operators(
+        full(head=LMHead(full()["head"], torch.zeros(32, requires_grad=True), 0.5, 7.0)), extras=EXTRAS
+    ),
+    "frozen head": lambda: operators(full(head=full()["head"].detach())),
+    "naive, no shift": lambda: operators(full(), backend="naive"),
 }
 
 
