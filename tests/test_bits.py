@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, RUNS, Problem, cotangents
+from cases import COTANGENTS, DTYPES, Problem, cotangents
 from closeness import budget_of, dtype_id, leaves, pull, round_cotangents, same_bits, stats_of
 from runnable import mainly
 from test_accuracy import case_of
@@ -37,7 +37,8 @@ def kept_at(problem: Problem) -> list[int]:
 
 
 ALSO = ("wide", "softcap_flat", "other_width", "reference_in_other_dtype", "reference_in_float64", "hated_300_float64")
-BUDGETED = [run for run in RUNS if run[1] != "general"] + [(name, "general") for name in (*SAME, *ALSO)]
+BUDGETED = [(name, kind) for name in ("scaled", "softcap", "ruled_out") for kind in COTANGENTS]
+BUDGETED += [(name, "general") for name in (*SAME, *ALSO) if (name, "general") not in BUDGETED]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
