@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import COTANGENTS, DTYPES, Problem, cotangents
 from closeness import budget_of, dtype_id, leaves, pull, round_cotangents, same_bits, stats_of
-from runnable import mainly
+from runnable import interpreting, mainly
 from test_accuracy import case_of
 from torch import Tensor
 
@@ -99,7 +99,7 @@ def agree(a: list[Tensor], b: list[Tensor], factor: float = 40.0) -> bool:
 def test_tile_size_changes_nothing_but_rounding(case, dtype, backend, small_tiles):
     problem = case_of(case).problem(dtype)
     a, b = everything_of(problem, backend, budget_of(problem, 0.5))
-    for tile in ((1, 16), (7, 48), (512, 2048)):
+    for tile in ((7, 48), (512, 2048), *(() if interpreting() else ((1, 16),))):  # thousands of launches
         small_tiles(*tile)
         c, d = everything_of(problem, backend, budget_of(problem, 0.5))
         assert agree(c, a) and agree(d, b), tile
