@@ -24,13 +24,15 @@ demo: $(READY)  ## train a tiny model with TDPO: a table and demo-out/curves.png
 	$(PY) python/examples/sentiment.py $(ARGS)
 
 test: PROBLEMS = flat near-equal
+INTERPRETED := tests/test_accuracy.py tests/test_exactness.py tests/test_bits.py tests/test_extras.py
+
 test: $(READY) lint verify  ## everything that CI checks
 	$(PY) -m pytest -n 2 $(ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -m "not long" tests/device tests/test_laws.py
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -m "not long" tests/device $(INTERPRETED)
 	rm -rf build/gpu-dry && $(PY) -m bench.gpu --dry
 
 interpreted: $(READY)  ## every test that kernels can be interpreted in, on a CPU (half an hour)
-	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(ARGS) tests/device tests/test_*.py
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(ARGS) tests/device $(INTERPRETED) tests/test_parallel_laws.py
 
 trainer: $(READY)  ## the trainers' long tests: more models, settings and processes (minutes)
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/trainer
@@ -50,7 +52,7 @@ frameworks: $(READY)  ## the recipes for other frameworks, each run by its own c
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/trainer/test_frameworks.py
 
 parallel: $(READY)  ## what is split over ranks, on four and on eight processes (a minute)
-	$(PY) -m pytest -n 2 -m long $(ARGS) tests/test_parallel.py tests/test_parallel_laws.py
+	$(PY) -m pytest -n 2 -m long $(ARGS) tests/test_parallel*.py
 
 families: $(READY)  ## python/tdpo_trainer/FAMILIES.md anew: every family of transformers, built tiny (5 minutes)
 	$(PY) -m tdpo_trainer.families > build-families.md

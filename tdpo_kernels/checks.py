@@ -96,8 +96,8 @@ def check_transforms(hidden: object) -> None:
     if not found and torch.jit.is_tracing():
         found = "torch.jit.trace"
     if found:
-        raise TypeError(f"hidden: got a tensor inside {found}, wanted a plain call; only reverse-mode torch.autograd and "
-                        "torch.compile go through it")  # fmt: skip
+        raise TypeError(f"hidden: got a tensor inside {found}, wanted a plain call; only reverse-mode torch.autograd "
+                        "and torch.compile go through it")  # fmt: skip
 
 
 _TRANSFORMS = {"Vmap": "torch.func.vmap", "Grad": "torch.func.grad", "Jvp": "forward-mode torch.func.jvp"}

@@ -210,7 +210,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     policy, reference = _models(args[:_MODELS], options)
     choose(backend, policy.hidden.device, (policy, reference))  # refused now rather than when it runs
     dtype, N = stats_dtype(policy, reference), labels.numel()
-    shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape), (7, N))
+    shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape), (rowmath.WHOLE, N))
     index, count = labels.new_empty(2, N, dtype=torch.int64), torch.empty((), dtype=torch.int64, device="cpu")
     return *(labels.new_empty(x, dtype=dtype) for x in shapes), index, count, labels.new_empty(room, dtype=dtype)
 
@@ -242,7 +242,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
         else:
             dh, dw, db = sharded.backward(inner, inputs, needs, kept, row)
     dh = None if dh is None else dh.view(policy.hidden.shape)
-    return tuple(row.new_empty(0) if g is None else g for g in (dh, dw, db))  # an operator returns no None
+    return tuple(args[0].new_empty(0) if g is None else g for g in (dh, dw, db))  # an operator returns no None
 
 
 _backward_op = torch.library.custom_op(

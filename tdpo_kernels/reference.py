@@ -1,15 +1,14 @@
 r"""The specification: TDPO's token statistics in plain torch, any dtype including float64. Slow, large, and right.
 
 Notation: ``z = head(h)`` the policy's logits, ``r = ref_head(h')`` the reference's, ``p = softmax z``, ``q = softmax
-r``, ``L = logsumexp z``, ``L' = logsumexp r``, ``y`` the label, ``delta = r - z`` and ``delta' = delta + L - L' =
-log q - log p``.
+r``, ``L = logsumexp z``, ``L' = logsumexp r``, ``y`` the label.
 Tokens are packed (T of them), sequences are ``S = 2P``: the P chosen, then their P rejected.
 
 Per token (Zeng et al. 2024, arXiv 2404.11999, eqs. 9 and 10; the KL runs from the reference, forward, and is never
 clamped)::
 
     (1)  logp = z[y] - L                  ref_logp = r[y] - L'
-    (2)  kl   = KL(q || p) = sum_v q_v (log q_v - log p_v) = E_q[delta] - L' + L
+    (2)  kl   = KL(q || p) = sum_v q_v (log q_v - log p_v)
 
 Per sequence and pair::
 
@@ -20,19 +19,33 @@ Per sequence and pair::
 
 Gradients, with g_logp and g_kl the cotangents of (1) and (2) at a token::
 
-    (6)  dz = g_logp * 1[y] + (g_kl - g_logp) * p - g_kl * q  =  g_logp * (1[y] - p) - g_kl * p * expm1(delta')
+    (6)  dz = g_logp * (1[y] - p) + g_kl * (p - q)
     (7)  dh = dz W        dW = dz^T h        db = sum dz
 
-Forms of (2) that do not cancel where the two models nearly agree. Since ``sum_v (p_v - q_v) = 0``, with
-``phi(x) = expm1(-x) + x >= 0``::
+In (2) nearly equal numbers cancel where the two models nearly agree. Because ``sum_v (p_v - q_v) = 0``, it is also a
+sum of terms that are never negative, with ``psi(x) = e^x - 1 - x``; this file computes it so::
 
-    (2a)  kl = sum_v [ q_v * delta'_v + p_v - q_v ] = E_q[ phi(delta') ]                     needs L and L' first
-    (2b)  kl = log1p( E_q[ phi(delta - mu) ] ),   mu = E_q[delta],   L - L' = kl - mu        one pass, ignores offsets
+    (2a)  kl = sum_v q_v psi(log p_v - log q_v)
 
-(2a) is what this file computes, and what tiles in memory use, with ``p_v - q_v`` from a tanh
-(`backends/tile_math.py`); (2b), with its exact merge of parts of the vocabulary, is what tiles in registers use
-(`device/math.py`). Consequences of (6) that tests hold: rows of dz sum to 0; rows with g_kl = 0 need no q
-(DPO, the chosen half of TDPO2), rows with g_kl = g_logp need no p (TDPO1).
+Backends never see a whole row. To them a vocabulary is made of *parts*: a tile, a rank's shard, or the label alone. For
+parts of masses P_k (policy) and Q_k (reference) within a whole, and ``Y_k = log P_k - log Q_k``::
+
+    (8)  KL = sum_k [ Q_k KL_k + Q_k psi(Y_k) ] - e^2 / 2        e = sum_k (P_k - Q_k)        gap = L - L' + e
+
+A column is a part whose KL is 0. So (8) reduces a tile, merges tiles and ranks, and lets the label join. Exactly, e
+would be 0; but L - L' has fewer digits than the Y_k want of it. With all Y_k too large by e the sum of P_k - Q_k comes
+out as e, so e is added to the *gap*, the difference of the log-sum-exps, and psi(e) is taken off the KL.
+
+With ``a = -g_kl``, ``b = -g_logp``, ``c = b - a`` and ``y = log p - log q`` of the whole row, (6) becomes::
+
+    (9)  dz = q (b + c expm1(y))            at the label  -(b Q_0 - c (p_y - q_y))      for y < 8 and |a| >= |c| / 2
+         dz = c p + a q                     at the label  -(b P_0 + a (p_y - q_y))      elsewhere
+
+where P_0 and Q_0 are the masses outside the label. The two lines are equal. The first has the digits where p and q
+nearly agree, or the cotangents do; the second where one of p and q dwarfs the other, or a is small beside b. In neither
+does anything cancel that the result is not small for, however sure of the label a model is.
+Consequences that tests hold: rows of dz sum to 0; rows with g_kl = 0 need no q (DPO, the chosen half of TDPO2), and
+rows with g_kl = g_logp no p (TDPO1).
 """
 
 from __future__ import annotations
@@ -47,16 +60,19 @@ EXTRAS = ("entropy", "mean_logit", "is_argmax")
 
 
 def logits(hidden_TD: Tensor, head: LMHead, dtype: torch.dtype) -> Tensor:
-    """``(T, V)`` logits in `dtype`; 16-bit operands are multiplied exactly, never rounded to 16-bit logits."""
+    """Return ``(T, V)`` logits in `dtype`; 16-bit operands are multiplied exactly, never rounded to 16-bit logits."""
     bias = None if head.bias is None else head.bias.to(dtype)
     z_TV = F.linear(hidden_TD.to(dtype), head.weight.to(dtype), bias)
     if head.logit_scale != 1.0:
         z_TV = z_TV * head.logit_scale
-    return z_TV if head.softcap is None else head.softcap * torch.tanh(z_TV / head.softcap)
+    if head.softcap is None:
+        return z_TV
+    z_TV = head.softcap * torch.tanh(z_TV / head.softcap)
+    return z_TV if bias is None else z_TV.masked_fill(torch.isneginf(bias), -torch.inf)
 
 
 def forward_kl(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
-    """KL(q || p) per row by eq. (2a). Entries at -inf in both contribute 0; at -inf in p alone they make it inf."""
+    """Return KL(q || p) of each row by eq. (2a). Entries at -inf in both contribute 0; in p alone they make it inf."""
     nowhere = torch.isneginf(log_p_TV) & torch.isneginf(log_q_TV)
     missed = torch.isneginf(log_p_TV) & ~nowhere  # inf, though q be 0 in this dtype; the gradient is p - q as elsewhere
     delta = (log_q_TV - log_p_TV).masked_fill(nowhere, 0.0)
@@ -69,15 +85,15 @@ def forward_kl(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
 
 
 def statistics(z_TV: Tensor, r_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eqs. (1) and (2) from logits: logp, ref_logp, kl, each ``(T,)``."""
+    """Return eqs. (1) and (2) from logits: logp, ref_logp, kl, each ``(T,)``."""
     log_p, log_q = z_TV.log_softmax(-1), r_TV.log_softmax(-1)
     pick = labels_T[:, None]
     return log_p.gather(1, pick)[:, 0], log_q.gather(1, pick)[:, 0], forward_kl(log_p, log_q)
 
 
 def extra_statistics(z_TV: Tensor, labels_T: Tensor) -> dict[str, Tensor]:
-    """Statistics of the policy that trainers log: entropy (nats), mean logit over V, and whether the label is the
-    argmax (0/1)."""
+    """Return statistics of the policy that trainers log: entropy (nats), mean logit over V, and whether the label is
+    the argmax (0/1)."""
     log_p = z_TV.log_softmax(-1)
     entropy = -torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * log_p).sum(-1)
     is_argmax = z_TV.gather(1, labels_T[:, None])[:, 0] >= z_TV.amax(-1)

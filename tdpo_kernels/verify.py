@@ -1,9 +1,9 @@
 """Every available backend against float64: worst errors, next to what plain torch makes of the same inputs in the
 same dtype.
 
-The bound is scale-free: ``error <= 2 * plain + 4 * eps``, errors relative to the truth's norm. For float64, whose truth
-is rounded as well, it is ``2 * plain + 16 * eps``. Where plain torch itself makes a nan or an inf of a finite truth, its
-error counts as 30 eps: no yardstick lets a nan pass.
+The bound is scale-free: ``error <= 2 * plain + 4 * eps``, errors relative to the truth's norm. For float64, whose
+truth is rounded as well, it is ``2 * plain + 16 * eps``. Where plain torch itself makes a nan or an inf of a finite
+truth, its error counts as 30 eps: no yardstick lets a nan pass.
 """
 
 from __future__ import annotations

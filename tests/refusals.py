@@ -79,6 +79,7 @@ SHAPES = {
     "zero-width ref_hidden": value(
         "ref_hidden | (4, 5, 0) | at least one hidden dimension", ref_hidden=randn(4, L, 0), ref_head=randn(V, 0)
     ),
+    "zero-width hidden": value("hidden | (4, 5, 0) | at least one", hidden=randn(4, L, 0), head=randn(V, 0)),
     "ref_hidden flat": value("ref_hidden | (20, 6) | (4, 5, E)", ref_hidden=randn(N, E)),
     "bias shape": value("head.bias | (12,) | (11,)", head=LMHead(W, torch.zeros(V + 1))),
     "bias of one": value("head.bias | (1,) | (11,)", head=LMHead(W, torch.zeros(1))),

@@ -9,12 +9,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from tdpo_kernels.backends import availability, lacks, launch
-
-try:
-    from tdpo_kernels.backends import grid
-except ImportError:
-    from tdpo_kernels.backends import slab as grid
+from tdpo_kernels.backends import availability, grid, lacks, launch
 
 __all__ = ["backends", "grid", "interpreting", "mainly", "reasons", "runnable", "set_tiles"]
 

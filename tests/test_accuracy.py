@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, DTYPES, RUNS, Case, Problem, base, cotangents, hated_part
+from cases import CASES, DTYPES, RUNS, Case, Problem, cotangents, hated_part
 from closeness import Judge, budget_of, dtype_id, exact, judge, leaves, ours, pull, stats_of
 from runnable import mainly, runnable, takes
 
@@ -96,7 +96,3 @@ def test_gradients_are_as_accurate_when_only_some_are_wanted(wanted, case, dtype
         name = ("hidden", "weight", "bias")[i]
         found[name] = exact(g).reshape(getattr(true, name).shape)
     assert not law.faults(replace(true, **found))
-
-
-def test_every_case_is_run():
-    assert {name for name, _ in RUNS} == set(CASES) and base().tile == (16, 64)

@@ -180,12 +180,6 @@ def test_bad_options_are_refused_even_with_nothing_to_do():
         refused(fused_tdpo_loss, call | changes, kind, words)
 
 
-def test_zero_width_hidden_gets_the_library_s_error():
-    call = good() | {"hidden": torch.randn(2 * P, L, 0), "head": torch.randn(V, 0)}
-    with pytest.raises(ValueError, match="hidden|head"):
-        fused_tdpo_loss(**call)
-
-
 @pytest.mark.parametrize("ignore_index", [-100, 0, V + 3, -1])
 def test_ignore_index_itself_is_never_out_of_range(ignore_index: int):
     call = good() | relabelled(ignore_index) | {"ignore_index": ignore_index}

@@ -73,8 +73,9 @@ def test_budget_zero_never_allocates_tokens_by_vocabulary(dtype: torch.dtype, op
     assert 0 < book.most_elements < 1024 * 8192 / 2
 
 
-@pytest.mark.parametrize("T, V", [(2048, 2048), (64, 65536), (4096, 1024)])
+@pytest.mark.parametrize("T, V", [(2048, 2048), (64, 65536), (4096, 1024), (128, 16384), (2048, 16384)])
 def test_budget_zero_never_allocates_it_for_any_shape(T: int, V: int):
+    """Nor more as T grows 16 x."""
     book = ledger(batch(T, V, 8), 0)
     assert book.most_elements < T * V and book.peak <= WORKSPACE + (T + V) * 8 * 4 * 2
 
@@ -267,21 +268,6 @@ def can_reset_the_peak() -> bool:
         return "VmHWM" in Path("/proc/self/status").read_text()
     except OSError:
         return False
-
-
-JOBS = [("float32", 0), ("bfloat16", 0), ("float32", BUDGET), ("bfloat16", BUDGET)]
-
-
-@pytest.mark.skipif(not can_reset_the_peak(), reason="needs /proc/self/clear_refs and VmHWM")
-@pytest.mark.parametrize("dtype, budget", JOBS)
-def test_resident_memory_of_a_fresh_process(dtype: str, budget: int):
-    V, D, rows = 16384, 48, [96, 1536]
-    size = getattr(torch, dtype).itemsize
-    for T, peak in zip(rows, peaks(dict(T=rows, V=V, D=D, dtype=dtype, budget=budget)), strict=True):
-        gradients = (T + V) * D * size
-        accumulator = 4 * D * min(T, V) if size == 2 else 0
-        assert peak <= budget + WORKSPACE + accumulator + gradients, f"{peak / MIB:.1f} MiB at T={T}"
-    assert 4 * rows[-1] * V > WORKSPACE + BUDGET, "a [T, V] tensor would not be noticed"
 
 
 @pytest.mark.skipif(not can_reset_the_peak(), reason="needs /proc/self/clear_refs and VmHWM")

@@ -58,26 +58,15 @@ def test_padded_vocabulary_masked_by_its_bias_is_none(backend: str, budget: int,
     close(g_b, g_a)
 
 
-def masked_gradients(backend: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of a head's weight and bias whose last 40 rows are ruled out."""
-    call = batch(dtype)
+@backends
+def test_masked_rows_get_exactly_no_gradient(backend: str):
+    call = batch(torch.float32)
     head = padded_head(call["head"].detach(), 40, -math.inf)
     head.weight.requires_grad_(), head.bias.requires_grad_()
     masked = {"head": head, "ref_head": padded_head(call["ref_head"], 40, -math.inf)}
     fused_tdpo_loss(**call | masked, backend=backend).loss.backward()
     assert head.weight.grad[:37].ne(0).any(-1).all()
-    return head.weight.grad, head.bias.grad
-
-
-@backends
-def test_masked_rows_get_exactly_no_gradient(backend: str):
-    assert all(g[37:].eq(0).all() for g in masked_gradients(backend, torch.float32))
-
-
-@backends
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_masked_rows_get_next_to_no_gradient(backend: str, dtype: torch.dtype):
-    assert all(g[37:].abs().max() <= 1e-10 * g.abs().max() for g in masked_gradients(backend, dtype))
+    assert head.weight.grad[37:].eq(0).all() and head.bias.grad[37:].eq(0).all()
 
 
 @backends
@@ -246,19 +235,6 @@ def test_ignore_index_at_a_tile_s_edge_is_only_an_ignore_index(backend: str, ign
     other = torch.where(labels == -100, ignore_index, labels)
     b = fused_tdpo_loss(**call | {"labels": other}, ignore_index=ignore_index, backend=backend)
     assert torch.equal(a.loss, b.loss)
-
-
-@backends
-def test_every_label_in_one_column_or_one_tile(backend: str):
-    for label in (0, 16, 36):
-        call = batch()
-        call["labels"].fill_(label)
-        stats, (logp, ref, kl) = token_stats(**call, backend=backend), plain(call)
-        close((stats.logp, stats.ref_logp, stats.kl), (logp, ref, kl))
-        leaf = call["head"]
-        (got,) = torch.autograd.grad((stats.logp + stats.kl).sum(), leaf)
-        (want,) = torch.autograd.grad((logp + kl).sum(), leaf)
-        close(got, want)
 
 
 def test_a_large_logit_scale_does_not_overflow_fp16_gradients(backend):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import subprocess
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import profiler
 
+from tdpo_kernels import verify as verification
 from tdpo_kernels.backends import BACKENDS, availability
 
 from .. import memory, roofline, rows
@@ -23,7 +23,6 @@ from ..shapes import Shape
 from .campaign import Facts, Finding, Item, Settings
 
 COMPILES = {"tiled": 2, "fused": 3}  # kernels of a backend, for forward and backward
-VERIFIED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OURS = tuple(f"{backend}@{kept}" for kept in ("0", "4GiB", "1GiB") for backend in ("tiled", "fused"))
 PASSES = {  # by value: what a trainer runs, then its parts. `compiled` is compiled for one of them
     "forward + backward": ({}, (*OURS, "eager", "compiled", "trl", "liger")),
@@ -66,19 +65,16 @@ def ceiling(device: torch.device, dtype: str) -> roofline.Ceiling:
 def verify(settings: Settings) -> list[Item]:
     return [
         Item(f"{dtype} {name}", partial(_verify, settings, name, dtype), 8.0, 4 * COMPILES.get(name, 0), backend=name)
-        for dtype in VERIFIED
+        for dtype in ("bf16", "fp16", "fp32")
         for name in BACKENDS
         if not (settings.dry and (dtype, name) == ("bf16", "fused"))  # the interpreter multiplies raw bits
     ]
 
 
 def _verify(settings: Settings, backend: str, dtype: str) -> Facts:
-    module = importlib.import_module("tdpo_kernels.verify")
-    wanted, every = ("one token",) if backend == "fused" else ("one token", "flat"), module.problems
-    cut = {"BACKENDS": {backend: BACKENDS[backend]}, "DTYPES": {dtype: VERIFIED[dtype]}}
-    cut["problems"] = lambda *given: [p for p in every(*given) if p.name in wanted or not settings.dry]
-    with patch.multiple(module, **cut):
-        lines = module.verify(settings.device)
+    names = (("one token",) if backend == "fused" else ("one token", "flat")) if settings.dry else ()
+    with patch.object(verification, "BACKENDS", {backend: BACKENDS[backend]}):
+        lines = verification.verify(settings.device, names=names, dtypes=(dtype,))
     worst = max(lines, key=lambda line: line.error / line.allowed)
     said = f"{worst.problem} at {worst.budget}, {worst.quantity}: {worst.error:.1e} of {worst.allowed:.1e} allowed"
     if bad := sum(not line.passed for line in lines):

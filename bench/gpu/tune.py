@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tdpo_kernels import tuning
+from tdpo_kernels.backends import launch
 
 from .. import measure, rows
 from ..gate import relative
@@ -69,7 +70,8 @@ def _tune(settings: Settings, kernel: str, T: int, V: int, D: int) -> Facts:
 def candidates(case: tuning.Case, base: tuning.TileConfig) -> list[tuning.TileConfig]:
     """Return the present configuration and its neighbours, each once. K stays: bits depend on it."""
     if case.kernel.startswith("fused"):
-        tiles = [replace(base, R=R, C=C, warps=warps) for R, C in TILES for warps in (4, 8)]
+        tiles = [replace(base, R=R, C=C, warps=warps, registers=0) for R, C in TILES for warps in (4, 8)]
+        tiles += [replace(tile, registers=128) for tile in tiles if tile.R * tile.C < 128 * 128]
         near = [replace(tile, stages=stages) for tile in tiles for stages in (3, 4, 5, 6)]
     else:
         near = [replace(base, R=R, warps=warps) for R in (1, 2, 4, 8) for warps in (2, 4, 8, 16)]
@@ -91,7 +93,9 @@ def choosing() -> Iterator[dict[str, tuple]]:
         return config
 
     with ExitStack() as stack:
-        for module in [m for m in sys.modules.values() if vars(m).get("choose") is real]:
+        stack.enter_context(patch.object(launch, "_config", launch._config.__wrapped__))  # without its cache
+        ours = [module for name, module in list(sys.modules.items()) if name.startswith("tdpo_kernels")]
+        for module in [m for m in ours if getattr(m, "choose", None) is real]:
             stack.enter_context(patch.object(module, "choose", choose))
         yield asked
 

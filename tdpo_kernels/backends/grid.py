@@ -79,7 +79,7 @@ def _grid(
 
 
 def _even(length: int, most: int, multiple: int) -> int:
-    """Return the step, a multiple of `multiple`, that cuts `length` into as few nearly equal blocks as `most` allows."""
+    """Return the step, a multiple of `multiple`, that cuts `length` into the fewest nearly equal blocks of `most`."""
     count = max(-(-length // max(most, 1)), 1)
     return max(-(-length // (count * multiple)) * multiple, multiple)
 

@@ -1,5 +1,5 @@
-"""One model's tiles of logits, and the gradient products (7): what is multiplied in which dtype, and how 16-bit gradients
-are summed in fp32."""
+"""One model's tiles of logits, and the gradient products (7): what is multiplied in which dtype, and how 16-bit
+gradients are summed in fp32."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Torch operations on whole ``[T, V]`` logits, kept from forward to backward: the baseline, and the switch to throw when
-in doubt."""
+"""Torch operations on whole ``[T, V]`` logits, kept from forward to backward: a baseline for when in doubt."""
 
 from __future__ import annotations
 

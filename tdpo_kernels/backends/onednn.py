@@ -1,4 +1,4 @@
-"""oneDNN's fp32 product where `torch.mm` is MKL's on an AVX-512 CPU not made by Intel, which MKL drives at half its speed."""
+"""oneDNN's fp32 product, for AVX-512 CPUs not made by Intel: MKL, behind `torch.mm`, has half their speed."""
 
 from __future__ import annotations
 

@@ -1,24 +1,9 @@
-r"""Row mathematics in torch: tiles of logits to states of parts, parts to rows, rows to gradients. No products, no loops.
+r"""Row mathematics in torch: tiles of logits to states of parts, parts to rows, rows to gradients.
 
-A *part* is a set of columns of the vocabulary: a tile, a rank's shard, or the label alone. Its state is one tensor
+Equations are those of `reference.py`; `device/math.py` has them for Triton. The state of a part is one tensor
 ``(STATE, R)``: of each row the largest logits ``top_z`` and ``top_r``, the log-sum-exps ``lse_z`` and ``lse_r``
 relative to them, the KL of the part's own two softmaxes, and ``gap = lse_z - lse_r`` without cancellation. With
 `extras` follow the entropy of the policy's own softmax and the sum of its logits.
-
-For parts of masses P_k (policy) and Q_k (reference) within a whole, ``Y_k = log P_k - log Q_k`` and
-``psi(x) = e^x - 1 - x``::
-
-    (8)  KL = sum_k [ Q_k KL_k + Q_k psi(Y_k) ] - e^2 / 2        e = sum_k (P_k - Q_k)        gap = lse_z - lse_r + e
-
-A column is a part whose KL is 0. So (8) reduces a tile, merges tiles, merges ranks, and lets the label join. ``e``
-would be 0 if L - L' had all the digits that the Y_k want of it; because it has not, (8) puts them back.
-
-The gradient at the logits follows from the state of the whole row, with ``a = -g_kl``, ``b = -g_logp``, ``c = b - a``
-and ``y = log p - log q``::
-
-    (9)  dz = q (b + c expm1(y))  for y < 8        dz = c p + a q  beyond        at the label: -(b Q_0 - c (p_y - q_y))
-
-``Q_0`` is the reference's mass outside the label. `device/math.py` has the same equations for Triton.
 """
 
 from __future__ import annotations
@@ -33,6 +18,7 @@ from torch import Tensor
 from ..types import Extras
 from .grid import Workspace
 
+WHOLE = 8  # rows of `Whole.row`
 STATE = 6  # rows of a part's state; two more with extras
 ROW = 9  # rows of what backward needs: tops, lse (2 each), gap, a, b, c, dz at the label
 LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
@@ -205,7 +191,7 @@ class Whole(NamedTuple):
     ref_logp: Tensor
     kl: Tensor
     extras: dict[str, Tensor]
-    row: Tensor  # (7, T): tops, lse and gap of the whole, Q_0 and p_y - q_y, which `cotangents` wants
+    row: Tensor  # (WHOLE, T): tops, lse and gap of the whole; P_0, Q_0 and p_y - q_y, which `cotangents` wants
 
 
 def whole(others: Tensor, labels_2T: Tensor, extras: Extras, vocab: int) -> Whole:
@@ -223,7 +209,7 @@ def whole(others: Tensor, labels_2T: Tensor, extras: Extras, vocab: int) -> Whol
     Y_y = exact_difference_(z_y, r_y, top_z, top_r, gap, Buffers.like(z_y))
     Y_0 = exact_difference_(others[0], others[1], top_z, top_r, gap - others[5], Buffers.like(z_y))
     at_label, elsewhere = _difference(p_y, q_y, Y_y), _difference(P_0, Q_0, Y_0)
-    row = [*state[:4], gap, Q_0, torch.where(q_y > Q_0, -elsewhere, at_label)]
+    row = [*state[:4], gap, P_0, Q_0, torch.where(q_y > Q_0, -elsewhere, at_label)]
     logp, ref_logp = -_softplus(x_z), -_softplus(x_r)
     more = _extras(extras, others, z_y, logp, x_z, vocab) if extras else {}
     return Whole(logp, ref_logp, kl, more, torch.stack(row))
@@ -274,8 +260,14 @@ def cotangents(row: Tensor, g_logp_T: Tensor | None, g_kl_T: Tensor | None, scal
     zero = torch.zeros_like(row[0])
     g_logp, g_kl = (zero if g is None else g.to(row.dtype) for g in (g_logp_T, g_kl_T))
     a, b, c = g_kl * -scale, g_logp * -scale, (g_kl - g_logp) * scale
-    Q_0, difference_y = row[5:].unbind()
-    return torch.cat([row[:5], torch.stack([a, b, c, c * difference_y - b * Q_0])])
+    P_0, Q_0, more_y = row[5:].unbind()
+    label = torch.where(mostly_p(a, c), -b * P_0 - a * more_y, c * more_y - b * Q_0)
+    return torch.cat([row[:5], torch.stack([a, b, c, label])])
+
+
+def mostly_p(a: Tensor, c: Tensor) -> Tensor:
+    """Return where ``c p + a q`` has the digits, because b and c are nearly equal."""
+    return 2 * a.abs() < c.abs()
 
 
 # --- backward: eq. (9) for a tile, but for the label's entry ----------------------------------------------------------
@@ -294,14 +286,15 @@ def dz_from_q(r: Tensor, row: Tensor, work: Workspace) -> Tensor:
 
 
 def dz_from_both(z: Tensor, r: Tensor, row: Tensor, work: Workspace) -> Tensor:
+    """Return eq. (9)."""
     out = Buffers.of(work, z)
     top_z, top_r, lse_z, lse_r, gap, a, b, c, _ = row[..., None].unbind()
     y = exact_difference_(z, r, top_z, top_r, gap, out)
     q = _softmax(r, top_r[:, 0], lse_r[:, 0], out.q)
-    dz = torch.clamp(y, max=FAR, out=out.one).expm1_().mul_(c).add_(b).mul_(q)
-    if reaches_far(y):
+    dz, rows = torch.clamp(y, max=FAR, out=out.one).expm1_().mul_(c).add_(b).mul_(q), mostly_p(a, c)
+    if reaches_far(y) or rows.any():
         p = _softmax(z, top_z[:, 0], lse_z[:, 0], out.two)
-        dz = torch.where(y < FAR, dz, p.mul_(c).add_(q.mul_(a)), out=out.one)
+        dz = torch.where((y >= FAR) | rows, p.mul_(c).add_(q.mul_(a)), dz)
     return dz
 
 

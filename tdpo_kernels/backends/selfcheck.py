@@ -1,8 +1,8 @@
 """A kernel checks itself the first time a process uses it, on 64 rows and 64 columns of the launch at hand.
 
 The truth is float64, from the inputs alone. The bounds are such that only a wrong kernel exceeds them, not a rounded
-number: a compiler that miscompiles makes garbage. A kernel that passed costs a look into a set. Nothing is checked while
-a CUDA graph is captured, or on numbers that are not finite; the check is then made at a later call.
+number: a compiler that miscompiles makes garbage. A kernel that passed costs a look into a set. Nothing is checked
+while a CUDA graph is captured, or on numbers that are not finite; the check is then made at a later call.
 
 ``TDPO_KERNELS_SELF_CHECK=0`` in the environment turns it off, and ``=warn`` makes it warn where it would raise.
 """

@@ -133,7 +133,7 @@ def dz_of_both(z, r, top_z, top_r, lse_z, lse_r, gap, a, b, c):
     """Return dz of all columns but the label's. In rows with a = 0 or c = 0 it has the bits of `dz_of_one`."""
     y = exact_difference(z, r, top_z, top_r) - gap[:, None]
     q = softmax(r, top_r, lse_r)
-    far = (y >= FAR) | (a == 0.0)[:, None]
+    far = (y >= FAR) | (2.0 * tl.abs(a) < tl.abs(c))[:, None]
     power = exp(tl.where(far, (z - top_z[:, None]) - lse_z[:, None], y))
     more = tl.where(tl.abs(y) < NEAR, y + psi_series(y), power - 1.0)
     return tl.where(far, c[:, None] * power + a[:, None] * q, q * (b[:, None] + c[:, None] * more))

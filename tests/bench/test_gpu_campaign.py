@@ -143,7 +143,7 @@ def test_a_dry_run_from_a_carried_folder(tmp_path):
     assert (out / "summary.md").read_text().startswith("DRY RUN") and not (out / "rows.jsonl").exists()
 
 
-FIELDS = ["R", *((name, int, value) for name, value in dict(C=128, K=64, warps=8, stages=3).items())]
+FIELDS = ["R", *((name, int, value) for name, value in dict(C=128, K=64, warps=8, stages=3, registers=0).items())]
 Config = make_dataclass("Config", FIELDS, frozen=True)
 CASE, DEVICE = SimpleNamespace(kernel="fused_stats"), SimpleNamespace(name="NVIDIA H200", arch="sm_90")
 
