@@ -77,7 +77,7 @@ def token_stats(
     differentiated = (hidden, head.weight, head.bias)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiated]
     budget = min(memory_budget, 2**62) if backend != "naive" else 2**62
-    room = _room(policy, reference, budget) if any(needs) else 0
+    room = [rowmath.WHOLE, _room(policy, reference, budget) if any(needs) else 0]  # in the graph: it may be cached
     options = (*_options(head, policy.dtype), *_options(ref_head, reference.dtype), shift, backend, needs)
     logp, kl, ref_logp, extra = _TokenStats.apply(
         *differentiated, ref_hidden.detach(), ref_head.weight.detach(), _detached(ref_head.bias), labels, cu_seqlens,
@@ -149,7 +149,7 @@ _OPTIONS = ", ".join(
 _SHARED = f"{_OPTIONS}, bool shift, str backend, bool[] needs"
 _SAVED = "Tensor row, Tensor index, Tensor count, Tensor kept"
 FORWARD = (
-    f"({_TENSORS}, Tensor labels, Tensor? cu_seqlens, SymInt? ignore_index, str[] extras, SymInt room, {_SHARED}) "
+    f"({_TENSORS}, Tensor labels, Tensor? cu_seqlens, SymInt? ignore_index, str[] extras, SymInt[] room, {_SHARED}) "
     f"-> (Tensor logp, Tensor kl, Tensor ref_logp, Tensor extra, {_SAVED})"
 )
 BACKWARD = (
@@ -182,7 +182,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     policy, reference = _models(args[:_MODELS], options)
     rows = pack.pack(labels, cu_seqlens, policy.head.vocab, ignore_index=ignore_index, shift=shift)
     inputs = Inputs(policy, reference, rows, tuple(extras))
-    kept = policy.hidden.new_empty(room, dtype=inputs.stats_dtype)
+    kept = policy.hidden.new_empty(room[1], dtype=inputs.stats_dtype)
     found = _statistics(inputs, backend, Needs(*needs), kept)
     logp, kl, ref_logp, *extra = (
         pack.spread(x_T, rows, labels.shape) for x_T in (found.logp, found.kl, found.ref_logp, *found.extras.values())
@@ -210,9 +210,9 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     policy, reference = _models(args[:_MODELS], options)
     choose(backend, policy.hidden.device, (policy, reference))  # refused now rather than when it runs
     dtype, N = stats_dtype(policy, reference), labels.numel()
-    shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape), (rowmath.WHOLE, N))
+    shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape), (room[0], N))
     index, count = labels.new_empty(2, N, dtype=torch.int64), torch.empty((), dtype=torch.int64, device="cpu")
-    return *(labels.new_empty(x, dtype=dtype) for x in shapes), index, count, labels.new_empty(room, dtype=dtype)
+    return *(labels.new_empty(x, dtype=dtype) for x in shapes), index, count, labels.new_empty(room[1], dtype=dtype)
 
 
 def _statistics(inputs: Inputs, backend: str, needs: Needs, kept: Tensor) -> rowmath.Whole:
