@@ -114,7 +114,7 @@ def _table(device: Device) -> dict[str, list[dict]]:
 
 FAMILIES = {"sm_8": "sm_80", "sm_9": "sm_90", "sm_10": "sm_100", "sm_11": "sm_100", "sm_12": "sm_80", "gfx9": "gfx942"}
 _C = TileConfig
-# Plain; plain with a SMALL D; any other; fp32 without tensor cores. K is for 16 bits. None of them spills. sm_80's
+# Plain; plain with a SMALL D; any other; fp32 without tensor cores. K is for 16 bits. None spills in a loop. sm_80's
 # fit the 99 KB of sm_86, sm_89 and sm_120. On sm_90 wgmma wants 64 rows, 128 registers let two programs run at once.
 RULES = {
     "sm_80": (*[_C(64, 128, 32, 8, 4)] * 3, _C(64, 64, 32, 8, 2)),

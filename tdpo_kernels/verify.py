@@ -194,16 +194,15 @@ def verify(
     device: torch.device,
     report: Callable[[Line], None] = lambda line: None,
     names: tuple[str, ...] = (),
-    dtypes: tuple[str, ...] = tuple(DTYPES),
+    dtypes: tuple[str, ...] = (),
 ) -> list[Line]:
     """Run every backend that runs on `device` and call `report` with each line as it is known.
 
     Args:
-        names: of problems; none means all.
-        dtypes: out of `DTYPES`.
+        names, dtypes: of problems, and out of `DTYPES`; none means all.
     """
     lines, backends = [], [name for name in BACKENDS if name not in skipped(device)]
-    for dtype in dtypes:
+    for dtype in dtypes or DTYPES:
         for problem in (p.to(DTYPES[dtype]) for p in problems(device) if not names or p.name in names):
             exact, plain = truth(problem), plain_torch(problem)
             for backend in (b for b in backends if not lacks(b, device, DTYPES[dtype])):
