@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .backends import BACKENDS
-from .loss import preference_loss
-from .op import DEFAULT_BUDGET, token_stats
+from .loss import cotangent_ratios, preference_loss
+from .op import DEFAULT_BUDGET, statistics
 from .types import LMHead, TDPOOutput
 
 
@@ -56,9 +56,9 @@ def fused_tdpo_loss(
     if cu_seqlens is not None:
         checks.check_tensor(cu_seqlens, "cu_seqlens")
     checks.check_pairs(hidden, cu_seqlens)
-    stats = token_stats(
-        hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift,
-        cu_seqlens=cu_seqlens, backend=backend, memory_budget=memory_budget,
+    stats = statistics(
+        hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
+        extras=(), backend=backend, memory_budget=memory_budget, ratios=cotangent_ratios(alpha, variant),
     )  # fmt: skip
     return preference_loss(stats, beta=beta, alpha=alpha, variant=variant, reduction=reduction, cu_seqlens=cu_seqlens)
 

@@ -57,6 +57,11 @@ def sums_loss(
     return TDPOOutput(loss.to(dtype), *shown_8P.unbind())
 
 
+def cotangent_ratios(alpha: float, variant: str) -> tuple[float, float]:
+    """Return g_kl / g_logp of the tokens of chosen and of rejected sequences, whatever the loss: eq. (4)."""
+    return (1.0, 1.0) if variant == "tdpo1" else (0.0, alpha)
+
+
 def _preference(margin_P: Tensor, k_w: Tensor, k_l: Tensor, alpha: float, variant: str) -> Tensor:
     """Return h of eq. (4). DPO (alpha = 0) has no d, because 0 x (inf - inf) would be NaN."""
     if variant == "tdpo1":

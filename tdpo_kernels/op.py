@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import checks, pack
+from . import checks, directions, pack
 from .backends import BACKENDS, choose, grid, rowmath, sharded
 from .backends.logits import ruled_out
-from .types import Inputs, LMHead, Model, Needs, Rows, TokenStats, VocabParallelHead, stats_dtype
+from .types import Gradients, Inputs, LMHead, Model, Needs, Rows, TokenStats, VocabParallelHead, stats_dtype
 
 DEFAULT_BUDGET = 512 * 2**20
 
@@ -65,6 +65,18 @@ def token_stats(
     Raises:
         TypeError, ValueError: if an argument is wrong; the message says which, what was seen and what is wanted.
     """
+    return statistics(
+        hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
+        extras=extras, backend=backend, memory_budget=memory_budget,
+    )  # fmt: skip
+
+
+def statistics(
+    hidden: Tensor, head: Tensor | nn.Linear | LMHead, ref_hidden: Tensor, ref_head: Tensor | nn.Linear | LMHead,
+    labels: Tensor, *, ignore_index: int | None, shift: bool, cu_seqlens: Tensor | None, extras: tuple[str, ...],
+    backend: str, memory_budget: int, ratios: tuple[float, ...] = (),
+) -> TokenStats:  # fmt: skip
+    """Return `token_stats`; `ratios` are g_kl / g_logp of the first and the second half of the sequences, if known."""
     checks.check_transforms(hidden)
     head, ref_head = checks.as_head(head, "head"), checks.as_head(ref_head, "ref_head")
     checks.check_inputs(hidden, head, ref_hidden, ref_head, labels)
@@ -78,10 +90,11 @@ def token_stats(
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiated]
     budget = min(memory_budget, 2**62) if backend != "naive" else 2**62
     room = [rowmath.WHOLE, _room(policy, reference, budget) if any(needs) else 0]  # sizes of outputs
+    ratios = list(ratios) if needs == [True, False, False] else []
     options = (*_options(head, policy.dtype), *_options(ref_head, reference.dtype), shift, backend, needs)
     logp, kl, ref_logp, extra = _TokenStats.apply(
         *differentiated, ref_hidden.detach(), ref_head.weight.detach(), _detached(ref_head.bias), labels, cu_seqlens,
-        ignore_index, list(extras), room, options,
+        ignore_index, list(extras), ratios, room, options,
     )  # fmt: skip
     return TokenStats(logp, ref_logp, kl, dict(zip(extras, extra.unbind(), strict=True)))
 
@@ -97,21 +110,23 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, ignore_index, extras, room, options = arguments
+        *tensors, ignore_index, extras, ratios, room, options = arguments
         run = _forward_op if torch.compiler.is_compiling() else _forward
-        logp, kl, ref_logp, extra, *kept = run(*tensors, ignore_index, extras, room, *options)
+        logp, kl, ref_logp, extra, u, *kept = run(*tensors, ignore_index, extras, ratios, room, *options)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ref_logp, extra)
         if any(options[-1]):
-            ctx.options = options
-            _save(ctx, (*tensors[:_MODELS], *kept))
+            ctx.options, ctx.along = options, bool(ratios)
+            _save(ctx, (u, kept[0]) if ratios else (*tensors[:_MODELS], *kept))
         return logp, kl, ref_logp, extra
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logp: Tensor | None, g_kl: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         grads = (None,) * 3
-        if g_logp is not None or g_kl is not None:
+        if ctx.along:
+            grads = (None if g_logp is None else directions.along(*_saved(ctx), g_logp, ctx.options[-3]), None, None)
+        elif g_logp is not None or g_kl is not None:
             run = _backward_op if torch.compiler.is_compiling() else _backward
             grads = run(*_saved(ctx), g_logp, g_kl, *ctx.options)
         wanted = (g if need else None for g, need in zip(grads, ctx.options[-1], strict=True))
@@ -119,7 +134,7 @@ class _TokenStats(torch.autograd.Function):
 
 
 _MODELS = 6  # hidden, weight and bias of both models come first
-_ARGUMENTS = _MODELS + 6
+_ARGUMENTS = _MODELS + 7
 
 
 def _save(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
@@ -148,8 +163,8 @@ _OPTIONS = ", ".join(
 _SHARED = f"{_OPTIONS}, bool shift, str backend, bool[] needs"
 _SAVED = "Tensor row, Tensor index, Tensor count, Tensor kept"
 FORWARD = (
-    f"({_TENSORS}, Tensor labels, Tensor? cu_seqlens, SymInt? ignore_index, str[] extras, SymInt[] room, {_SHARED}) "
-    f"-> (Tensor logp, Tensor kl, Tensor ref_logp, Tensor extra, {_SAVED})"
+    f"({_TENSORS}, Tensor labels, Tensor? cu_seqlens, SymInt? ignore_index, str[] extras, float[] ratios, "
+    f"SymInt[] room, {_SHARED}) -> (Tensor logp, Tensor kl, Tensor ref_logp, Tensor extra, Tensor u, {_SAVED})"
 )
 BACKWARD = (
     f"({_TENSORS}, {_SAVED}, Tensor? g_logp, Tensor? g_kl, {_SHARED}) -> (Tensor hidden, Tensor weight, Tensor bias)"
@@ -177,17 +192,28 @@ def _models(tensors: tuple, options: tuple) -> tuple[Model, Model]:
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    labels, cu_seqlens, ignore_index, extras, room, *options, shift, backend, needs = args[_MODELS:]
+    labels, cu_seqlens, ignore_index, extras, ratios, room, *options, shift, backend, needs = args[_MODELS:]
     policy, reference = _models(args[:_MODELS], options)
     rows = pack.pack(labels, cu_seqlens, policy.head.vocab, ignore_index=ignore_index, shift=shift)
-    inputs = Inputs(policy, reference, rows, tuple(extras))
-    kept = policy.hidden.new_empty(room[1], dtype=inputs.stats_dtype)
-    found = _statistics(inputs, backend, Needs(*needs), kept)
+    inputs, needs = Inputs(policy, reference, rows, tuple(extras)), Needs(*needs)
+    kept, u = policy.hidden.new_empty(room[1], dtype=inputs.stats_dtype), policy.hidden.new_empty(0)
+    if ratios:
+        ratio_T = directions.ratio_of(rows, labels, cu_seqlens, ratios, inputs.stats_dtype)
+        found, u = directions.run(
+            inputs, ratio_T, kept, lambda block: _statistics(block, backend, needs, kept),
+            lambda block, row: _gradients(block, backend, needs, kept, row, True).hidden,
+        )  # fmt: skip
+        u, kept = u.view(policy.hidden.shape), kept[:0].clone()
+        counts = pack.spread(torch.ones_like(found.logp), rows, labels.shape).view(1, -1)
+        saved = counts, rows.labels_T.new_zeros(2, labels.numel()), torch.tensor(rows.count)
+    else:
+        found = _statistics(inputs, backend, needs, kept)
+        saved = _sized(found.row, rows, labels.numel())
     logp, kl, ref_logp, *extra = (
         pack.spread(x_T, rows, labels.shape) for x_T in (found.logp, found.kl, found.ref_logp, *found.extras.values())
     )
     extra = torch.stack(extra) if extra else logp.new_empty(0, *logp.shape)
-    return logp, kl, ref_logp, extra, *_sized(found.row, rows, labels.numel()), kept
+    return logp, kl, ref_logp, extra, u, *saved, kept
 
 
 _forward_op = torch.library.custom_op("tdpo_kernels::token_stats", _forward, mutates_args=(), schema=FORWARD, tags=TAGS)
@@ -205,13 +231,15 @@ def _sized(row: Tensor, rows: Rows, count: int) -> tuple[Tensor, Tensor, Tensor]
 
 @_forward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    labels, _, _, extras, room, *options, _, backend, _ = args[_MODELS:]
+    labels, _, _, extras, ratios, room, *options, _, backend, _ = args[_MODELS:]
     policy, reference = _models(args[:_MODELS], options)
     choose(backend, policy.hidden.device, (policy, reference))  # refused now rather than when it runs
     dtype, N = stats_dtype(policy, reference), labels.numel()
-    shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape), (room[0], N))
+    shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape), (1 if ratios else room[0], N))
     index, count = labels.new_empty(2, N, dtype=torch.int64), torch.empty((), dtype=torch.int64, device="cpu")
-    return *(labels.new_empty(x, dtype=dtype) for x in shapes), index, count, labels.new_empty(room[1], dtype=dtype)
+    *shown, row = (labels.new_empty(x, dtype=dtype) for x in shapes)
+    u, room = (policy.hidden.shape, 0) if ratios else ((0,), room[1])
+    return *shown, policy.hidden.new_empty(u), row, index, count, labels.new_empty(room, dtype=dtype)
 
 
 def _statistics(inputs: Inputs, backend: str, needs: Needs, kept: Tensor) -> rowmath.Whole:
@@ -232,16 +260,20 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     T, needs = int(count), Needs(*needs)
     rows = pack.rows_of(*index[:, :T], index.shape[1], shift)
     inputs = Inputs(policy, reference, rows)
-    _, inner = choose(backend, policy.hidden.device, (policy, reference))
-    with _settled(policy.hidden):
-        g_logp_T, g_kl_T = (None if g is None else pack.gather(g, rows) for g in (g_logp, g_kl))
-        row = rowmath.cotangents(row[:, :T], g_logp_T, g_kl_T, policy.head.logit_scale)
-        if policy.head.group is None:
-            dh, dw, db = inner.backward(inputs, needs, kept, row, False)
-        else:
-            dh, dw, db = sharded.backward(inner, inputs, needs, kept, row)
+    g_logp_T, g_kl_T = (None if g is None else pack.gather(g, rows) for g in (g_logp, g_kl))
+    row = rowmath.cotangents(row[:, :T], g_logp_T, g_kl_T, policy.head.logit_scale)
+    dh, dw, db = _gradients(inputs, backend, needs, kept, row, False)
     dh = None if dh is None else dh.view(policy.hidden.shape)
     return tuple(args[0].new_empty(0) if g is None else g for g in (dh, dw, db))  # an operator returns no None
+
+
+def _gradients(inputs: Inputs, backend: str, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
+    policy = inputs.policy
+    _, inner = choose(backend, policy.hidden.device, (policy, inputs.reference))
+    with _settled(policy.hidden):
+        if policy.head.group is None:
+            return inner.backward(inputs, needs, kept, row, partial)
+        return sharded.backward(inner, inputs, needs, kept, row, partial)
 
 
 _backward_op = torch.library.custom_op(

@@ -34,7 +34,7 @@ def forward(inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor) -> tuple
     return Part(rowmath.merge(sent_WFT[:, :-2]), sent_WFT[:, -2:].sum(0)), out
 
 
-def backward(inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor) -> Gradients:
+def backward(inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
     own, head, hidden = _own(inputs), inputs.policy.head, inputs.policy.hidden
     if head.weight.shape[0]:
         dh, dw, db = inner.backward(own, needs, kept, row, True)
@@ -43,8 +43,10 @@ def backward(inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor, row: Te
         dh, dw, db = zero_TD, torch.zeros_like(head.weight), None if head.bias is None else torch.zeros_like(head.bias)
     if not needs.hidden:
         return Gradients(None, dw, db)
-    dh, index = summed_(dh, head.group).to(hidden.dtype), inputs.rows.hidden_T
-    if index is not None:
+    dh, index = summed_(dh, head.group), inputs.rows.hidden_T
+    if not partial:
+        dh = dh.to(hidden.dtype)
+    if not partial and index is not None:
         dh = dh.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1]).index_copy_(0, index, dh)
     return Gradients(dh, dw, db)
 
