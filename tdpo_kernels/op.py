@@ -76,7 +76,7 @@ def statistics(
     labels: Tensor, *, ignore_index: int | None, shift: bool, cu_seqlens: Tensor | None, extras: tuple[str, ...],
     backend: str, memory_budget: int, ratios: tuple[float, ...] = (),
 ) -> TokenStats:  # fmt: skip
-    """Return `token_stats`; `ratios` are g_kl / g_logp of the first and the second half of the sequences, if known."""
+    """Return `token_stats`; `ratios`: g_kl / g_logp of the first and the second half of the sequences, if known."""
     checks.check_transforms(hidden)
     head, ref_head = checks.as_head(head, "head"), checks.as_head(ref_head, "ref_head")
     checks.check_inputs(hidden, head, ref_hidden, ref_head, labels)
@@ -106,7 +106,7 @@ def _room(policy: Model, reference: Model, memory_budget: int) -> int:
 
 
 class _TokenStats(torch.autograd.Function):
-    """Save tensors for backward in torch's own way, so that it notices a change of one in between."""
+    """Save what backward needs in torch's own way, so that it notices a change of a tensor in between."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
