@@ -193,11 +193,7 @@ def verify(
     names: tuple[str, ...] = (),
     dtypes: tuple[str, ...] = (),
 ) -> list[Line]:
-    """Run every backend that runs on `device` and call `report` with each line as it is known.
-
-    Args:
-        names, dtypes: names of problems, and of `DTYPES`; none means all.
-    """
+    """Run all backends on `device`, on the problems and dtypes named (or all), and `report` each line as it comes."""
     lines, backends = [], [name for name in BACKENDS if name not in skipped(device)]
     for dtype in dtypes or DTYPES:
         for problem in (p.to(DTYPES[dtype]) for p in problems(device) if not names or p.name in names):

@@ -43,10 +43,7 @@ def choose(backend: str, device: torch.device, sides: Sequence[Model] = ()) -> t
     """Return a backend's name and module, or raise ValueError if the one that is named does not run.
 
     ``"auto"`` takes the backend measured to be the fastest at such sizes on such a GPU, or the one estimated to be
-    where nothing was measured. Elsewhere it takes `tiled`.
-
-    Args:
-        sides: policy and reference, where they are known yet.
+    where nothing was measured. Elsewhere it takes `tiled`. `sides` are policy and reference, if they are known.
     """
     check_backend(backend, BACKENDS)
     name = _auto(device, sides) if backend == "auto" else backend

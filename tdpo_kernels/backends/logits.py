@@ -21,10 +21,7 @@ def block_of(x: Tensor, rows: slice) -> Tensor:
 
 
 def operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype that operands are multiplied in.
-
-    CUDA multiplies 16-bit operands into fp32. Elsewhere a product has its operands' dtype, so they are widened.
-    """
+    """Return the dtype that operands are multiplied in: they are widened unless CUDA multiplies them into fp32."""
     return compute if device.type == "cuda" and stats == torch.float32 else stats
 
 

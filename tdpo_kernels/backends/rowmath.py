@@ -90,10 +90,8 @@ def divergence_(p: Tensor | None, out: Buffers, dim: int) -> tuple[Tensor, Tenso
     """Return the sums over `dim` of ``Q psi(Y)`` and of ``P - Q``, eq. (8), from ``Q = out.q`` and ``Y = out.y``.
 
     With n = Y clamped to NEAR, ``psi(Y) = psi(n) + (e^Y - e^n) - (Y - n)``: the series alone where Y is near 0, and no
-    cancellation beyond. A choice between two forms for each element would cost more than either.
-
-    Args:
-        p: P, in the units of Q; None where no Y is FAR.
+    cancellation beyond. A choice between two forms for each element would cost more than either. p is P, in the units
+    of Q, or None where no Y is FAR.
     """
     q, y, near, psi, less = out
     torch.clamp(y, -NEAR, NEAR, out=near)
@@ -111,10 +109,7 @@ def divergence_(p: Tensor | None, out: Buffers, dim: int) -> tuple[Tensor, Tenso
 
 
 def part(z: Tensor, r: Tensor, extras: Extras, work: Workspace) -> Tensor:
-    """Return the state ``(STATE, R)`` of a tile of both models' logits ``(R, C)``, which are not changed.
-
-    Columns that do not count are LOWEST in both models.
-    """
+    """Return the state ``(STATE, R)`` of a tile of logits ``(R, C)``, LOWEST in both where a column does not count."""
     out = Buffers.of(work, z)
     top_z, top_r = z.amax(-1), r.amax(-1)
     p = torch.sub(z, top_z[:, None], out=out.one)
@@ -216,13 +211,10 @@ def whole(others: Tensor, labels_2T: Tensor, extras: Extras, vocab: int) -> Whol
 
 
 def with_infinities(found: Whole, ruled_out_2: Tensor) -> Whole:
-    """Return `found` with infinities where LOWEST stands for one.
+    """Return `found` with infinities where LOWEST stands for one, given the result of `logits.ruled_out`.
 
     A KL that must be inf is not found by its size: 1e30 times a tiny q looks finite. Only a bias rules a token out, so
     either all rows have an infinite KL or none has.
-
-    Args:
-        ruled_out_2: whether the policy rules out a token that the reference allows, and whether it rules out any.
     """
     missed, any_out = ruled_out_2.unbind()
     extras = dict(found.extras)

@@ -19,7 +19,7 @@ FP16_HEADROOM = 2.0**14  # |dz| is scaled to stay below it
 
 
 class Kind(Enum):
-    """Say which softmaxes eq. (9) wants in a block of rows: none where a, b and c are 0, and so on."""
+    """Say which softmaxes eq. (9) needs in a block of rows, by which of a and c are 0 in all of them."""
 
     NOTHING = 0
     ONLY_P = 1
