@@ -1,4 +1,4 @@
-"""``python -m tdpo_kernels env | verify``: what runs here and why; every backend against float64."""
+"""Run ``python -m tdpo_kernels env | verify``: say what runs here, or compare every backend with float64."""
 
 from __future__ import annotations
 

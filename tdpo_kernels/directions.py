@@ -1,8 +1,8 @@
-"""The gradient of a frozen head's hidden states before the loss is known: 3 products, at the memory of some rows.
+"""Compute dh of a frozen head before the loss is known: in 3 products, at the memory of a block of rows.
 
 A row's g_kl is a known multiple of its g_logp whatever the loss: 0 for the chosen rows of TDPO2 and alpha for its
 rejected ones, 1 for all rows of TDPO1. So ``dh = g_logp u``, where the direction ``u = dz W`` is of the cotangents (1,
-ratio). Rows go block by block: forward, then at once backward from the logits that were kept, so none are made twice.
+ratio). Rows go block by block: forward, then at once backward from the logits kept, so that none are made twice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(
 
     Args:
         kept: room for the logits of a block.
-        statistics, gradient: of a block of rows, which share `kept`; dh ``(R, D)`` unrounded.
+        statistics, gradient: functions of a block of rows, which share `kept`; `gradient` returns dh unrounded.
     """
     hidden, T = inputs.policy.hidden, inputs.rows.count
     vocab = grid.padded(inputs.policy.head.weight.shape[0])
@@ -68,7 +68,7 @@ def _joined(found: list[rowmath.Whole]) -> rowmath.Whole:
 def ratio_of(
     rows: Rows, labels: Tensor, cu_seqlens: Tensor | None, ratios: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
-    """Return each row's ratio ``(T,)``, from those of the first and of the second half of the sequences."""
+    """Return each row's g_kl / g_logp ``(T,)``, from the `ratios` of the sequences' first and second half."""
     at_T = torch.arange(labels.numel(), device=labels.device) if rows.label_T is None else rows.label_T
     if cu_seqlens is None:
         sequence_T, count = at_T // max(labels.shape[-1], 1), labels.shape[0]

@@ -1,4 +1,4 @@
-"""`token_stats`: the differentiable primitive. One autograd function on one operator each way, eager or compiled."""
+"""Compute `token_stats`: one autograd function on one operator each way, eager or compiled."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def token_stats(
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
 ) -> TokenStats:
-    """Per-token policy log-probability, reference log-probability and KL(reference || policy) over the full vocabulary.
+    """Return each token's policy and reference log-probability and KL(reference || policy) over the full vocabulary.
 
-    Eqs. (1) and (2) of `tdpo_kernels.reference` (Zeng et al. 2024, arXiv 2404.11999), with gradients (6) and (7),
-    without ever holding ``[tokens, vocabulary]`` (backend ``"naive"`` excepted). `torch.compile` takes it whole
+    These are eqs. (1) and (2) of `tdpo_kernels.reference` (Zeng et al. 2024, arXiv 2404.11999), with gradients (6) and
+    (7), without ever holding ``[tokens, vocabulary]`` (backend ``"naive"`` excepted). `torch.compile` takes it whole
     (``fullgraph=True``), as the operator ``tdpo_kernels::token_stats``, unless the head is split over ranks.
 
     Args:
         hidden: ``(..., L, D)`` last hidden states of the policy, or ``(N, D)`` packed with ``cu_seqlens``. fp16,
             bf16, fp32, fp64.
-        head: ``(V, D)`` tensor, ``nn.Linear`` or `LMHead`, in hidden's dtype (or any under ``torch.autocast``); or what
-            `tdpo_kernels.parallel.vocab_parallel` makes of one rank's rows.
-        ref_hidden, ref_head: the same for the reference, ``(..., L, E)`` and ``(V, E)``; detached. E and the dtype
+        head: ``(V, D)`` tensor, ``nn.Linear`` or `LMHead`, in hidden's dtype (or any under ``torch.autocast``); or the
+            head that `tdpo_kernels.parallel.vocab_parallel` returns.
+        ref_hidden, ref_head: those of the reference model, ``(..., L, E)`` and ``(V, E)``; detached. E and the dtype
             may differ from the policy's.
         labels: ``(..., L)`` int64 or int32, aligned with the inputs.
         ignore_index: labels equal to it are dropped before any product. None: every label counts (then a padded call
@@ -63,7 +63,7 @@ def token_stats(
         differentiable.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was seen and what is wanted.
+        TypeError, ValueError: if an argument is wrong; the message says which, what was seen and what is wanted.
     """
     return statistics(
         hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
@@ -76,7 +76,7 @@ def statistics(
     labels: Tensor, *, ignore_index: int | None, shift: bool, cu_seqlens: Tensor | None, extras: tuple[str, ...],
     backend: str, memory_budget: int, ratios: tuple[float, ...] = (),
 ) -> TokenStats:  # fmt: skip
-    """Return `token_stats`; `ratios` are g_kl / g_logp of the first and the second half of the sequences, if known."""
+    """Return `token_stats`; `ratios`: g_kl / g_logp of the first and the second half of the sequences, if known."""
     checks.check_transforms(hidden)
     head, ref_head = checks.as_head(head, "head"), checks.as_head(ref_head, "ref_head")
     checks.check_inputs(hidden, head, ref_hidden, ref_head, labels)
@@ -89,7 +89,7 @@ def statistics(
     differentiated = (hidden, head.weight, head.bias)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiated]
     budget = min(memory_budget, 2**62) if backend != "naive" else 2**62
-    room = [rowmath.WHOLE, _room(policy, reference, budget) if any(needs) else 0]  # in the graph: it may be cached
+    room = [rowmath.WHOLE, _room(policy, reference, budget) if any(needs) else 0]  # sizes of outputs
     ratios = list(ratios) if needs == [True, False, False] else []
     options = (*_options(head, policy.dtype), *_options(ref_head, reference.dtype), shift, backend, needs)
     logp, kl, ref_logp, extra = _TokenStats.apply(
@@ -100,14 +100,13 @@ def statistics(
 
 
 def _room(policy: Model, reference: Model, memory_budget: int) -> int:
-    """Return how many logits may be kept, as if every row counted: a graph wants shapes before a label is seen."""
+    """Return how many logits may be kept if every row counts, because a graph has shapes before it sees a label."""
     N, itemsize = policy.hidden.shape[:-1].numel(), stats_dtype(policy, reference).itemsize
     return grid.room(N, policy.head.weight.shape[0], itemsize, memory_budget)
 
 
 class _TokenStats(torch.autograd.Function):
-    """Tensors go through `save_for_backward`, so that torch notices when one is changed between forward and
-    backward."""
+    """Save what backward needs in torch's own way, so that it notices a change of a tensor in between."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -154,7 +153,7 @@ def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
-# --- the operators: what a graph has of the two functions below, which are called as they are where none is traced ----
+# --- the operators: graphs call them, eager calls go to `_forward` and `_backward` directly ---------------------------
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias"
 _OPTIONS = ", ".join(
@@ -175,7 +174,7 @@ TAGS = (torch.Tag.cudagraph_unsafe,)  # packing waits for the device
 
 
 def _options(head: LMHead, dtype: torch.dtype) -> tuple:
-    """Return what else an operator is told of a model."""
+    """Return the options of a model that an operator takes beside its tensors."""
     split = isinstance(head, VocabParallelHead)
     return head.logit_scale, head.softcap, dtype, *((head.group.group_name, list(head.sizes)) if split else ("", []))
 
@@ -221,7 +220,7 @@ _forward_op = torch.library.custom_op("tdpo_kernels::token_stats", _forward, mut
 
 
 def _sized(row: Tensor, rows: Rows, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the row values, positions and labels of the rows that count, in the size of all rows, and how many do."""
+    """Return row values, positions and labels of the T rows that count, padded to the size of all rows, and T."""
     T, index = rows.count, rows.labels_T.new_zeros(2, count)
     if rows.label_T is not None:
         index[0, :T] = rows.label_T
@@ -289,8 +288,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _settled(x: Tensor) -> contextlib.AbstractContextManager:
-    """Return a context in which nothing casts behind our back (`checks.compute_dtype` settled the dtype), and in which
-    kernels are launched on x's own device."""
+    """Return a context with autocast off (`checks.compute_dtype` settled the dtype) and x's device the current one."""
     stack = contextlib.ExitStack()
     if torch.is_autocast_enabled(x.device.type):
         stack.enter_context(torch.autocast(x.device.type, enabled=False))
