@@ -12,22 +12,11 @@ from .types import LMHead, TDPOOutput
 
 
 def fused_tdpo_loss(
-    hidden: Tensor,
-    head: Tensor | nn.Linear | LMHead,
-    ref_hidden: Tensor,
-    ref_head: Tensor | nn.Linear | LMHead,
-    labels: Tensor,
-    *,
-    beta: float = 0.1,
-    alpha: float | None = None,
-    variant: str = "tdpo2",
-    ignore_index: int | None = -100,
-    shift: bool = True,
-    reduction: str = "mean",
-    cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
-    memory_budget: int = DEFAULT_BUDGET,
-) -> TDPOOutput:
+    hidden: Tensor, head: Tensor | nn.Linear | LMHead, ref_hidden: Tensor, ref_head: Tensor | nn.Linear | LMHead,
+    labels: Tensor, *, beta: float = 0.1, alpha: float | None = None, variant: str = "tdpo2",
+    ignore_index: int | None = -100, shift: bool = True, reduction: str = "mean", cu_seqlens: Tensor | None = None,
+    backend: str = "auto", memory_budget: int = DEFAULT_BUDGET,
+) -> TDPOOutput:  # fmt: skip
     """Return the loss of Token-level Direct Preference Optimization (Zeng et al. 2024, arXiv 2404.11999).
 
     It takes eqs. (3) to (5) of `tdpo_kernels.reference` on top of `token_stats`, which documents the arguments they
@@ -67,17 +56,9 @@ class TDPOLoss(nn.Module):
     """Call `fused_tdpo_loss` with options fixed at construction, for trainers that hold their loss as a module."""
 
     def __init__(
-        self,
-        *,
-        beta: float = 0.1,
-        alpha: float | None = None,
-        variant: str = "tdpo2",
-        ignore_index: int | None = -100,
-        shift: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-        memory_budget: int = DEFAULT_BUDGET,
-    ) -> None:
+        self, *, beta: float = 0.1, alpha: float | None = None, variant: str = "tdpo2", ignore_index: int | None = -100,
+        shift: bool = True, reduction: str = "mean", backend: str = "auto", memory_budget: int = DEFAULT_BUDGET,
+    ) -> None:  # fmt: skip
         super().__init__()
         checks.check_loss(beta, alpha, variant, reduction)
         checks.check_options(ignore_index, shift, (), memory_budget)
@@ -88,14 +69,9 @@ class TDPOLoss(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self,
-        hidden: Tensor,
-        head: Tensor | nn.Linear | LMHead,
-        ref_hidden: Tensor,
-        ref_head: Tensor | nn.Linear | LMHead,
-        labels: Tensor,
-        cu_seqlens: Tensor | None = None,
-    ) -> TDPOOutput:
+        self, hidden: Tensor, head: Tensor | nn.Linear | LMHead, ref_hidden: Tensor,
+        ref_head: Tensor | nn.Linear | LMHead, labels: Tensor, cu_seqlens: Tensor | None = None,
+    ) -> TDPOOutput:  # fmt: skip
         return fused_tdpo_loss(hidden, head, ref_hidden, ref_head, labels, cu_seqlens=cu_seqlens, **self.options)
 
     def extra_repr(self) -> str:

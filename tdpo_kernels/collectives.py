@@ -67,7 +67,3 @@ def same(every: Sequence[Sequence[object]], names: tuple[str, ...]) -> None:
     for name, seen in zip(names, zip(*every, strict=True), strict=True):
         if len(set(seen)) > 1:
             raise ValueError(f"{name}: the ranks of the head's group have {', '.join(map(str, seen))}, wanted the same")
-
-
-def position(group: ProcessGroup) -> int:
-    return dist.get_rank(group)

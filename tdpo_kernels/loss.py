@@ -36,16 +36,9 @@ def preference_loss(
 
 
 def sums_loss(
-    logp_S: Tensor,
-    ref_S: Tensor,
-    kl_S: Tensor,
-    dtype: torch.dtype,
-    *,
-    beta: float,
-    alpha: float,
-    variant: str,
+    logp_S: Tensor, ref_S: Tensor, kl_S: Tensor, dtype: torch.dtype, *, beta: float, alpha: float, variant: str,
     reduction: str,
-) -> TDPOOutput:
+) -> TDPOOutput:  # fmt: skip
     """Return the loss in `dtype` from each sequence's sums."""
     margin_S = logp_S - ref_S  # in fp32 two sums of hundreds of nats would cancel
     (m_w, m_l), (k_w, k_l) = margin_S.chunk(2), kl_S.chunk(2)

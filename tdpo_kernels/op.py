@@ -19,19 +19,10 @@ DEFAULT_BUDGET = 512 * 2**20
 
 
 def token_stats(
-    hidden: Tensor,
-    head: Tensor | nn.Linear | LMHead,
-    ref_hidden: Tensor,
-    ref_head: Tensor | nn.Linear | LMHead,
-    labels: Tensor,
-    *,
-    ignore_index: int | None = -100,
-    shift: bool = True,
-    cu_seqlens: Tensor | None = None,
-    extras: tuple[str, ...] = (),
-    backend: str = "auto",
-    memory_budget: int = DEFAULT_BUDGET,
-) -> TokenStats:
+    hidden: Tensor, head: Tensor | nn.Linear | LMHead, ref_hidden: Tensor, ref_head: Tensor | nn.Linear | LMHead,
+    labels: Tensor, *, ignore_index: int | None = -100, shift: bool = True, cu_seqlens: Tensor | None = None,
+    extras: tuple[str, ...] = (), backend: str = "auto", memory_budget: int = DEFAULT_BUDGET,
+) -> TokenStats:  # fmt: skip
     """Return each token's policy and reference log-probability and KL(reference || policy) over the full vocabulary.
 
     These are eqs. (1) and (2) of `tdpo_kernels.reference` (Zeng et al. 2024, arXiv 2404.11999), with gradients (6) and

@@ -52,6 +52,15 @@ def choose(backend: str, device: torch.device, sides: Sequence[Model] = ()) -> t
     return name, BACKENDS[name]
 
 
+def auto_says(device: torch.device) -> str:
+    """Return what ``"auto"`` takes on `device`, in words."""
+    if device.type != "cuda" or _refusal("fused", device, ()):
+        return "tiled"
+    if winner(launch.device_of(device), 2, 4096, 128256):
+        return "the faster of fused and tiled at the measured sizes nearest to a call's"
+    return "tiled where D >= 2048, fused below; estimated, not measured"
+
+
 def _refusal(name: str, device: torch.device, sides: Sequence[Model]) -> str:
     if name != "fused":
         return ""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checks import check_tensor, seen
-from ..collectives import position, same, told
+from ..collectives import same, told
 from ..types import LMHead, VocabParallelHead
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _made(head: Tensor | nn.Linear | LMHead, group: ProcessGroup | None, vocab_s
         sizes = _sizes(head, group)
     if vocab_size is not None:
         sizes = _without_padding(sizes, vocab_size)
-        mine = sizes[position(group)]
+        mine = sizes[group.rank()]
         weight, bias = weight[:mine], None if bias is None else bias[:mine]
     return VocabParallelHead(weight, bias, head.logit_scale, head.softcap, group, sizes)
 
