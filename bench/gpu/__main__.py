@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 DEFAULT = ("env", "verify", "headline", "memory", "offsets", "determinism", "profile")
-STAGES = (*DEFAULT, "laws", "sanitizer", "tune")  # the last ones only when asked for
+STAGES = (*DEFAULT, "laws", "tune")  # the last ones only when asked for
 DRY = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 
 
