@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..rows import Row
 from ..shapes import SHAPES
@@ -62,8 +63,9 @@ def _overview(canvas: Canvas, rows: list[Row]) -> None:
         axes.xaxis.set_major_formatter(_bytes)
         axes.grid(True, axis="y", which="minor")
     panels[0].set_ylabel("time / bare products")
-    for which in (panels[0].yaxis.set_major_formatter, panels[0].yaxis.set_minor_formatter):
-        which("{x:.3g}")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
     _legend(canvas, panels)
 
 

@@ -53,10 +53,9 @@ def _table(rows: list[Row]) -> Table:
         return f"{row.seconds[0] / twin.seconds[0]:.2f}" if twin and twin.seconds and row.seconds else "-"
 
     columns = {"shape": lambda row: row.shape if several else "-"} | COLUMNS | {"time / contiguous": beside}
-    cells = [tuple(columns[name](row) for name in HEAD) for row in rows]
-    shown = [i for i, column in enumerate(zip(*cells, strict=True)) if set(column) != {"-"}]
-    head = tuple(HEAD[i] for i in shown)
-    return Table(_title(rows), head, [tuple(line[i] for i in shown) for line in cells], _notes(rows))
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    shown = {name: column for name, column in cells.items() if set(column) != {"-"}}
+    return Table(_title(rows), tuple(shown), list(zip(*shown.values(), strict=True)), _notes(rows))
 
 
 def _title(rows: list[Row]) -> str:
@@ -82,7 +81,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "error vs float64": lambda row: _number(row.error),
     "remark": lambda row: f"RED {row.note}" if row.red else row.note or "-",
 }
-HEAD = ("shape", *list(COLUMNS)[:3], "time / contiguous", *list(COLUMNS)[3:])
 
 
 def label(row: Row) -> str:

@@ -106,6 +106,10 @@ class Parity:
     other: Record
 
     @property
+    def name(self) -> str:
+        return " - ".join(f"{record.run.loss} {record.run.dtype}" for record in (self.one, self.other))
+
+    @property
     def differences(self) -> list[float]:
         return [abs(a - b) for a, b in zip(self.one.losses, self.other.losses, strict=True)]
 

@@ -19,7 +19,7 @@ def test_rows_come_back_as_they_went(tmp_path):
     rows.append(out, [row])
     rows.append(out, [row])
     assert rows.load(out) == [row, row]
-    assert row.conditions.fingerprint and row.conditions.commit and row.conditions.memory_bytes
+    assert row.conditions.commit and row.conditions.memory_bytes
 
 
 def test_committed_rows_are_readable_and_a_file_is_of_one_device():
@@ -65,7 +65,7 @@ def test_a_changed_checkout_is_measured_again(tmp_path):
     job = command.Job(TINY, "float32", ["ours@0"], 1)
     rows.append(tmp_path / "rows.jsonl", [made_up(conditions=where)])
     assert command._left([job], tmp_path / "rows.jsonl", where) == []
-    for elsewhere in (replace(where, dirty=True), replace(where, commit="c"), replace(where, fingerprint="f")):
+    for elsewhere in (replace(where, dirty=True), replace(where, commit="c"), replace(where, torch="0")):
         assert command._left([job], tmp_path / "rows.jsonl", elsewhere) == [job]
 
 
