@@ -77,14 +77,6 @@ def parse(data: dict) -> Row:
     return Row(**known | tuples | {"conditions": Conditions.parse(data["conditions"])})
 
 
-def merge(path: Path, rows: Iterable[Row]) -> int:
-    """Append the rows that are not in the file yet, and return how many they are."""
-    known = load(path)
-    new = [row for row in rows if row not in known]
-    append(path, new)
-    return len(new)
-
-
 def together(rows: Iterable[Row]) -> list[Row]:
     """Return each shape's and dtype's newest run, in the order in which shapes first appeared.
 

@@ -9,17 +9,17 @@ from ..report.tables import Table, markdown
 from .figures import draw
 from .settings import COMPARED, KL, NAMES, PUBLISHED, SOURCE
 from .store import Record
-from .summary import Spread, Value, by_method, final, of_part, over_seeds, parities, reward_at, verdicts
+from .summary import Spread, by_method, final, of_part, over_seeds, parities, reward_at, verdicts
 
 PAGE = "reproduce.md"
 FIRST = 100  # steps, before training has multiplied what rounding does
 FRONTIER_KLS = (1.0, KL, 5.0)
-FINALS = (
+AT_THE_END = [(head, final(name), digits) for head, name, digits in (
     ("reward", "reward", 3), ("KL", "kl", 2), ("SeqKL chosen", "chosen_kl", 2), ("SeqKL rejected", "rejected_kl", 2),
     ("margin", "margin", 2), ("accuracy", "accuracy", 3), ("accuracy without KL", "accuracy_without_kl", 3),
     ("entropy", "entropy", 2), ("distinct-1", "distinct_1", 4), ("distinct-2", "distinct_2", 3),
     ("distinct-3", "distinct_3", 3),
-)  # fmt: skip
+)]  # fmt: skip
 
 
 def write(records: list[Record], folder: Path) -> Path:
@@ -91,25 +91,36 @@ def _orderings(records: list[Record]) -> Table:
     head = ("quantity", "the paper's ordering", "paper", "here", "difference here", "verdict")
     cells = []
     for v in verdicts(records):
-        o, here = v.ordering, f"{v.more.mean:.3g}, {v.less.mean:.3g}" if v.more and v.less else "-"
-        cells.append((NAMES[o.quantity], f"{o.more} > {o.less}", o.figures, here, _text(v.difference, 3), v.text))
+        o, (more, less, apart) = v.ordering, v.spreads if v.pairs else (None,) * 3
+        here = f"{more.mean:.3g}, {less.mean:.3g}" if v.pairs else "-"
+        cells.append((NAMES[o.quantity], f"{o.more} > {o.less}", o.figures, here, _text(apart, 3), v.text))
     return Table("the paper's orderings, held against these runs", head, cells,
                  ["Here: means over seeds. Difference: of the two methods within a seed."])  # fmt: skip
 
 
 def _frontier(records: list[Record]) -> Table:
     values = [(f"reward at KL {kl:g}", reward_at(kl), 3) for kl in FRONTIER_KLS]
-    return _by_method("reward where a run first comes to a KL", records, values,
-                      ["-: not all seeds came to it."])  # fmt: skip
+    notes = ["-: not all seeds came to it."]
+    return _grouped("reward where a run first comes to a KL", by_method(records), values, notes)
 
 
 def _finals(records: list[Record]) -> Table:
-    return _by_method("at the last step", records, [(head, final(name), digits) for head, name, digits in FINALS], [])
+    return _grouped("at the last step", by_method(records), AT_THE_END, [])
 
 
-def _by_method(title: str, records: list[Record], values: list[tuple[str, Value, int]], notes: list[str]) -> Table:
-    cells = [(method, *(_text(over_seeds(some, value), digits) for _, value, digits in values))
-             for method, some in by_method(records).items()]  # fmt: skip
+def _rates(records: list[Record]) -> Table:
+    """Show other learning rates beside the first seed's run at the rate of all others."""
+    rated = of_part(records, "rate")
+    methods, seed = {r.run.method for r in rated}, rated[0].run.seed
+    usual = [r for r in of_part(records, "frontier") if r.run.method in methods and r.run.seed == seed]
+    shown = sorted([*rated, *usual], key=lambda r: (r.run.method, r.run.lr))
+    groups = {f"{r.run.method} at {r.run.lr:g}": [r] for r in shown}
+    return _grouped(f"at the last step, by learning rate, seed {seed}", groups, AT_THE_END, [])
+
+
+def _grouped(title: str, groups: dict[str, list[Record]], values: list, notes: list[str]) -> Table:
+    cells = [(name, *(_text(over_seeds(some, value), digits) for _, value, digits in values))
+             for name, some in groups.items()]  # fmt: skip
     return Table(title, ("method", *(head for head, _, _ in values)), cells, notes)
 
 
@@ -118,18 +129,6 @@ def _parity(records: list[Record]) -> Table:
     cells = [(p.name, *(f"{x:.1e}" for x in (p.within(1), p.within(FIRST), p.largest)), f"{p.step}")
              for p in parities(records)]  # fmt: skip
     return Table("losses of runs that should be the same", head, cells)
-
-
-def _rates(records: list[Record]) -> Table:
-    """Show other learning rates beside the first seed's run at the rate of all others."""
-    rated = of_part(records, "rate")
-    methods = {r.run.method for r in rated}
-    usual = [r for r in of_part(records, "frontier") if r.run.method in methods and r.run.seed == rated[0].run.seed]
-    shown = sorted([*rated, *usual], key=lambda r: (r.run.method, r.run.lr))
-    cells = [(r.run.method, f"{r.run.lr:g}", *(f"{final(field)(r):.{digits}f}" for _, field, digits in FINALS))
-             for r in shown]  # fmt: skip
-    head = ("method", "learning rate", *(head for head, _, _ in FINALS))
-    return Table(f"at the last step, seed {rated[0].run.seed}", head, cells, ["One seed: no spread."])
 
 
 def _text(found: Spread | None, digits: int) -> str:
