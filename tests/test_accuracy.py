@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, DTYPES, RUNS, Case, Problem, cotangents, hated_part
-from closeness import Judge, budget_of, dtype_id, exact, judge, leaves, ours, pull, stats_of
+from closeness import Judge, budget_of, dtype_id, judge, leaves, ours, pull, stats_of
 from runnable import mainly, runnable, takes
+from truth import exact
 
 from tdpo_kernels.backends import BACKENDS
 

@@ -12,23 +12,12 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, DTYPES, Case, base, bias_of, cotangents, of_logits
-from closeness import (
-    SIXTEEN_BIT,
-    Array,
-    Truth,
-    dtype_id,
-    exact,
-    leaves,
-    pull,
-    round_cotangents,
-    same_bits,
-    stats_of,
-    truth,
-)
+from closeness import SIXTEEN_BIT, dtype_id, leaves, pull, same_bits, stats_of
 from hypothesis import given
 from hypothesis import strategies as st
 from runnable import mainly
 from torch import Tensor
+from truth import Array, Truth, exact, round_cotangents, truth
 
 from tdpo_kernels import TokenStats, fused_tdpo_loss
 

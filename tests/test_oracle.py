@@ -9,10 +9,10 @@ import oracle
 import pytest
 import torch
 from cases import CASES, cotangents
-from closeness import truth
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from truth import truth
 
 from tdpo_kernels import LMHead, TokenStats, reference
 from tdpo_kernels.loss import preference_loss, sequence_sums
