@@ -1,4 +1,4 @@
-"""TDPO from hidden states and LM-head weights, without ``[tokens, vocabulary]``. Start at `fused_tdpo_loss`."""
+"""Compute TDPO from hidden states and LM-head weights, without ``[tokens, vocabulary]``. Start at `fused_tdpo_loss`."""
 
 from .api import TDPOLoss, fused_tdpo_loss
 from .op import token_stats

@@ -1,4 +1,4 @@
-"""``python -m tdpo_kernels env | verify``: what runs here and why; every backend against float64."""
+"""Run ``python -m tdpo_kernels env | verify``: say what runs here, or compare every backend with float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from .backends import availability, choose
+from .backends import auto_says, availability
 from .verify import Line, skipped, verify
 from .version import __version__
 
@@ -44,7 +44,7 @@ def _env() -> int:
         print(f"\n{device}: {torch.cuda.get_device_name(device) if cuda else platform.processor() or 'cpu'}")
         for name, reason in availability(device).items():
             print(f"  {name:9}{reason}")
-        print(f"  auto     {choose('auto', device)[0]}")
+        print(f"  auto     {auto_says(device)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`fused_tdpo_loss`: pack, token_stats, loss, in that order."""
+"""Compute `fused_tdpo_loss`: pack, token_stats, loss, in that order."""
 
 from __future__ import annotations
 
@@ -6,77 +6,59 @@ from torch import Tensor, nn
 
 from . import checks
 from .backends import BACKENDS
-from .loss import preference_loss
-from .op import DEFAULT_BUDGET, token_stats
+from .loss import cotangent_ratios, preference_loss
+from .op import DEFAULT_BUDGET, statistics
 from .types import LMHead, TDPOOutput
 
 
 def fused_tdpo_loss(
-    hidden: Tensor,
-    head: Tensor | nn.Linear | LMHead,
-    ref_hidden: Tensor,
-    ref_head: Tensor | nn.Linear | LMHead,
-    labels: Tensor,
-    *,
-    beta: float = 0.1,
-    alpha: float | None = None,
-    variant: str = "tdpo2",
-    ignore_index: int | None = -100,
-    shift: bool = True,
-    reduction: str = "mean",
-    cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
-    memory_budget: int = DEFAULT_BUDGET,
-) -> TDPOOutput:
-    """Token-level Direct Preference Optimization (Zeng et al. 2024, arXiv 2404.11999) from hidden states and LM heads.
+    hidden: Tensor, head: Tensor | nn.Linear | LMHead, ref_hidden: Tensor, ref_head: Tensor | nn.Linear | LMHead,
+    labels: Tensor, *, beta: float = 0.1, alpha: float | None = None, variant: str = "tdpo2",
+    ignore_index: int | None = -100, shift: bool = True, reduction: str = "mean", cu_seqlens: Tensor | None = None,
+    backend: str = "auto", memory_budget: int = DEFAULT_BUDGET,
+) -> TDPOOutput:  # fmt: skip
+    """Return the loss of Token-level Direct Preference Optimization (Zeng et al. 2024, arXiv 2404.11999).
 
-    Eqs. (3) to (5) of `tdpo_kernels.reference` on top of `token_stats`, which documents the arguments they share.
+    It takes eqs. (3) to (5) of `tdpo_kernels.reference` on top of `token_stats`, which documents the arguments they
+    share.
 
     Args:
         hidden: ``(2P, L, D)``, the P chosen rows first, then their rejected partners in the same order; or ``(N, D)``
             packed, with ``cu_seqlens`` of length ``2P + 1`` and the chosen sequences first. P >= 1.
-        ref_hidden: ``(2P, L, E)`` or ``(N, E)``, the reference model's, detached.
+        ref_hidden: ``(2P, L, E)`` or ``(N, E)``, of the reference model; detached.
         labels: ``(2P, L)`` or ``(N,)``; prompts and padding set to ``ignore_index``.
         beta: > 0, the strength of the pull towards the reference.
-        alpha: >= 0, the weight of the KL difference in TDPO2; None means 0.5. ``alpha=0`` is DPO. TDPO1 has none:
-            giving it raises.
-        variant: ``"tdpo2"`` or ``"tdpo1"``. TDPO1 is not TDPO2 with alpha = 1: same value, other gradient.
-        reduction: over pairs: ``"mean"``, ``"sum"``, or ``"none"`` for one loss per pair.
+        alpha: >= 0, the weight of the KL difference in TDPO2; None means 0.5. ``alpha=0`` is DPO. TDPO1 has none,
+            and giving one raises.
+        variant: ``"tdpo2"`` or ``"tdpo1"``. TDPO1 is not TDPO2 with alpha = 1: the values are equal, the gradients not.
+        reduction: how pairs are reduced: ``"mean"``, ``"sum"``, or ``"none"`` for one loss per pair.
 
     Returns:
         `TDPOOutput`. An empty completion counts as m = k = 0. With every label ignored the loss is log 2 and
         gradients are zero, not None.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was seen and what is wanted.
+        TypeError, ValueError: if an argument is wrong; the message says which, what was seen and what is wanted.
     """
     beta, alpha = checks.check_loss(beta, alpha, variant, reduction)
     checks.check_tensor(hidden, "hidden")
     if cu_seqlens is not None:
         checks.check_tensor(cu_seqlens, "cu_seqlens")
     checks.check_pairs(hidden, cu_seqlens)
-    stats = token_stats(
-        hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift,
-        cu_seqlens=cu_seqlens, backend=backend, memory_budget=memory_budget,
+    stats = statistics(
+        hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
+        extras=(), backend=backend, memory_budget=memory_budget, ratios=cotangent_ratios(alpha, variant),
     )  # fmt: skip
     return preference_loss(stats, beta=beta, alpha=alpha, variant=variant, reduction=reduction, cu_seqlens=cu_seqlens)
 
 
 class TDPOLoss(nn.Module):
-    """`fused_tdpo_loss` with its options fixed at construction, for trainers that hold their loss as a module."""
+    """Call `fused_tdpo_loss` with options fixed at construction, for trainers that hold their loss as a module."""
 
     def __init__(
-        self,
-        *,
-        beta: float = 0.1,
-        alpha: float | None = None,
-        variant: str = "tdpo2",
-        ignore_index: int | None = -100,
-        shift: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-        memory_budget: int = DEFAULT_BUDGET,
-    ) -> None:
+        self, *, beta: float = 0.1, alpha: float | None = None, variant: str = "tdpo2", ignore_index: int | None = -100,
+        shift: bool = True, reduction: str = "mean", backend: str = "auto", memory_budget: int = DEFAULT_BUDGET,
+    ) -> None:  # fmt: skip
         super().__init__()
         checks.check_loss(beta, alpha, variant, reduction)
         checks.check_options(ignore_index, shift, (), memory_budget)
@@ -87,14 +69,9 @@ class TDPOLoss(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self,
-        hidden: Tensor,
-        head: Tensor | nn.Linear | LMHead,
-        ref_hidden: Tensor,
-        ref_head: Tensor | nn.Linear | LMHead,
-        labels: Tensor,
-        cu_seqlens: Tensor | None = None,
-    ) -> TDPOOutput:
+        self, hidden: Tensor, head: Tensor | nn.Linear | LMHead, ref_hidden: Tensor,
+        ref_head: Tensor | nn.Linear | LMHead, labels: Tensor, cu_seqlens: Tensor | None = None,
+    ) -> TDPOOutput:  # fmt: skip
         return fused_tdpo_loss(hidden, head, ref_hidden, ref_head, labels, cu_seqlens=cu_seqlens, **self.options)
 
     def extra_repr(self) -> str:

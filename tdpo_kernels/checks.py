@@ -1,4 +1,4 @@
-"""What a call must look like. Every function names the argument, what was seen and what is wanted, before any work."""
+"""Check a call before any work. Every error names the argument, what was seen and what is wanted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def seen(x: object) -> str:
 
 
 def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
-    """A ``(V, D)`` tensor, an ``nn.Linear`` or an ``LMHead``, checked."""
+    """Return the head that a ``(V, D)`` tensor, an ``nn.Linear`` or an ``LMHead`` stands for, or raise."""
     if isinstance(head, nn.Linear):
         head = _of_linear(head, name)
     elif isinstance(head, Tensor):
@@ -60,7 +60,7 @@ def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
 
 
 def _check_split(head: VocabParallelHead, name: str) -> None:
-    """Against a head made by hand, or with another weight put into it."""
+    """Raise ValueError for a head that was made by hand, or was given another weight."""
     rank, world = dist.get_rank(head.group), dist.get_world_size(head.group)
     if rank < 0 or len(head.sizes) != world or head.sizes[rank] != head.weight.shape[0]:
         raise ValueError(
@@ -70,10 +70,10 @@ def _check_split(head: VocabParallelHead, name: str) -> None:
 
 
 def _of_linear(linear: nn.Linear, name: str) -> LMHead:
-    """Return the head that a linear is, where its weight and bias are the whole of its map."""
+    """Return the head that a linear stands for, or raise TypeError if it does more than its weight and bias say."""
     if isinstance(linear.weight, nn.parameter.UninitializedParameter):
         raise TypeError(f"{name}: got a {seen(linear)} that is not initialised, wanted one with a weight; run it once")
-    _tensor(linear.weight, f"{name}.weight", FLOATS)  # a sharded one has hooks too, and that it is sharded says more
+    _tensor(linear.weight, f"{name}.weight", FLOATS)  # first, as a sharded weight has hooks too
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):  # LoRA, quantisation, offloading
         raise TypeError(f"{name}: got a {seen(linear)} with a forward of its own, wanted nn.Linear's, or an LMHead")
     hooks = {
@@ -86,7 +86,7 @@ def _of_linear(linear: nn.Linear, name: str) -> LMHead:
 
 
 def check_transforms(hidden: object) -> None:
-    """Refuse the transforms of torch that run a function on tensors of their own, which no kernel sees through."""
+    """Raise TypeError within transforms of torch, whose wrapped tensors no kernel sees through."""
     if torch.compiler.is_compiling():
         return
     level = torch._C._functorch.peek_interpreter_stack()
@@ -104,7 +104,7 @@ _TRANSFORMS = {"Vmap": "torch.func.vmap", "Grad": "torch.func.grad", "Jvp": "for
 
 
 def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, labels: Tensor) -> None:
-    """Shapes, dtypes and devices of one call; no value is read."""
+    """Check shapes, dtypes and devices of one call; read no value."""
     _tensor(hidden, "hidden", FLOATS)
     _tensor(ref_hidden, "ref_hidden", FLOATS)
     _tensor(labels, "labels", (torch.int64, torch.int32))
@@ -142,7 +142,7 @@ def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMH
 
 
 def _check_groups(head: LMHead, ref_head: VocabParallelHead) -> None:
-    """One group walks the vocabulary."""
+    """Raise ValueError unless both heads are split over the same ranks."""
     if not isinstance(head, VocabParallelHead):
         raise ValueError("head: got a whole head with a vocabulary-parallel ref_head, wanted it split as well")
     ranks, ref_ranks = (dist.get_process_group_ranks(h.group) for h in (head, ref_head))
@@ -151,7 +151,7 @@ def _check_groups(head: LMHead, ref_head: VocabParallelHead) -> None:
 
 
 def compute_dtype(hidden: Tensor, head: LMHead, prefix: str) -> torch.dtype:
-    """The dtype `F.linear` would multiply in: the common one, or autocast's."""
+    """Return the dtype that `F.linear` would multiply in: the common one, or autocast's."""
     device = hidden.device.type
     pair = (hidden.dtype, head.weight.dtype)
     if torch.is_autocast_enabled(device) and torch.float64 not in pair:
@@ -165,7 +165,7 @@ def compute_dtype(hidden: Tensor, head: LMHead, prefix: str) -> torch.dtype:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
-    """Its shape, dtype and device; `pack` reads its values."""
+    """Check shape, dtype and device; `pack` reads the values."""
     _tensor(cu_seqlens, "cu_seqlens", (torch.int32, torch.int64))
     if hidden.dim() != 2:
         raise ValueError(f"hidden: got {seen(hidden)}, wanted packed (N, D) when cu_seqlens is given")
@@ -189,7 +189,7 @@ def check_pairs(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def check_loss(beta: float, alpha: float | None, variant: str, reduction: str) -> tuple[float, float]:
-    """beta and alpha as floats, alpha's default filled in."""
+    """Return beta and alpha as floats, with alpha's default filled in."""
     for name, value, allowed in (("variant", variant, VARIANTS), ("reduction", reduction, REDUCTIONS)):
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, allowed))}")
@@ -209,7 +209,7 @@ def check_loss(beta: float, alpha: float | None, variant: str, reduction: str) -
 
 
 def check_backend(backend: str, known: Iterable[str]) -> None:
-    """Its name only: where it runs is known once there is a device."""
+    """Check the name only: whether it runs is known once there is a device."""
     names = ("auto", *known)
     if not isinstance(backend, str) or backend not in names:
         raise ValueError(f"backend: got {seen(backend)}, wanted {' or '.join(map(repr, names))}")
@@ -250,7 +250,7 @@ def _tensor(x: object, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
 
 
 def _number(x: object, name: str) -> float:
-    """As a float: torch multiplies by no int beyond int64."""
+    """Return x as a finite float: torch multiplies by no int beyond int64."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name}: got {seen(x)}, wanted a number")
     if abs(x) > sys.float_info.max or x != x:

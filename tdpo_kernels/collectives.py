@@ -1,4 +1,4 @@
-"""What ranks say to each other, and what is said when one of them does not answer."""
+"""Exchange tensors and facts between ranks, and name the exchange that failed when one of them does not answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
-    """``(W, *x.shape)``, in rank order."""
+    """Return the x of every rank, ``(W, *x.shape)``, in rank order."""
     out = x.new_empty(dist.get_world_size(group), *x.shape)
     if x.numel() == 0:
         return out
@@ -25,14 +25,14 @@ def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def summed_(x: Tensor, group: ProcessGroup) -> Tensor:
-    """x, summed over the ranks in place."""
+    """Return x, summed over the ranks in place."""
     with _named(f"all-reduce of {_shape(x)}", group):
         dist.all_reduce(x, group=group)
     return x
 
 
 def exchanged(x: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
-    """The rows that other ranks have for this one, in rank order, for `sent` rows of x to each of them, in order."""
+    """Send ``sent[k]`` rows of x to each rank k, in order, and return the ``received[k]`` rows that each has sent."""
     out = x.new_empty(sum(received), *x.shape[1:])
     with _named(f"all-to-all of {_shape(x)}", group):
         dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
@@ -55,7 +55,7 @@ def _shape(x: Tensor) -> str:
 
 
 def told(facts: tuple[object, ...], group: ProcessGroup) -> list[tuple[object, ...]]:
-    """Each rank's, in rank order. Slow: for what is said once."""
+    """Return every rank's facts, in rank order. This is slow, and meant for facts that are told once."""
     every: list[Any] = [None] * dist.get_world_size(group)
     with _named(f"all-gather of {facts}", group):
         dist.all_gather_object(every, facts, group=group)
@@ -63,11 +63,7 @@ def told(facts: tuple[object, ...], group: ProcessGroup) -> list[tuple[object, .
 
 
 def same(every: Sequence[Sequence[object]], names: tuple[str, ...]) -> None:
-    """What each rank has `told`, against each other: ValueError naming the first that differs, so on every rank."""
+    """Raise ValueError, on every rank alike, naming the first fact in which the ranks differ."""
     for name, seen in zip(names, zip(*every, strict=True), strict=True):
         if len(set(seen)) > 1:
             raise ValueError(f"{name}: the ranks of the head's group have {', '.join(map(str, seen))}, wanted the same")
-
-
-def position(group: ProcessGroup) -> int:
-    return dist.get_rank(group)

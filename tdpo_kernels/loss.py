@@ -1,4 +1,4 @@
-"""Eqs. (3) to (5) of `reference.py`: from per-token statistics to the preference loss. The only copy; tiny tensors."""
+"""Compute the preference loss from per-token statistics by eqs. (3) to (5) of `reference.py`, which stand only here."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ DEFAULT_ALPHA = 0.5
 
 
 def sequence_sums(per_token: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """``(..., S, L) -> (..., S)``, or ``(..., N) -> (..., S)`` between the offsets, in float64. Deterministic; an empty
-    sequence sums to 0.
+    """Return float64 sums over each sequence: of ``(..., S, L)``, or of ``(..., N)`` between the offsets.
 
-    Packed sequences may be summed one token after the other: in fp32 that is nats off at 10^5 tokens.
+    The sums are deterministic, and 0 for an empty sequence. Packed sequences may be summed one token after the other,
+    which in fp32 is nats off at 10^5 tokens.
     """
     wide = per_token.dtype if per_token.device.type == "mps" else torch.float64  # MPS has no float64
     if cu_seqlens is None:
@@ -30,23 +30,16 @@ def sequence_sums(per_token: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def preference_loss(
     stats: TokenStats, *, beta: float, alpha: float, variant: str, reduction: str, cu_seqlens: Tensor | None = None
 ) -> TDPOOutput:
-    """Everything between the tokens and the loss in float64; returned in the statistics' dtype."""
+    """Return the loss in the statistics' dtype; everything before it is computed in float64."""
     sums = (sequence_sums(x, cu_seqlens) for x in (stats.logp, stats.ref_logp, stats.kl))
     return sums_loss(*sums, stats.logp.dtype, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
 
 
 def sums_loss(
-    logp_S: Tensor,
-    ref_S: Tensor,
-    kl_S: Tensor,
-    dtype: torch.dtype,
-    *,
-    beta: float,
-    alpha: float,
-    variant: str,
+    logp_S: Tensor, ref_S: Tensor, kl_S: Tensor, dtype: torch.dtype, *, beta: float, alpha: float, variant: str,
     reduction: str,
-) -> TDPOOutput:
-    """From each sequence's sums; returned in `dtype`."""
+) -> TDPOOutput:  # fmt: skip
+    """Return the loss in `dtype` from each sequence's sums."""
     margin_S = logp_S - ref_S  # in fp32 two sums of hundreds of nats would cancel
     (m_w, m_l), (k_w, k_l) = margin_S.chunk(2), kl_S.chunk(2)
     loss_P = -F.logsigmoid(beta * _preference(m_w - m_l, k_w, k_l, alpha, variant))
@@ -57,8 +50,13 @@ def sums_loss(
     return TDPOOutput(loss.to(dtype), *shown_8P.unbind())
 
 
+def cotangent_ratios(alpha: float, variant: str) -> tuple[float, float]:
+    """Return g_kl / g_logp of the tokens of chosen and of rejected sequences, whatever the loss: eq. (4)."""
+    return (1.0, 1.0) if variant == "tdpo1" else (0.0, alpha)
+
+
 def _preference(margin_P: Tensor, k_w: Tensor, k_l: Tensor, alpha: float, variant: str) -> Tensor:
-    """h of eq. (4). DPO (alpha = 0) has no d: 0 x (inf - inf) would be NaN."""
+    """Return h of eq. (4). DPO (alpha = 0) has no d, because 0 x (inf - inf) would be NaN."""
     if variant == "tdpo1":
         return margin_P - (k_l - k_w)
     return margin_P.sub(k_l - k_w.detach(), alpha=alpha) if alpha else margin_P

@@ -1,4 +1,4 @@
-"""`token_stats`: the differentiable primitive. One autograd function on one operator each way, eager or compiled."""
+"""Compute `token_stats`: one autograd function on one operator each way, eager or compiled."""
 
 from __future__ import annotations
 
@@ -10,40 +10,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import checks, pack
+from . import checks, directions, pack
 from .backends import BACKENDS, choose, grid, rowmath, sharded
 from .backends.logits import ruled_out
-from .types import Inputs, LMHead, Model, Needs, Rows, TokenStats, VocabParallelHead, stats_dtype
+from .types import Gradients, Inputs, LMHead, Model, Needs, Rows, TokenStats, VocabParallelHead, stats_dtype
 
 DEFAULT_BUDGET = 512 * 2**20
 
 
 def token_stats(
-    hidden: Tensor,
-    head: Tensor | nn.Linear | LMHead,
-    ref_hidden: Tensor,
-    ref_head: Tensor | nn.Linear | LMHead,
-    labels: Tensor,
-    *,
-    ignore_index: int | None = -100,
-    shift: bool = True,
-    cu_seqlens: Tensor | None = None,
-    extras: tuple[str, ...] = (),
-    backend: str = "auto",
-    memory_budget: int = DEFAULT_BUDGET,
-) -> TokenStats:
-    """Per-token policy log-probability, reference log-probability and KL(reference || policy) over the full vocabulary.
+    hidden: Tensor, head: Tensor | nn.Linear | LMHead, ref_hidden: Tensor, ref_head: Tensor | nn.Linear | LMHead,
+    labels: Tensor, *, ignore_index: int | None = -100, shift: bool = True, cu_seqlens: Tensor | None = None,
+    extras: tuple[str, ...] = (), backend: str = "auto", memory_budget: int = DEFAULT_BUDGET,
+) -> TokenStats:  # fmt: skip
+    """Return each token's policy and reference log-probability and KL(reference || policy) over the full vocabulary.
 
-    Eqs. (1) and (2) of `tdpo_kernels.reference` (Zeng et al. 2024, arXiv 2404.11999), with gradients (6) and (7),
-    without ever holding ``[tokens, vocabulary]`` (backend ``"naive"`` excepted). `torch.compile` takes it whole
+    These are eqs. (1) and (2) of `tdpo_kernels.reference` (Zeng et al. 2024, arXiv 2404.11999), with gradients (6) and
+    (7), without ever holding ``[tokens, vocabulary]`` (backend ``"naive"`` excepted). `torch.compile` takes it whole
     (``fullgraph=True``), as the operator ``tdpo_kernels::token_stats``, unless the head is split over ranks.
 
     Args:
         hidden: ``(..., L, D)`` last hidden states of the policy, or ``(N, D)`` packed with ``cu_seqlens``. fp16,
             bf16, fp32, fp64.
-        head: ``(V, D)`` tensor, ``nn.Linear`` or `LMHead`, in hidden's dtype (or any under ``torch.autocast``); or what
-            `tdpo_kernels.parallel.vocab_parallel` makes of one rank's rows.
-        ref_hidden, ref_head: the same for the reference, ``(..., L, E)`` and ``(V, E)``; detached. E and the dtype
+        head: ``(V, D)`` tensor, ``nn.Linear`` or `LMHead`, in hidden's dtype (or any under ``torch.autocast``); or the
+            head that `tdpo_kernels.parallel.vocab_parallel` returns.
+        ref_hidden, ref_head: those of the reference model, ``(..., L, E)`` and ``(V, E)``; detached. E and the dtype
             may differ from the policy's.
         labels: ``(..., L)`` int64 or int32, aligned with the inputs.
         ignore_index: labels equal to it are dropped before any product. None: every label counts (then a padded call
@@ -63,8 +54,20 @@ def token_stats(
         differentiable.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was seen and what is wanted.
+        TypeError, ValueError: if an argument is wrong; the message says which, what was seen and what is wanted.
     """
+    return statistics(
+        hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
+        extras=extras, backend=backend, memory_budget=memory_budget,
+    )  # fmt: skip
+
+
+def statistics(
+    hidden: Tensor, head: Tensor | nn.Linear | LMHead, ref_hidden: Tensor, ref_head: Tensor | nn.Linear | LMHead,
+    labels: Tensor, *, ignore_index: int | None, shift: bool, cu_seqlens: Tensor | None, extras: tuple[str, ...],
+    backend: str, memory_budget: int, ratios: tuple[float, ...] = (),
+) -> TokenStats:  # fmt: skip
+    """Return `token_stats`; `ratios`: g_kl / g_logp of the first and the second half of the sequences, if known."""
     checks.check_transforms(hidden)
     head, ref_head = checks.as_head(head, "head"), checks.as_head(ref_head, "ref_head")
     checks.check_inputs(hidden, head, ref_hidden, ref_head, labels)
@@ -77,42 +80,44 @@ def token_stats(
     differentiated = (hidden, head.weight, head.bias)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiated]
     budget = min(memory_budget, 2**62) if backend != "naive" else 2**62
-    room = [rowmath.WHOLE, _room(policy, reference, budget) if any(needs) else 0]  # in the graph: it may be cached
+    room = [rowmath.WHOLE, _room(policy, reference, budget) if any(needs) else 0]  # sizes of outputs
+    ratios = list(ratios) if needs == [True, False, False] else []
     options = (*_options(head, policy.dtype), *_options(ref_head, reference.dtype), shift, backend, needs)
     logp, kl, ref_logp, extra = _TokenStats.apply(
         *differentiated, ref_hidden.detach(), ref_head.weight.detach(), _detached(ref_head.bias), labels, cu_seqlens,
-        ignore_index, list(extras), room, options,
+        ignore_index, list(extras), ratios, room, options,
     )  # fmt: skip
     return TokenStats(logp, ref_logp, kl, dict(zip(extras, extra.unbind(), strict=True)))
 
 
 def _room(policy: Model, reference: Model, memory_budget: int) -> int:
-    """Return how many logits may be kept, as if every row counted: a graph wants shapes before a label is seen."""
+    """Return how many logits may be kept if every row counts, because a graph has shapes before it sees a label."""
     N, itemsize = policy.hidden.shape[:-1].numel(), stats_dtype(policy, reference).itemsize
     return grid.room(N, policy.head.weight.shape[0], itemsize, memory_budget)
 
 
 class _TokenStats(torch.autograd.Function):
-    """Tensors go through `save_for_backward`, so that torch notices when one is changed between forward and
-    backward."""
+    """Save what backward needs in torch's own way, so that it notices a change of a tensor in between."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, ignore_index, extras, room, options = arguments
+        *tensors, ignore_index, extras, ratios, room, options = arguments
         run = _forward_op if torch.compiler.is_compiling() else _forward
-        logp, kl, ref_logp, extra, *kept = run(*tensors, ignore_index, extras, room, *options)
+        logp, kl, ref_logp, extra, u, *kept = run(*tensors, ignore_index, extras, ratios, room, *options)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ref_logp, extra)
         if any(options[-1]):
-            ctx.options = options
-            _save(ctx, (*tensors[:_MODELS], *kept))
+            ctx.options, ctx.along = options, bool(ratios)
+            _save(ctx, (u, kept[0]) if ratios else (*tensors[:_MODELS], *kept))
         return logp, kl, ref_logp, extra
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logp: Tensor | None, g_kl: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         grads = (None,) * 3
-        if g_logp is not None or g_kl is not None:
+        if ctx.along:
+            grads = (None if g_logp is None else directions.along(*_saved(ctx), g_logp, ctx.options[-3]), None, None)
+        elif g_logp is not None or g_kl is not None:
             run = _backward_op if torch.compiler.is_compiling() else _backward
             grads = run(*_saved(ctx), g_logp, g_kl, *ctx.options)
         wanted = (g if need else None for g, need in zip(grads, ctx.options[-1], strict=True))
@@ -120,7 +125,7 @@ class _TokenStats(torch.autograd.Function):
 
 
 _MODELS = 6  # hidden, weight and bias of both models come first
-_ARGUMENTS = _MODELS + 6
+_ARGUMENTS = _MODELS + 7
 
 
 def _save(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
@@ -139,7 +144,7 @@ def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
-# --- the operators: what a graph has of the two functions below, which are called as they are where none is traced ----
+# --- the operators: graphs call them, eager calls go to `_forward` and `_backward` directly ---------------------------
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias"
 _OPTIONS = ", ".join(
@@ -149,8 +154,8 @@ _OPTIONS = ", ".join(
 _SHARED = f"{_OPTIONS}, bool shift, str backend, bool[] needs"
 _SAVED = "Tensor row, Tensor index, Tensor count, Tensor kept"
 FORWARD = (
-    f"({_TENSORS}, Tensor labels, Tensor? cu_seqlens, SymInt? ignore_index, str[] extras, SymInt[] room, {_SHARED}) "
-    f"-> (Tensor logp, Tensor kl, Tensor ref_logp, Tensor extra, {_SAVED})"
+    f"({_TENSORS}, Tensor labels, Tensor? cu_seqlens, SymInt? ignore_index, str[] extras, float[] ratios, "
+    f"SymInt[] room, {_SHARED}) -> (Tensor logp, Tensor kl, Tensor ref_logp, Tensor extra, Tensor u, {_SAVED})"
 )
 BACKWARD = (
     f"({_TENSORS}, {_SAVED}, Tensor? g_logp, Tensor? g_kl, {_SHARED}) -> (Tensor hidden, Tensor weight, Tensor bias)"
@@ -160,7 +165,7 @@ TAGS = (torch.Tag.cudagraph_unsafe,)  # packing waits for the device
 
 
 def _options(head: LMHead, dtype: torch.dtype) -> tuple:
-    """Return what else an operator is told of a model."""
+    """Return the options of a model that an operator takes beside its tensors."""
     split = isinstance(head, VocabParallelHead)
     return head.logit_scale, head.softcap, dtype, *((head.group.group_name, list(head.sizes)) if split else ("", []))
 
@@ -178,24 +183,35 @@ def _models(tensors: tuple, options: tuple) -> tuple[Model, Model]:
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    labels, cu_seqlens, ignore_index, extras, room, *options, shift, backend, needs = args[_MODELS:]
+    labels, cu_seqlens, ignore_index, extras, ratios, room, *options, shift, backend, needs = args[_MODELS:]
     policy, reference = _models(args[:_MODELS], options)
     rows = pack.pack(labels, cu_seqlens, policy.head.vocab, ignore_index=ignore_index, shift=shift)
-    inputs = Inputs(policy, reference, rows, tuple(extras))
-    kept = policy.hidden.new_empty(room[1], dtype=inputs.stats_dtype)
-    found = _statistics(inputs, backend, Needs(*needs), kept)
+    inputs, needs = Inputs(policy, reference, rows, tuple(extras)), Needs(*needs)
+    kept, u = policy.hidden.new_empty(room[1], dtype=inputs.stats_dtype), policy.hidden.new_empty(0)
+    if ratios:
+        ratio_T = directions.ratio_of(rows, labels, cu_seqlens, ratios, inputs.stats_dtype)
+        found, u = directions.run(
+            inputs, ratio_T, kept, lambda block: _statistics(block, backend, needs, kept),
+            lambda block, row: _gradients(block, backend, needs, kept, row, True).hidden,
+        )  # fmt: skip
+        u, kept = u.view(policy.hidden.shape), kept[:0].clone()
+        counts = pack.spread(torch.ones_like(found.logp), rows, labels.shape).view(1, -1)
+        saved = counts, rows.labels_T.new_zeros(2, labels.numel()), torch.tensor(rows.count)
+    else:
+        found = _statistics(inputs, backend, needs, kept)
+        saved = _sized(found.row, rows, labels.numel())
     logp, kl, ref_logp, *extra = (
         pack.spread(x_T, rows, labels.shape) for x_T in (found.logp, found.kl, found.ref_logp, *found.extras.values())
     )
     extra = torch.stack(extra) if extra else logp.new_empty(0, *logp.shape)
-    return logp, kl, ref_logp, extra, *_sized(found.row, rows, labels.numel()), kept
+    return logp, kl, ref_logp, extra, u, *saved, kept
 
 
 _forward_op = torch.library.custom_op("tdpo_kernels::token_stats", _forward, mutates_args=(), schema=FORWARD, tags=TAGS)
 
 
 def _sized(row: Tensor, rows: Rows, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the row values, positions and labels of the rows that count, in the size of all rows, and how many do."""
+    """Return row values, positions and labels of the T rows that count, padded to the size of all rows, and T."""
     T, index = rows.count, rows.labels_T.new_zeros(2, count)
     if rows.label_T is not None:
         index[0, :T] = rows.label_T
@@ -206,13 +222,15 @@ def _sized(row: Tensor, rows: Rows, count: int) -> tuple[Tensor, Tensor, Tensor]
 
 @_forward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    labels, _, _, extras, room, *options, _, backend, _ = args[_MODELS:]
+    labels, _, _, extras, ratios, room, *options, _, backend, _ = args[_MODELS:]
     policy, reference = _models(args[:_MODELS], options)
     choose(backend, policy.hidden.device, (policy, reference))  # refused now rather than when it runs
     dtype, N = stats_dtype(policy, reference), labels.numel()
-    shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape), (room[0], N))
+    shapes = (labels.shape, labels.shape, labels.shape, (len(extras), *labels.shape), (1 if ratios else room[0], N))
     index, count = labels.new_empty(2, N, dtype=torch.int64), torch.empty((), dtype=torch.int64, device="cpu")
-    return *(labels.new_empty(x, dtype=dtype) for x in shapes), index, count, labels.new_empty(room[1], dtype=dtype)
+    *shown, row = (labels.new_empty(x, dtype=dtype) for x in shapes)
+    u, room = (policy.hidden.shape, 0) if ratios else ((0,), room[1])
+    return *shown, policy.hidden.new_empty(u), row, index, count, labels.new_empty(room, dtype=dtype)
 
 
 def _statistics(inputs: Inputs, backend: str, needs: Needs, kept: Tensor) -> rowmath.Whole:
@@ -233,16 +251,20 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     T, needs = int(count), Needs(*needs)
     rows = pack.rows_of(*index[:, :T], index.shape[1], shift)
     inputs = Inputs(policy, reference, rows)
-    _, inner = choose(backend, policy.hidden.device, (policy, reference))
-    with _settled(policy.hidden):
-        g_logp_T, g_kl_T = (None if g is None else pack.gather(g, rows) for g in (g_logp, g_kl))
-        row = rowmath.cotangents(row[:, :T], g_logp_T, g_kl_T, policy.head.logit_scale)
-        if policy.head.group is None:
-            dh, dw, db = inner.backward(inputs, needs, kept, row, False)
-        else:
-            dh, dw, db = sharded.backward(inner, inputs, needs, kept, row)
+    g_logp_T, g_kl_T = (None if g is None else pack.gather(g, rows) for g in (g_logp, g_kl))
+    row = rowmath.cotangents(row[:, :T], g_logp_T, g_kl_T, policy.head.logit_scale)
+    dh, dw, db = _gradients(inputs, backend, needs, kept, row, False)
     dh = None if dh is None else dh.view(policy.hidden.shape)
     return tuple(args[0].new_empty(0) if g is None else g for g in (dh, dw, db))  # an operator returns no None
+
+
+def _gradients(inputs: Inputs, backend: str, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
+    policy = inputs.policy
+    _, inner = choose(backend, policy.hidden.device, (policy, inputs.reference))
+    with _settled(policy.hidden):
+        if policy.head.group is None:
+            return inner.backward(inputs, needs, kept, row, partial)
+        return sharded.backward(inner, inputs, needs, kept, row, partial)
 
 
 _backward_op = torch.library.custom_op(
@@ -257,8 +279,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _settled(x: Tensor) -> contextlib.AbstractContextManager:
-    """Return a context in which nothing casts behind our back (`checks.compute_dtype` settled the dtype), and in which
-    kernels are launched on x's own device."""
+    """Return a context with autocast off (`checks.compute_dtype` settled the dtype) and x's device the current one."""
     stack = contextlib.ExitStack()
     if torch.is_autocast_enabled(x.device.type):
         stack.enter_context(torch.autocast(x.device.type, enabled=False))

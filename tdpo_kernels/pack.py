@@ -1,4 +1,4 @@
-"""The gate: the last code that knows a label can be ignored, that sequences have ends, or that labels are shifted."""
+"""Pack the rows that count. No code below knows that labels can be ignored or shifted, or that sequences end."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from .types import Rows
 
 
 def pack(labels: Tensor, cu_seqlens: Tensor | None, vocab: int, *, ignore_index: int | None, shift: bool) -> Rows:
-    """Return the rows that count, of ``labels`` ``(..., L)``, or ``(N,)`` between the offsets.
+    """Return the rows that count, for ``labels`` ``(..., L)``, or ``(N,)`` packed between the offsets.
 
-    The device is read once: how many rows are left, the range of their labels and the offsets come back together; the
-    rows are then found in a number known beforehand. ``ignore_index=None`` without offsets leaves nothing to ask: then
-    a CUDA device is not read at all, and values are not checked.
+    The device is read once: the number of rows, the range of their labels and the offsets come back together. With
+    ``ignore_index=None`` and without offsets a CUDA device is not read at all, and values are not checked.
 
     Raises:
-        ValueError: a label that counts is outside the vocabulary, or offsets do not run from 0 to N without
-            decreasing.
+        ValueError: if a label that counts is outside the vocabulary, or offsets decrease, or do not run from 0 to N.
     """
     labels_N, count = labels.reshape(-1).long(), labels.numel()
     if count == 0:
@@ -45,19 +43,19 @@ def rows_of(label_T: Tensor, labels_T: Tensor, count: int, shift: bool) -> Rows:
 def _valid(
     labels_N: Tensor, shape: torch.Size, cu_seqlens: Tensor | None, ignore_index: int | None, shift: bool
 ) -> Tensor | None:
-    """Return which labels count, or None where all do. When shifted, the first of a sequence has no predictor."""
+    """Return which labels count, or None if all do. When shifted, a sequence's first label has no predictor."""
     if ignore_index is None and not shift:
         return None
     valid_N = torch.ones_like(labels_N, dtype=torch.bool) if ignore_index is None else labels_N != ignore_index
     if shift and cu_seqlens is None:
         valid_N.view(shape)[..., 0].fill_(False)
-    elif shift:  # sequences of no tokens at the very end begin at N: 0 is a beginning anyway
+    elif shift:  # empty sequences at the very end begin at N, which becomes 0, a beginning anyway
         valid_N.index_fill_(0, cu_seqlens[:-1].long().remainder(labels_N.numel()), False)
     return valid_N
 
 
 def _read(labels_N: Tensor, valid_N: Tensor | None, cu_seqlens: Tensor | None, vocab: int) -> int:
-    """Return how many rows count, once the values are found to be in order: the one read."""
+    """Return how many rows count, or raise ValueError for bad values; this is the one read of the device."""
     counted_N = labels_N if valid_N is None else labels_N * valid_N
     facts = torch.stack([*counted_N.aminmax(), *(() if valid_N is None else (valid_N.count_nonzero(),))])
     lowest, highest, *rest = (facts if cu_seqlens is None else torch.cat([facts, cu_seqlens.long()])).tolist()
@@ -90,7 +88,7 @@ def _complain(labels_N: Tensor, counted_N: Tensor, vocab: int) -> None:
 
 
 def spread(x_T: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
-    """Return the statistics of the rows that count in the labels' shape, zero elsewhere, in memory of their own."""
+    """Return `x_T`, one value for each row that counts, in the labels' shape, zero elsewhere, never as a view."""
     if rows.label_T is None:
         return torch.view_copy(x_T, shape)
     out = x_T.new_zeros(shape)
@@ -99,6 +97,6 @@ def spread(x_T: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
 
 
 def gather(x: Tensor, rows: Rows) -> Tensor:
-    """Return the values of the rows that count, of a tensor in the labels' shape."""
+    """Return the entries at rows that count, ``(T,)``, of an x in the labels' shape."""
     x = x.reshape(-1)
     return x if rows.label_T is None else x.index_select(0, rows.label_T)

@@ -1,4 +1,4 @@
-r"""The specification: TDPO's token statistics in plain torch, any dtype including float64. Slow, large, and right.
+r"""Specify TDPO's token statistics in plain torch, in any dtype including float64: slow, large, and right.
 
 Notation: ``z = head(h)`` the policy's logits, ``r = ref_head(h')`` the reference's, ``p = softmax z``, ``q = softmax
 r``, ``L = logsumexp z``, ``L' = logsumexp r``, ``y`` the label.
@@ -12,8 +12,7 @@ clamped)::
 
 Per sequence and pair::
 
-    (3)  m_s  = sum over tokens of s of (logp - ref_logp)        k_s = sum over tokens of s of kl        (no length
-    norm)
+    (3)  m_s  = sum over tokens of s of (logp - ref_logp)    k_s = sum over tokens of s of kl    (no length norm)
     (4)  h    = (m_w - m_l) - d      TDPO1: d = k_l - k_w        TDPO2: d = alpha * (k_l - stopgrad(k_w))
     (5)  loss = -log sigmoid(beta * h), mean over pairs          reward_s = beta * (m_s + k_s), detached
 
@@ -32,9 +31,9 @@ parts of masses P_k (policy) and Q_k (reference) within a whole, and ``Y_k = log
 
     (8)  KL = sum_k [ Q_k KL_k + Q_k psi(Y_k) ] - e^2 / 2        e = sum_k (P_k - Q_k)        gap = L - L' + e
 
-A column is a part whose KL is 0. So (8) reduces a tile, merges tiles and ranks, and lets the label join. Exactly, e
-would be 0; but L - L' has fewer digits than the Y_k want of it. With all Y_k too large by e the sum of P_k - Q_k comes
-out as e, so e is added to the *gap*, the difference of the log-sum-exps, and psi(e) is taken off the KL.
+A column is a part whose KL is 0. So (8) reduces a tile, merges tiles and ranks, and lets the label join. In exact
+arithmetic e is 0. But L - L' is rounded, which makes all Y_k too large by one number, and the sum of P_k - Q_k comes
+out as that number, e. So e is added to the *gap*, the difference of the log-sum-exps, and psi(e) is taken off the KL.
 
 With ``a = -g_kl``, ``b = -g_logp``, ``c = b - a`` and ``y = log p - log q`` of the whole row, (6) becomes::
 
@@ -42,8 +41,8 @@ With ``a = -g_kl``, ``b = -g_logp``, ``c = b - a`` and ``y = log p - log q`` of 
          dz = c p + a q                     at the label  -(b P_0 + a (p_y - q_y))      elsewhere
 
 where P_0 and Q_0 are the masses outside the label. The two lines are equal. The first has the digits where p and q
-nearly agree, or the cotangents do; the second where one of p and q dwarfs the other, or a is small beside b. In neither
-does anything cancel that the result is not small for, however sure of the label a model is.
+nearly agree, or the cotangents do; the second where p dwarfs q, or a is small beside b. In neither does anything cancel
+unless dz itself is small, however sure of the label a model is.
 Consequences that tests hold: rows of dz sum to 0; rows with g_kl = 0 need no q (DPO, the chosen half of TDPO2), and
 rows with g_kl = g_logp no p (TDPO1).
 """
@@ -74,7 +73,7 @@ def logits(hidden_TD: Tensor, head: LMHead, dtype: torch.dtype) -> Tensor:
 def forward_kl(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
     """Return KL(q || p) of each row by eq. (2a). Entries at -inf in both contribute 0; in p alone they make it inf."""
     nowhere = torch.isneginf(log_p_TV) & torch.isneginf(log_q_TV)
-    missed = torch.isneginf(log_p_TV) & ~nowhere  # inf, though q be 0 in this dtype; the gradient is p - q as elsewhere
+    missed = torch.isneginf(log_p_TV) & ~nowhere  # inf even where q rounds to 0; the gradient is p - q as elsewhere
     delta = (log_q_TV - log_p_TV).masked_fill(nowhere, 0.0)
     near = delta.abs() < 1
     x = torch.where(near, delta, 0.0)
@@ -92,8 +91,7 @@ def statistics(z_TV: Tensor, r_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Te
 
 
 def extra_statistics(z_TV: Tensor, labels_T: Tensor) -> dict[str, Tensor]:
-    """Return statistics of the policy that trainers log: entropy (nats), mean logit over V, and whether the label is
-    the argmax (0/1)."""
+    """Return the policy's entropy (nats), mean logit over V, and whether the label is the argmax (0/1)."""
     log_p = z_TV.log_softmax(-1)
     entropy = -torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * log_p).sum(-1)
     is_argmax = z_TV.gather(1, labels_T[:, None])[:, 0] >= z_TV.amax(-1)

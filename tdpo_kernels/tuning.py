@@ -6,7 +6,7 @@ What was measured on a device is in ``tables/<device>.json``, or in the file tha
      "configs": [{"case": {"kernel": "fused_dz", "product": "16bit"}, "D": 4096, "config": {"R": 128, ...}, "ms": 21}],
      "winners": [{"itemsize": 2, "D": 4096, "V": 128256, "ms": {"fused": 101.0, "tiled": 88.0}}]}
 
-A row counts for every case that has the properties its ``case`` names. The heuristics below were compiled, never timed.
+A row counts for every case that has the properties its ``case`` names. The heuristics were compiled, never timed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 
 SWITCH, TABLES, INTERPRETER = "TDPO_KERNELS_TUNING", Path(__file__).parent / "tables", "interpreter"
 WIDTHS = (1024, 2048, 4096, 8192)  # of the tiles in memory that `tile_stats` and `tile_dz` have configurations for
-SMALL = 1024  # up to this hidden size a program's epilogue wants another's product beside it
+SMALL = 1024  # up to this hidden size two programs overlap, one's epilogue and the other's product
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A launch: R rows by C columns a program, K of the inner dimension a step; operands by descriptor if `tma`;
-    `registers` is the most that a thread may have on CUDA, 0 for what there is."""
+    """Configure a launch: R rows by C columns a program, K of the inner dimension a step; operands by descriptor if
+    `tma`; at most `registers` a thread on CUDA, where 0 means no limit."""
 
     R: int
     C: int = 1
@@ -39,14 +39,14 @@ class TileConfig:
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """Return a launch's options. A fused multiply-add would make a difference of equal logits a rounding error."""
+        """Return a launch's options. Fused multiply-adds are off: with them equal logits would not differ by 0."""
         options = dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=False)
         return options | (dict(maxnreg=self.registers) if self.registers else {})
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device by its driver's name, and its architecture: ``"sm_90"``, ``"gfx942"``, ... or ``"interpreter"``."""
+    """Name a device as its driver does, and its architecture: ``"sm_90"``, ``"gfx942"``, ... or ``"interpreter"``."""
 
     name: str
     arch: str
@@ -54,7 +54,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Case:
-    """What a configuration depends on. `product` is how operands are multiplied: ``"16bit"``, ``"tf32"`` or ``"ieee"``;
+    """Say what a configuration depends on. `product` says how operands are multiplied: "16bit", "tf32" or "ieee";
     `one_head` says that both weights are one tensor, `aligned` that bases and row strides of all matrices are multiples
     of 16 bytes; `columns` is the width of the tile that `tile_stats` or `tile_dz` is given, 0 for the other kernels."""
 
@@ -72,8 +72,8 @@ class Case:
 def choose(case: Case, device: Device, width: int, explicit: TileConfig | None = None) -> TileConfig:
     """Return `explicit`, else the device's measured row of this case nearest in hidden size, else the heuristic.
 
-    `fused_dz` makes again, to the bit, what `fused_stats` kept, so both step along D alike: rows with another K than
-    the heuristic's are skipped. Raise ValueError where there is no configuration, or a table that cannot be read.
+    `fused_dz` must make the bits that `fused_stats` made, so both step along D alike: rows with another K than the
+    heuristic's are skipped. Raise ValueError where there is no configuration, or a table that cannot be read.
     """
     if explicit is not None:
         return explicit
@@ -114,7 +114,7 @@ def _table(device: Device) -> dict[str, list[dict]]:
 
 FAMILIES = {"sm_8": "sm_80", "sm_9": "sm_90", "sm_10": "sm_100", "sm_11": "sm_100", "sm_12": "sm_80", "gfx9": "gfx942"}
 _C = TileConfig
-# Plain; plain with a SMALL D; any other; fp32 without tensor cores. K is for 16 bits. None of them spills. sm_80's
+# Plain; plain with a SMALL D; any other; fp32 without tensor cores. K is for 16 bits. None spills in a loop. sm_80's
 # fit the 99 KB of sm_86, sm_89 and sm_120. On sm_90 wgmma wants 64 rows, 128 registers let two programs run at once.
 RULES = {
     "sm_80": (*[_C(64, 128, 32, 8, 4)] * 3, _C(64, 64, 32, 8, 2)),

@@ -1,4 +1,4 @@
-"""The words of the library: its axes, its plain data, and what a backend is.
+"""Define the words of the library: its axes, its plain data, and what a backend is.
 
 Axes, used as shape suffixes everywhere (``lse_T`` has shape ``(T,)``):
 
@@ -13,7 +13,7 @@ R, C  rows and columns of one tile of logits
 K     parts of a vocabulary that are merged
 ====  =========================================================================
 
-What holds tensors is equal to itself only (``eq=False``): tensors have no one truth value to compare by.
+Dataclasses that hold tensors compare by identity (``eq=False``), because tensors have no single truth value.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Extras = tuple[str, ...]
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
-    """The map from a hidden state to logits: ``softcap * tanh(logit_scale * (h W^T + b) / softcap)``.
+    """Map a hidden state to logits: ``softcap * tanh(logit_scale * (h W^T + b) / softcap)``.
 
     weight: ``(V, D)``; bias: ``(V,)`` or None, in the weight's dtype; ``softcap=None`` leaves out the tanh. A bias of
     -inf rules a token out, whatever the scale and the softcap.
@@ -46,20 +46,20 @@ class LMHead:
 
     @property
     def vocab(self) -> int:
-        """V."""
+        """Return V."""
         return self.weight.shape[0]
 
     @property
     def group(self) -> ProcessGroup | None:
-        """The ranks that a vocabulary is split over."""
+        """Return the ranks that the vocabulary is split over, or None."""
         return None
 
 
 @dataclass(frozen=True, eq=False)
 class VocabParallelHead(LMHead):
-    """A head whose vocabulary lies split over the ranks of a process group, in their order: weight and bias are this
-    rank's rows. Made by `tdpo_kernels.parallel.vocab_parallel`.
+    """Hold one rank's rows of a head whose vocabulary is split over a process group, in rank order.
 
+    `tdpo_kernels.parallel.vocab_parallel` makes it.
     group: the ranks; sizes: how many rows each of them holds.
     """
 
@@ -68,12 +68,12 @@ class VocabParallelHead(LMHead):
 
     @property
     def vocab(self) -> int:
-        """V, of all ranks together."""
+        """Return V, the rows of all ranks together."""
         return sum(self.sizes)
 
     @property
     def columns(self) -> slice:
-        """Where this rank's rows stand in the vocabulary."""
+        """Return where this rank's rows stand in the vocabulary."""
         return self.columns_of(self.group.rank())
 
     def columns_of(self, rank: int) -> slice:
@@ -83,8 +83,7 @@ class VocabParallelHead(LMHead):
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One side of the comparison: its hidden states ``(..., L, D)`` or ``(N, D)``, its head, and the dtype of its
-    products."""
+    """Hold one model's hidden states ``(..., L, D)`` or ``(N, D)``, its head, and the dtype of its products."""
 
     hidden: Tensor
     head: LMHead
@@ -92,13 +91,13 @@ class Model:
 
 
 def stats_dtype(policy: Model, reference: Model) -> torch.dtype:
-    """fp32, or float64 as soon as one side is float64."""
+    """Return fp32, or float64 if one of the models is float64."""
     return torch.float64 if torch.float64 in (policy.hidden.dtype, reference.hidden.dtype) else torch.float32
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which hidden row predicts which label. ``None`` stands for "all N, in order", which costs no gather."""
+    """Say which hidden row predicts which label. ``None`` stands for "all N, in order", which costs no gather."""
 
     hidden_T: Tensor | None  # int64, the row of `hidden` that predicts
     label_T: Tensor | None  # int64, the position in `labels` that the statistics belong to
@@ -111,7 +110,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients are wanted. A part that is not wanted costs neither time nor memory."""
+    """Say which gradients are wanted. The others cost neither time nor memory."""
 
     hidden: bool
     weight: bool
@@ -123,7 +122,7 @@ class Needs:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Everything a backend sees. Nothing in it knows about preferences, or about ranks."""
+    """Hold everything a backend sees. Nothing in it knows about preferences, or about ranks."""
 
     policy: Model
     reference: Model
@@ -136,36 +135,36 @@ class Inputs:
 
 
 class Part(NamedTuple):
-    """What a backend's forward returns of its part of the vocabulary."""
+    """Hold the result of a backend's forward on its part of the vocabulary."""
 
-    state: Tensor  # (STATE, T): of all columns but the labels, `backends/rowmath.py`
+    state: Tensor  # (STATE, T): the state of all columns but the labels, `backends/rowmath.py`
     labels: Tensor  # (2, T): the labels' logits in both models, 0 where the label is in another part
 
 
 class Gradients(NamedTuple):
-    hidden: Tensor | None  # (N, D), zero in rows that predict nothing; where `partial`, the T rows that do
+    hidden: Tensor | None  # (N, D), zero in rows that predict nothing; (T, D) where `partial`
     weight: Tensor | None  # (V, D)
     bias: Tensor | None  # (V,)
 
 
 class Backend(Protocol):
-    """A way to compute eqs. (1), (2) and their gradient (6), (7). A module with these functions is one."""
+    """Compute eqs. (1), (2) and their gradients (6), (7). A module with these two functions is a backend."""
 
     def forward(self, inputs: Inputs, kept: Tensor) -> Part:
-        """Fill `kept`, flat, with as many tiles of both models' logits as it has room for."""
+        """Return the part, and fill `kept`, which is flat, with as many tiles of both models' logits as fit."""
         ...
 
     def backward(self, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
-        """Return the gradients from `kept` and from what `rowmath.cotangents` says of each whole row, ``(ROW, T)``.
+        """Return the gradients from `kept` and from the values of each whole row that `rowmath.cotangents` returns.
 
-        partial: dh is of this part of the vocabulary only, so it is returned unrounded, ``(T, D)``.
+        partial: the vocabulary is split, so dh is a summand, and is returned unrounded, ``(T, D)``.
         """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class TokenStats:
-    """Per-token statistics, shaped like ``labels``, fp32 (float64 for float64 inputs), zero where a label is ignored.
+    """Hold per-token statistics, shaped like ``labels``, fp32 (float64 for float64 inputs), zero where ignored.
 
     ``logp`` and ``kl`` are differentiable; ``ref_logp`` and ``extras`` are not. Units: nats.
     """
@@ -178,7 +177,7 @@ class TokenStats:
 
 @dataclass(frozen=True, eq=False)
 class TDPOOutput:
-    """``loss`` (scalar, or ``(P,)`` with ``reduction="none"``) and detached ``(P,)`` sums over each sequence's tokens.
+    """Hold ``loss`` (scalar, or ``(P,)`` for ``reduction="none"``) and detached ``(P,)`` sums over sequences' tokens.
 
     Rewards are eq. (5): ``beta * (m + k)``. They include the KL, as in the paper's published code.
     """

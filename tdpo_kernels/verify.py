@@ -1,9 +1,8 @@
-"""Every available backend against float64: worst errors, next to what plain torch makes of the same inputs in the
-same dtype.
+"""Compare every available backend with float64, beside plain torch on the same inputs in the same dtype.
 
 The bound is scale-free: ``error <= 2 * plain + 4 * eps``, errors relative to the truth's norm. For float64, whose
-truth is rounded as well, it is ``2 * plain + 16 * eps``. Where plain torch itself makes a nan or an inf of a finite
-truth, its error counts as 30 eps: no yardstick lets a nan pass.
+truth is rounded as well, it is ``2 * plain + 16 * eps``. Where plain torch makes a nan or an inf of a finite truth,
+its error counts as 30 eps, so that no nan passes.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from .types import LMHead
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ("logp", "ref_logp", "kl", "dh", "dW", "db")
-UNUSABLE = 30.0  # in eps x scale: the error plain torch is said to make where it is not finite
+UNUSABLE = 30.0  # eps x scale: the error that plain torch counts as having where it is not finite
 BUDGETS = {"0": 0, "2 MB": 2 * 10**6, "all": 2**40}
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One hard shape: heads and hidden states of both models, labels, and independent cotangents for every token."""
+    """Hold one hard case: both models' hidden states and heads, labels, and independent cotangents per token."""
 
     name: str
     hidden: Tensor
@@ -54,8 +53,7 @@ class Problem:
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
-    """Small in size, hard in shape: ragged tiles, peaked rows, near-equal models, offsets, ruled-out tokens, a
-    softcapped head."""
+    """Yield small, hard cases: ragged tiles, peaked rows, near-equal models, offsets, ruled-out tokens, a softcap."""
     yield _problem("flat", device)
     yield _problem("ragged V, D != E", device, V=4099, E=40)
     yield _problem("peaked", device, spread=10.0)
@@ -112,7 +110,7 @@ def evaluate(problem: Problem, backend: str, memory_budget: int) -> list[Tensor]
 
 
 def plain_torch(problem: Problem) -> list[Tensor]:
-    """Return the same from what a user would write: logits in the inputs' dtype, then fp32 (float64) log-softmaxes."""
+    """Return `NAMES` as a user would write them: logits in the inputs' dtype, then fp32 (float64) log-softmaxes."""
 
     def rounded_logits(hidden: Tensor, head: LMHead) -> Tensor:
         z = F.linear(hidden, head.weight, head.bias) * head.logit_scale
@@ -129,7 +127,7 @@ def plain_torch(problem: Problem) -> list[Tensor]:
 
 
 def truth(problem: Problem) -> list[Tensor]:
-    """Return the same from the specification, `reference.py`, in float64."""
+    """Return `NAMES` by the specification, `reference.py`, in float64."""
 
     def stats(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
         z, r = logits(p.hidden, p.head, torch.float64), logits(p.ref_hidden, p.ref_head, torch.float64)
@@ -151,14 +149,13 @@ def _with_gradients(problem: Problem, stats: Stats) -> list[Tensor]:
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
-    """Return ``||x - exact|| / ||exact||``, inf for a NaN."""
+    """Return ``||x - exact|| / ||exact||``, or inf for a NaN."""
     error = (torch.linalg.vector_norm(x.double() - exact) / torch.linalg.vector_norm(exact).clamp(min=1e-300)).item()
     return error if error == error else math.inf
 
 
 def _scales(problem: Problem, exact: list[Tensor]) -> list[float]:
-    """Return how many times larger than the result are the numbers it is a difference of: logits, for
-    log-probabilities."""
+    """Return how many times larger each result's terms are: a log-probability is a difference of larger logits."""
     scales = [1.0] * len(exact)
     for i, (hidden, head) in enumerate(((problem.hidden, problem.head), (problem.ref_hidden, problem.ref_head))):
         z = logits(hidden, head, torch.float64)
@@ -169,7 +166,7 @@ def _scales(problem: Problem, exact: list[Tensor]) -> list[float]:
 
 @dataclass(frozen=True)
 class Line:
-    """The worst quantity of one (backend, dtype, problem, budget): its error, plain torch's, and what is allowed."""
+    """Hold the worst quantity of one (backend, dtype, problem, budget): its error, plain torch's, and the bound."""
 
     backend: str
     dtype: str
@@ -194,16 +191,11 @@ def verify(
     device: torch.device,
     report: Callable[[Line], None] = lambda line: None,
     names: tuple[str, ...] = (),
-    dtypes: tuple[str, ...] = tuple(DTYPES),
+    dtypes: tuple[str, ...] = (),
 ) -> list[Line]:
-    """Run every backend that runs on `device` and call `report` with each line as it is known.
-
-    Args:
-        names: of problems; none means all.
-        dtypes: out of `DTYPES`.
-    """
+    """Run all backends on `device`, on the problems and dtypes named (or all), and `report` each line as it comes."""
     lines, backends = [], [name for name in BACKENDS if name not in skipped(device)]
-    for dtype in dtypes:
+    for dtype in dtypes or DTYPES:
         for problem in (p.to(DTYPES[dtype]) for p in problems(device) if not names or p.name in names):
             exact, plain = truth(problem), plain_torch(problem)
             for backend in (b for b in backends if not lacks(b, device, DTYPES[dtype])):
@@ -219,7 +211,7 @@ def verify(
 def _worst(
     what: tuple[str, str, str, str], found: list[Tensor], exact: list[Tensor], plain: list[Tensor], scales: list[float]
 ) -> Line:
-    """Return the quantity closest to, or furthest over, what it is allowed."""
+    """Return the quantity whose error is the largest share of its bound."""
     candidates = []
     for quantity, x, want, plainly, scale in zip(NAMES, found, exact, plain, scales, strict=False):
         eps, by_plain = torch.finfo(x.dtype).eps, relative_error(plainly, want)

@@ -1,3 +1,3 @@
-"""Where the version stands; packaging reads it without importing the library."""
+"""Define the version, which packaging reads without importing the library."""
 
 __version__ = "0.1.0"

@@ -57,8 +57,9 @@ def kept(call: dict) -> int:
 
 
 def own(call: dict) -> int:
-    """Bytes of the gradients, which are outputs."""
-    return sum(call[n].numel() * call[n].element_size() for n in ("hidden", "head") if call[n].requires_grad)
+    """Return the bytes of the gradients, which are outputs, and of a frozen head's directions, as large as dh."""
+    sizes = {n: call[n].numel() * call[n].element_size() for n in ("hidden", "head") if call[n].requires_grad}
+    return sum(sizes.values()) + (0 if "head" in sizes else sizes["hidden"])
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

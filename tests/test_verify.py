@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import oracle
 import pytest
@@ -29,11 +28,11 @@ def test_no_yardstick_lets_a_nan_pass(error: float, allowed: float):
 
 
 def test_a_plain_torch_that_makes_nan_allows_no_more_than_thirty_eps():
-    errors = ([1e-3, 0.0, math.inf], [math.inf, 0.0, math.inf], [1.0] * 3)
-    worst = module._worst("tiled", "fp32", PROBLEMS["flat"], "0", *errors, torch.float32)
+    nan, one = torch.tensor(math.nan), torch.tensor(1.0)
+    exact, plain = [one.double()] * 3, [nan, one, nan]
+    worst = module._worst(("tiled", "fp32", "flat", "0"), [one + 1e-3, one, nan], exact, plain, [1.0] * 3)
     assert worst.quantity == "kl" and not worst.passed and worst.allowed == 64 * torch.finfo(torch.float32).eps
-    errors = ([1e-3, 0.0, 0.0], *errors[1:])
-    worst = module._worst("tiled", "fp32", PROBLEMS["flat"], "0", *errors, torch.float32)
+    worst = module._worst(("tiled", "fp32", "flat", "0"), [one + 1e-3, one, one], exact, plain, [1.0] * 3)
     assert worst.quantity == "logp" and not worst.passed
 
 
@@ -59,7 +58,7 @@ def test_float64_naive_is_not_its_own_judge(one_problem, monkeypatch: pytest.Mon
 
     def wrong(*arguments):
         grads = backward(*arguments)
-        return replace(grads, weight=grads.weight * (1 + 1e-9))
+        return grads._replace(weight=grads.weight * (1 + 1e-9))
 
     monkeypatch.setattr(naive, "backward", wrong)
     failed = {(x.backend, x.dtype) for x in verify(CPU) if not x.passed}
@@ -94,7 +93,7 @@ def test_a_backend_that_cannot_run_here_is_named_and_skipped(one_problem, monkey
     told = dict.fromkeys(BACKENDS, "needs CUDA: got cpu") | {"naive": "available: here"}
     monkeypatch.setattr(module, "availability", lambda device: told)
     assert {x.backend for x in verify(CPU)} == {"naive"}
-    monkeypatch.setattr(command, "verify", lambda device, report: [])
+    monkeypatch.setattr(command, "verify", lambda device, report, names: [line(0.0, 0.0, 1.0)])
     assert command.main(["verify", "--device", "cpu"]) == 0
     assert "tiled is skipped: needs CUDA: got cpu" in capsys.readouterr().out
 

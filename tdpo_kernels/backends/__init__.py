@@ -1,4 +1,4 @@
-"""Ways to compute the token statistics. `choose` is the only place that decides, and it can say why."""
+"""Choose a way to compute the token statistics. `choose` alone decides, and `availability` says why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BACKENDS: dict[str, Backend] = {"fused": fused, "tiled": tiled, "naive": naive}
 
 
 def availability(device: torch.device) -> dict[str, str]:
-    """Each backend and whether it can run on `device`: ``"available: ..."`` or the reason why not."""
+    """Return each backend and whether it can run on `device`: ``"available: ..."`` or the reason why not."""
     missing, rows = (
         launch.unavailable(device),
         "Triton row kernels" if kerneltiles.runs_on(device) else "torch operations",
@@ -29,7 +29,7 @@ def availability(device: torch.device) -> dict[str, str]:
 
 
 def lacks(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a backend that runs on `device` takes no inputs of this dtype; empty if it does."""
+    """Return why a backend that runs on `device` takes no inputs of this dtype, or "" if it does."""
     if backend != "fused":
         return ""
     if dtype == torch.float64:
@@ -40,19 +40,25 @@ def lacks(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def choose(backend: str, device: torch.device, sides: Sequence[Model] = ()) -> tuple[str, Backend]:
-    """Return a backend's name and module; a named one is taken at its word or refused.
+    """Return a backend's name and module, or raise ValueError if the one that is named does not run.
 
-    ``"auto"`` is the one measured to be the fastest on such a device and at such sizes. On a GPU where nothing was
-    measured it is the one estimated to be; elsewhere it is `tiled`.
-
-    Args:
-        sides: policy and reference, if there are any yet.
+    ``"auto"`` takes the backend measured to be the fastest at such sizes on such a GPU, or the one estimated to be
+    where nothing was measured. Elsewhere it takes `tiled`. `sides` are policy and reference, if they are known.
     """
     check_backend(backend, BACKENDS)
     name = _auto(device, sides) if backend == "auto" else backend
     if reason := _refusal(name, device, sides):
         raise ValueError(f"backend: got {name!r}, which does not run here: {reason}; wanted 'auto', 'tiled' or 'naive'")
     return name, BACKENDS[name]
+
+
+def auto_says(device: torch.device) -> str:
+    """Return what ``"auto"`` takes on `device`, in words."""
+    if device.type != "cuda" or _refusal("fused", device, ()):
+        return "tiled"
+    if winner(launch.device_of(device), 2, 4096, 128256):
+        return "the faster of fused and tiled at the measured sizes nearest to a call's"
+    return "tiled where D >= 2048, fused below; estimated, not measured"
 
 
 def _refusal(name: str, device: torch.device, sides: Sequence[Model]) -> str:

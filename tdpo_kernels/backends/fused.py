@@ -1,4 +1,4 @@
-"""Triton kernels that make both models' logits in registers, for fp32, bf16 and fp16."""
+"""Run Triton kernels that make both models' logits in registers, for fp32, bf16 and fp16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How ``[T, V]`` is cut into tiles, the memory that tiles are made in, and where kept tiles lie."""
+"""Cut ``[T, V]`` into tiles, hold the memory that tiles are made in, and say where kept tiles lie."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ ALIGNED = 16  # elements: rows of a kept tile, and blocks of rows and columns, b
 
 @dataclass(frozen=True)
 class Grid:
-    """``[T, V]`` cut into tiles of at most ``R x C``, evenly, the last ones shorter. It depends on shapes and dtypes
-    only, never on the memory budget."""
+    """Cut ``[T, V]`` evenly into tiles of at most ``R x C``, the last ones shorter."""
 
     T: int
     V: int
@@ -51,14 +50,15 @@ def tile_of(device: torch.device) -> tuple[int, int]:
 def cut(
     inputs: Inputs, tile: tuple[int, int], held: tuple[int, int, int], multiple: int = ALIGNED, widest: int = 2**20
 ) -> Grid:
-    """Return the grid of tiles with about as many entries as `tile` that fit into the workspace.
+    """Return the grid of tiles that have about as many entries as `tile` and fit into the workspace.
 
-    A call of few rows has tiles of more columns, and one of few columns tiles of more rows.
+    A call of few rows has tiles of more columns, and one of few columns tiles of more rows. The grid never depends on
+    the memory budget.
 
     Args:
         held: bytes held for each entry, row and column of a tile.
-        multiple: of columns.
-        widest: columns, at most.
+        multiple: what a tile's columns are a multiple of.
+        widest: the most columns of a tile.
     """
     workspace = WORKSPACE.get(inputs.policy.hidden.device.type, WORKSPACE["cpu"])
     return _grid(inputs.rows.count, inputs.policy.head.weight.shape[0], tile, workspace, held, multiple, widest)
@@ -74,31 +74,28 @@ def _grid(
     R = max(min(area // max(min(C, V), 1), T), R)
     while per_entry * R * C + per_row * R + per_col * C > workspace and max(R, C) > SMALLEST:
         R, C = (R, C // 2) if C > R else (R // 2, C)
-    aligned = 1 if T <= R else min(R, ALIGNED)  # a kernel takes a block's row values to be aligned
+    aligned = 1 if T <= R else min(R, ALIGNED)  # kernels take a block's row values to be aligned
     return Grid(T, V, _even(T, R, aligned), _even(V, C, multiple))
 
 
 def _even(length: int, most: int, multiple: int) -> int:
-    """Return the step, a multiple of `multiple`, that cuts `length` into the fewest nearly equal blocks of `most`."""
+    """Return a multiple of `multiple` that cuts `length` into the fewest nearly equal blocks of at most `most`."""
     count = max(-(-length // max(most, 1)), 1)
     return max(-(-length // (count * multiple)) * multiple, multiple)
 
 
-# --- what is kept from forward to backward ----------------------------------------------------------------------------
-
-
 def padded(columns: int) -> int:
-    """Return how far apart rows of a kept tile lie. A vocabulary's last columns would be a kernel's second binary."""
+    """Return the row stride of a kept tile: always aligned, for kernels are compiled once more for one that is not."""
     return -(-columns // ALIGNED) * ALIGNED
 
 
 def room(rows: int, vocab: int, itemsize: int, memory_budget: int) -> int:
-    """Return how many elements are kept of a call of so many rows: both models' logits, or what the budget holds."""
+    """Return how many elements a call of so many rows keeps: all logits of both models, or what the budget holds."""
     return min(2 * rows * padded(vocab), memory_budget // itemsize)
 
 
 def kept_tile(kept: Tensor, grid: Grid, rows: slice, cols: slice) -> Tensor | None:
-    """Return where a tile of both models is kept, ``(2, R, C)``, or None if it is made again in backward.
+    """Return where a tile of both models is kept, ``(2, R, C)``, or None if backward makes it again.
 
     Tiles lie end to end in column order, as many as `kept` has room for.
     """
@@ -110,7 +107,7 @@ def kept_tile(kept: Tensor, grid: Grid, rows: slice, cols: slice) -> Tensor | No
 
 
 class Workspace:
-    """Buffers by name, made at first use and used again, so that no tile costs page faults twice."""
+    """Hold buffers by name, made at first use and used again, so that no tile costs page faults twice."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""Tiles whose row mathematics are Triton kernels: made by a library, or in the kernels' own registers."""
+"""Make tiles that Triton kernels reduce: by library products, or in the kernels' own registers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .logits import Operand, Side, block_of, copied_bytes, sides_of
 from .rowmath import STATE
 from .walk import Kind
 
-FUSED_TILE = 8192  # rows, and columns, of a tile of which only dz ever lies in memory
+FUSED_TILE = 8192  # rows and columns of a tile of `fused`, of which only dz lies in memory
 
 
 def runs_on(device: torch.device) -> bool:
@@ -21,7 +21,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 class RowTiles:
-    """Library products make both models' tiles in memory; one row kernel each way takes them from there."""
+    """Make both models' tiles in memory by library products, and reduce them by one kernel each way."""
 
     def __init__(self, inputs: Inputs) -> None:
         device = inputs.policy.hidden.device
@@ -36,7 +36,7 @@ class RowTiles:
         self.check = selfcheck.Check(inputs, self.grid)
 
     def _cut(self, inputs: Inputs) -> Grid:
-        """Cut tiles of both models' fp32 products and of dz."""
+        """Return the grid of tiles, which hold both models' fp32 products and dz."""
         tile, per_entry = tile_of(inputs.policy.hidden.device), 2 * 4 + self.policy.operand_dtype.itemsize
         return cut(inputs, tile, (per_entry, *copied_bytes(self.sides)), widest=tile[1])
 
@@ -79,11 +79,11 @@ class RowTiles:
 
 
 class FusedTiles(RowTiles):
-    """Kernels make both models' logits in registers: no tile reaches memory but dz, and what is kept."""
+    """Make both models' logits in the registers of kernels: only dz and kept tiles reach memory."""
 
     def _cut(self, inputs: Inputs) -> Grid:
-        """Cut tiles of dz. The states of a row block, and copies of matrices whose rows do not lie side by side, share
-        the workspace."""
+        """Return the grid of tiles, which hold dz. The workspace also holds the states of a row block, and copies of
+        matrices whose elements do not lie side by side in a row."""
         per_row, per_col = copied_bytes(self.sides)
         C = self.traits.config("fused_stats").C
         per_row += 4 * self.states * -(-inputs.policy.head.weight.shape[0] // C)
@@ -105,7 +105,7 @@ class FusedTiles(RowTiles):
         return states
 
     def dz(self, rows: slice, cols: slice, kind: Kind, row_R: Tensor, kept: Tensor | None) -> Tensor:
-        """The kernel sees for itself, row block by row block, which products its rows need."""
+        """Return dz. The kernel sees for itself which products its rows need."""
         if kept is not None:
             return super().dz(rows, cols, kind, row_R, kept)
         out, labels_R = self._dz(rows, cols), self._labels(rows)
@@ -126,7 +126,7 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def _unpacked_bytes(x: Operand) -> int:
-    """Return the bytes of a row that is copied because its elements are not neighbours."""
+    """Return the bytes of a row that is copied because its elements do not lie side by side, else 0."""
     return 0 if x.needs_copy() or x.source.stride(1) == 1 else x.source.shape[1] * x.source.itemsize
 
 

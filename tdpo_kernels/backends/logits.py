@@ -1,5 +1,4 @@
-"""One model's tiles of logits, and the gradient products (7): what is multiplied in which dtype, and how 16-bit
-gradients are summed in fp32."""
+"""Make the products of one model's logits and of its gradients (7), and sum 16-bit gradients in fp32."""
 
 from __future__ import annotations
 
@@ -22,11 +21,7 @@ def block_of(x: Tensor, rows: slice) -> Tensor:
 
 
 def operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype that operands are multiplied in.
-
-    CUDA multiplies 16-bit operands into fp32 tiles. Elsewhere a 16-bit product would come back in 16 bits, so operands
-    are widened.
-    """
+    """Return the dtype that operands are multiplied in: they are widened unless CUDA multiplies them into fp32."""
     return compute if device.type == "cuda" and stats == torch.float32 else stats
 
 
@@ -42,10 +37,10 @@ def multiply_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, add: bool =
 
 
 class Operand:
-    """Blocks of rows of one matrix: gathered, rounded to the compute dtype, and widened to the dtype of a product.
+    """Hand out blocks of rows of a matrix: gathered, rounded to the compute dtype, widened to a product's dtype.
 
-    Hidden states of more than two axes are a matrix where a view of them is; where not, their rows are gathered by
-    all of their axes, so that no copy of the whole is ever made.
+    Hidden states of more than two axes are viewed as a matrix. Where no view is one, rows are gathered by all axes, so
+    that the whole is never copied.
     """
 
     def __init__(self, work: Workspace, name: str, source: Tensor, index: Tensor | None, compute: torch.dtype) -> None:
@@ -95,7 +90,7 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 class Side:
-    """One model: it hands out tiles of its logits, and the operands of its gradient products."""
+    """Hand out tiles of one model's logits, and the operands of its gradient products."""
 
     def __init__(self, model: Model, index_T: Tensor | None, work: Workspace, name: str, stats: torch.dtype) -> None:
         self.model, self.head, self.name, self.work, self.stats = model, model.head, name, work, stats
@@ -126,7 +121,7 @@ def sides_of(inputs: Inputs, work: Workspace) -> tuple[Side, Side]:
 
 
 def copied_bytes(sides: tuple[Side, Side]) -> tuple[int, int]:
-    """Return the bytes of gathered, rounded and widened operands and of partial gradients, for each row and column."""
+    """Return how many bytes of copied operands and partial gradients each row and each column of a tile takes."""
     per_row, per_col = (
         sum(_copies(operand, side.operand_dtype) for side, operand in zip(sides, operands, strict=True))
         for operands in ([side.hidden for side in sides], [side.weight for side in sides])
@@ -141,9 +136,6 @@ def _copies(x: Operand, dtype: torch.dtype) -> int:
     return x.source.shape[-1] * (gathered + sum(step.itemsize for step in steps))
 
 
-# --- the head, on a tile of products ----------------------------------------------------------------------------------
-
-
 def affine_(x: Tensor, head: LMHead, bias: Tensor | None) -> Tensor:
     """Add the bias and multiply by the scale. A column whose bias rules it out becomes LOWEST."""
     if bias is not None:
@@ -154,14 +146,14 @@ def affine_(x: Tensor, head: LMHead, bias: Tensor | None) -> Tensor:
 
 
 def capped(x: Tensor, head: LMHead, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Return the logits that the softcap makes of x, in `out`. What is ruled out stays so."""
+    """Return the softcapped logits of x in `out`. Columns that a bias rules out stay LOWEST."""
     torch.mul(x, 1.0 / head.softcap, out=out).tanh_().mul_(head.softcap)
     return out if bias is None else out.masked_fill_(is_lowest(bias), LOWEST)
 
 
 def ruled_out(policy: Model, reference: Model) -> Tensor | None:
-    """Return ``(2,)`` bool: whether the policy rules out a token that the reference allows, and whether it rules
-    out any; None where no bias could."""
+    """Return two bools, ``(2,)``, or None where no head has a bias: whether the policy rules out a token that the
+    reference allows, and whether it rules out any."""
     out, ref_out = (_ruled_out(model) for model in (policy, reference))
     if out is None and ref_out is None:
         return None
@@ -175,15 +167,12 @@ def _ruled_out(model: Model) -> Tensor | None:
     return None if bias is None else is_lowest(bias.to(model.dtype))
 
 
-# --- gradients (7) ----------------------------------------------------------------------------------------------------
-
-
 class Sum:
-    """Sums products into blocks of rows of `grad`, so that a 16-bit gradient is rounded once.
+    """Sum products into blocks of rows of `grad`, so that a 16-bit gradient is rounded once.
 
-    A gradient in the statistics' dtype is its own accumulator. Otherwise `held` rows of accumulator are kept: all of
-    them where blocks are returned to, one block where each is finished (`close`) before the next is begun. With
-    `index`, row i of what is summed belongs to row ``index[i]`` of the gradient, whose other rows stay zero.
+    A gradient in the statistics' dtype is its own accumulator. Otherwise there is one of `held` rows: of one block
+    where each is finished (`close`) before the next is begun, else of all. With `index`, row i of what is summed
+    belongs to row ``index[i]`` of the gradient, whose other rows stay zero.
     """
 
     def __init__(self, grad: Tensor, index: Tensor | None, dtype: torch.dtype, held: int) -> None:
@@ -217,7 +206,7 @@ class Sum:
 
 
 class Sums:
-    """dh, dW and db under construction, in the order of tiles in which the larger fp32 sum is never held whole."""
+    """Build dh, dW and db, in the order of tiles in which the larger fp32 sum is never held whole."""
 
     def __init__(self, inputs: Inputs, grid: Grid, needs: Needs, policy: Side, scale: float, partial: bool) -> None:
         hidden, head, dtype = inputs.policy.hidden, inputs.policy.head, inputs.stats_dtype

@@ -1,4 +1,4 @@
-"""Torch operations on whole ``[T, V]`` logits, kept from forward to backward: a baseline for when in doubt."""
+"""Run torch operations on ``[T, V]`` logits, kept from forward to backward: a baseline for when in doubt."""
 
 from __future__ import annotations
 

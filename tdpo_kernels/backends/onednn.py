@@ -1,4 +1,4 @@
-"""oneDNN's fp32 product, for AVX-512 CPUs not made by Intel: MKL, behind `torch.mm`, has half their speed."""
+"""Multiply in fp32 by oneDNN on AVX-512 CPUs not made by Intel, where MKL, behind `torch.mm`, has half the speed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ LEAST = 2**23  # multiplications: a smaller product costs more to hand over than
 
 
 def takes(a: Tensor, b: Tensor) -> bool:
-    """Return whether ``a @ b`` is better made here. Rows (or columns) that do not lie side by side it would reorder."""
-    if a.device.type != "cpu" or a.dtype != torch.float32 or a.numel() * b.shape[1] < LEAST or not held_back():
+    """Return whether oneDNN is faster at ``a @ b``. It would first copy a matrix that is not contiguous."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or a.numel() * b.shape[1] < LEAST or not mkl_is_held_back():
         return False
     return torch.backends.mkldnn.enabled and a.is_contiguous() and (b.is_contiguous() or b.T.is_contiguous())
 
@@ -24,7 +24,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @functools.cache
-def held_back() -> bool:
+def mkl_is_held_back() -> bool:
     has_op = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not has_op or not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False

@@ -1,9 +1,9 @@
-r"""Row mathematics in torch: tiles of logits to states of parts, parts to rows, rows to gradients.
+r"""Turn tiles of logits into states of parts, states into rows, and rows into gradients, in torch.
 
 Equations are those of `reference.py`; `device/math.py` has them for Triton. The state of a part is one tensor
-``(STATE, R)``: of each row the largest logits ``top_z`` and ``top_r``, the log-sum-exps ``lse_z`` and ``lse_r``
+``(STATE, R)``. It has for each row the largest logits ``top_z`` and ``top_r``, the log-sum-exps ``lse_z`` and ``lse_r``
 relative to them, the KL of the part's own two softmaxes, and ``gap = lse_z - lse_r`` without cancellation. With
-`extras` follow the entropy of the policy's own softmax and the sum of its logits.
+`extras` the entropy of the policy's softmax within the part and the sum of its logits follow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .grid import Workspace
 
 WHOLE = 8  # rows of `Whole.row`
 STATE = 6  # rows of a part's state; two more with extras
-ROW = 9  # rows of what backward needs: tops, lse (2 each), gap, a, b, c, dz at the label
+ROW = 9  # rows of `cotangents`: tops, lse (2 each), gap, a, b, c, dz at the label
 LOWEST = -1e30  # stands for -inf in a tile, so that inf - inf never happens
 NEAR = 0.35  # |y| up to which psi(y) is taken by its series
 FAR = 8.0  # y from which p - q no longer cancels, and q e^y would lose digits
@@ -33,7 +33,7 @@ def is_lowest(x: Tensor) -> Tensor:
 
 
 def exact_difference_(z: Tensor, r: Tensor, top_z: Tensor, top_r: Tensor, gap: Tensor, out: Buffers) -> Tensor:
-    """Return ``y = (z - top_z) - (r - top_r) - gap`` in ``out.y``; all but the last subtraction lose nothing.
+    """Return ``y = (z - top_z) - (r - top_r) - gap`` in ``out.y``, without an error before the gap is subtracted.
 
     ``z - r`` is split into the rounded difference and its error (Knuth's two-sum), and so is ``top_z - top_r``.
     """
@@ -47,7 +47,7 @@ def exact_difference_(z: Tensor, r: Tensor, top_z: Tensor, top_r: Tensor, gap: T
 
 
 def _two_difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``x - y`` rounded, and what rounding took off."""
+    """Return ``x - y`` rounded, and the rounding error."""
     s = x - y
     b = s - x
     return s, (x - (s - b)) - (y + b)
@@ -64,7 +64,7 @@ def psi_series_(y: Tensor, out: Tensor) -> Tensor:
 
 
 class Buffers(NamedTuple):
-    """Planes of the shape of a tile, whose content is scratch."""
+    """Hold scratch tensors of a tile's shape."""
 
     q: Tensor
     y: Tensor
@@ -82,18 +82,16 @@ class Buffers(NamedTuple):
 
 
 def reaches_far(y: Tensor) -> bool:
-    """Return whether any y may be FAR or more. A device that would have to be waited for is not asked."""
+    """Return whether any y may be FAR or more: True on a GPU, because an answer would have to be waited for."""
     return y.device.type != "cpu" or (y.numel() > 0 and not y.amax().item() < FAR)
 
 
 def divergence_(p: Tensor | None, out: Buffers, dim: int) -> tuple[Tensor, Tensor]:
     """Return the sums over `dim` of ``Q psi(Y)`` and of ``P - Q``, eq. (8), from ``Q = out.q`` and ``Y = out.y``.
 
-    With ``n`` the Y that is held within NEAR, ``psi(Y) = psi(n) + (e^Y - e^n) - (Y - n)``: the series alone where Y is
-    near 0, and no cancellation beyond. It asks for no choice between two forms, which costs more than either.
-
-    Args:
-        p: P, in the units of Q; None where no Y is FAR.
+    With n = Y clamped to NEAR, ``psi(Y) = psi(n) + (e^Y - e^n) - (Y - n)``: the series alone where Y is near 0, and no
+    cancellation beyond. A choice between two forms for each element would cost more than either. p is P, in the units
+    of Q, or None where no Y is FAR.
     """
     q, y, near, psi, less = out
     torch.clamp(y, -NEAR, NEAR, out=near)
@@ -111,10 +109,7 @@ def divergence_(p: Tensor | None, out: Buffers, dim: int) -> tuple[Tensor, Tenso
 
 
 def part(z: Tensor, r: Tensor, extras: Extras, work: Workspace) -> Tensor:
-    """Return the state ``(STATE, R)`` of a tile of both models' logits ``(R, C)``, which stay as they are.
-
-    Columns that do not count are LOWEST in both models.
-    """
+    """Return the state ``(STATE, R)`` of a tile of logits ``(R, C)``, LOWEST in both where a column does not count."""
     out = Buffers.of(work, z)
     top_z, top_r = z.amax(-1), r.amax(-1)
     p = torch.sub(z, top_z[:, None], out=out.one)
@@ -135,7 +130,7 @@ def part(z: Tensor, r: Tensor, extras: Extras, work: Workspace) -> Tensor:
 
 
 def _entropy_sums(z: Tensor, down: Tensor, scratch: Tensor) -> list[Tensor]:
-    """Return ``sum e^down down``, and the sum of the logits that count."""
+    """Return the sum of ``e^down down``, where down is z less its top, and the sum of the logits that count."""
     weighted = torch.exp(down, out=scratch).mul_(down).sum(-1)
     return [weighted, torch.where(is_lowest(z), 0.0, z).sum(-1)]
 
@@ -145,7 +140,7 @@ def _softmax(x: Tensor, top: Tensor, lse: Tensor, out: Tensor | None = None) -> 
 
 
 def merge(parts: Tensor) -> Tensor:
-    """Return the state ``(STATE, R)`` of K parts ``(K, STATE, R)`` together, eq. (8), GROUP of them at a time."""
+    """Return the state ``(STATE, R)`` of K parts ``(K, STATE, R)`` together by eq. (8), merging GROUP at a time."""
     while (K := parts.shape[0]) > 1:
         groups = -(-K // GROUP)
         each = GROUP if groups > 1 else K
@@ -156,14 +151,14 @@ def merge(parts: Tensor) -> Tensor:
 
 
 def empty(like: Tensor) -> Tensor:
-    """Return the state ``(STATE, R)`` of a part without columns, for parts of this shape ``(..., STATE, R)``."""
+    """Return the state ``(STATE, R)`` of a part without columns, beside parts like ``(..., STATE, R)``."""
     state = like.new_zeros(like.shape[-2:])
     state[:2] = LOWEST
     return state
 
 
 def _merge(parts_GKSR: Tensor) -> Tensor:
-    """Return ``(G, STATE, R)``: each group of K parts as one."""
+    """Return the state ``(G, STATE, R)`` of each group's K parts together."""
     top_z_K, top_r_K, lse_z_K, lse_r_K, kl_K, gap_K, *extras = parts_GKSR.unbind(2)
     top_z, top_r = top_z_K.amax(1, keepdim=True), top_r_K.amax(1, keepdim=True)
     log_P_K, log_Q_K = lse_z_K + (top_z_K - top_z), lse_r_K + (top_r_K - top_r)
@@ -185,13 +180,13 @@ def _merge(parts_GKSR: Tensor) -> Tensor:
 
 
 class Whole(NamedTuple):
-    """Each row over the whole vocabulary, ``(T,)`` each."""
+    """Hold each row's statistics over the whole vocabulary, ``(T,)`` each."""
 
     logp: Tensor
     ref_logp: Tensor
     kl: Tensor
     extras: dict[str, Tensor]
-    row: Tensor  # (WHOLE, T): tops, lse and gap of the whole; P_0, Q_0 and p_y - q_y, which `cotangents` wants
+    row: Tensor  # (WHOLE, T), for `cotangents`: tops, lse and gap of the whole; P_0, Q_0, p_y - q_y
 
 
 def whole(others: Tensor, labels_2T: Tensor, extras: Extras, vocab: int) -> Whole:
@@ -216,13 +211,10 @@ def whole(others: Tensor, labels_2T: Tensor, extras: Extras, vocab: int) -> Whol
 
 
 def with_infinities(found: Whole, ruled_out_2: Tensor) -> Whole:
-    """Return the row with what leans on LOWEST as the infinity that it stands for.
+    """Return `found` with infinities where LOWEST stands for one, given the result of `logits.ruled_out`.
 
     A KL that must be inf is not found by its size: 1e30 times a tiny q looks finite. Only a bias rules a token out, so
-    all rows have one or none has.
-
-    Args:
-        ruled_out_2: whether the policy rules out a token that the reference allows, and whether it rules out any.
+    either all rows have an infinite KL or none has.
     """
     missed, any_out = ruled_out_2.unbind()
     extras = dict(found.extras)
@@ -242,7 +234,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _extras(wanted: Extras, others: Tensor, z_y: Tensor, logp: Tensor, x_z: Tensor, vocab: int) -> dict[str, Tensor]:
-    """Return those `wanted` of the policy's statistics that trainers log."""
+    """Return the `wanted` extras, by name."""
     entropy_0, total = others[STATE:].unbind()
     found = {
         "entropy": torch.sigmoid(x_z) * (entropy_0 + _softplus(-x_z)) - torch.sigmoid(-x_z) * logp,
@@ -253,9 +245,9 @@ def _extras(wanted: Extras, others: Tensor, z_y: Tensor, logp: Tensor, x_z: Tens
 
 
 def cotangents(row: Tensor, g_logp_T: Tensor | None, g_kl_T: Tensor | None, scale: float) -> Tensor:
-    """Return ``(ROW, T)``: what eq. (9) needs of each row, with dz multiplied by `scale`.
+    """Return the values ``(ROW, T)`` of each row that eq. (9) needs, for a dz multiplied by `scale`.
 
-    c is computed from the cotangents as they came: nearly equal ones differ by less than they are rounded to.
+    c is computed before scaling, which would round away the difference of nearly equal cotangents.
     """
     zero = torch.zeros_like(row[0])
     g_logp, g_kl = (zero if g is None else g.to(row.dtype) for g in (g_logp_T, g_kl_T))
@@ -266,11 +258,11 @@ def cotangents(row: Tensor, g_logp_T: Tensor | None, g_kl_T: Tensor | None, scal
 
 
 def mostly_p(a: Tensor, c: Tensor) -> Tensor:
-    """Return where ``c p + a q`` has the digits, because b and c are nearly equal."""
+    """Return where a is small beside c, so that the second line of eq. (9) has more digits."""
     return 2 * a.abs() < c.abs()
 
 
-# --- backward: eq. (9) for a tile, but for the label's entry ----------------------------------------------------------
+# --- backward: dz of a tile by eq. (9), except at the label -----------------------------------------------------------
 
 
 def dz_from_p(z: Tensor, row: Tensor, work: Workspace) -> Tensor:
@@ -286,7 +278,7 @@ def dz_from_q(r: Tensor, row: Tensor, work: Workspace) -> Tensor:
 
 
 def dz_from_both(z: Tensor, r: Tensor, row: Tensor, work: Workspace) -> Tensor:
-    """Return eq. (9)."""
+    """Return dz by eq. (9), for any row."""
     out = Buffers.of(work, z)
     top_z, top_r, lse_z, lse_r, gap, a, b, c, _ = row[..., None].unbind()
     y = exact_difference_(z, r, top_z, top_r, gap, out)
@@ -296,9 +288,6 @@ def dz_from_both(z: Tensor, r: Tensor, row: Tensor, work: Workspace) -> Tensor:
         p = _softmax(z, top_z[:, 0], lse_z[:, 0], out.two)
         dz = torch.where((y >= FAR) | rows, p.mul_(c).add_(q.mul_(a)), dz)
     return dz
-
-
-# --- the head ---------------------------------------------------------------------------------------------------------
 
 
 def softcap_slope(x: Tensor, softcap: float) -> Tensor:

@@ -1,8 +1,8 @@
-"""A kernel checks itself the first time a process uses it, on 64 rows and 64 columns of the launch at hand.
+"""Check a kernel the first time a process uses it, on 64 rows and 64 columns of the launch at hand.
 
-The truth is float64, from the inputs alone. The bounds are such that only a wrong kernel exceeds them, not a rounded
-number: a compiler that miscompiles makes garbage. A kernel that passed costs a look into a set. Nothing is checked
-while a CUDA graph is captured, or on numbers that are not finite; the check is then made at a later call.
+The truth is float64, from the inputs alone. Rounding never exceeds the bounds, a miscompiled kernel does: it makes
+garbage. A kernel that has passed costs a look into a set. Nothing is checked while a CUDA graph is captured, or on
+numbers that are not finite; the check is then made at a later call.
 
 ``TDPO_KERNELS_SELF_CHECK=0`` in the environment turns it off, and ``=warn`` makes it warn where it would raise.
 """
@@ -30,7 +30,7 @@ _passed: set[tuple[Launch, int, int]] = set()  # with both hidden sizes
 
 
 class Check:
-    """The launches of one call."""
+    """Check the launches of one call that are new to the process."""
 
     def __init__(self, inputs: Inputs, grid: Grid) -> None:
         self.inputs, self.grid, self.fresh = inputs, grid, dict[Launch, None]()
@@ -42,7 +42,7 @@ class Check:
             self.fresh[launch] = None
 
     def forward(self, part: Part) -> Part:
-        """Compare L, L', the KL and the labels' logits of sampled rows, if a launch is new; return `part`."""
+        """Compare L, L', the KL and the labels' logits of sampled rows, if a launch is new, and return `part`."""
         if self.fresh and self.grid.T:
             rows = _spread(self.grid.T, part.state.device)
             truth, labels, slack = self._statistics(rows)
@@ -55,7 +55,7 @@ class Check:
         return part
 
     def dz(self, launch: Launch, rows: slice, cols: slice, row_R: Tensor, dz: Tensor) -> Tensor:
-        """Compare sampled entries of eq. (9), if the launch is new; return `dz`."""
+        """Compare sampled entries of dz, if the launch is new, and return `dz`."""
         if self.on and self._key(launch) not in _passed and size(rows):
             r, c = _spread(size(rows), dz.device), _spread(size(cols), dz.device)
             want, allowed = self._dz(r + rows.start, c + cols.start, row_R[:, r].double())
@@ -78,7 +78,7 @@ class Check:
         _passed.update(self._key(launch) for launch in launches)
 
     def _statistics(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the state of `rows`, the labels' logits, and how far off each model's logits may be."""
+        """Return the true states of `rows`, their labels' logits, and how far off each model's logits may be."""
         V, y = self.grid.V, self.inputs.rows.labels_T[rows]
         inside, at = ((y >= 0) & (y < V))[:, None], y.clamp(0, V - 1)[:, None]
         states, labels, slack = [], 0, 0
@@ -93,7 +93,7 @@ class Check:
         return rowmath.merge(torch.stack(states)), labels, slack
 
     def _dz(self, rows: Tensor, cols: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Return eq. (9) as it reads, and what it may be off."""
+        """Return the true dz, and how far off a sound kernel's may be."""
         (z, x, off), (r, _, ref_off) = self._logits(rows, cols)
         top_z, top_r, lse_z, lse_r, _, a, b, c, label = row[..., None].unbind()
         p, q = (z - top_z - lse_z).exp(), (r - top_r - lse_r).exp()
@@ -125,7 +125,7 @@ def _logits(model: Model, index: Tensor | None, rows: Tensor, cols: Tensor) -> t
 
 
 def _spread(length: int, device: torch.device) -> Tensor:
-    """Return up to SAMPLE indices from the first to the last."""
+    """Return up to SAMPLE indices, evenly from the first to the last."""
     return torch.linspace(0, length - 1, min(SAMPLE, length), device=device).long()
 
 

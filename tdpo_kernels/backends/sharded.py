@@ -1,4 +1,4 @@
-"""A vocabulary split over ranks: another backend on each rank's columns, and one all-gather of states.
+"""Run another backend on each rank's columns of a vocabulary split over ranks, with one all-gather of states.
 
 Forward merges all ranks' states by eq. (8), in rank order, so every rank has the same bits. Backward is the same
 backward on each rank's columns, from the state of the whole row; dh is summed over the ranks in the statistics' dtype,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def forward(inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor) -> tuple[Part, Tensor | None]:
-    """Return the merged state and labels of all ranks, and what `ruled_out` says of all ranks' columns."""
+    """Return the merged part of all ranks, and `ruled_out` over all ranks' columns."""
     _agree_once(inputs, needs)
     group, own = inputs.policy.head.group, _own(inputs)
     part = inner.forward(own, kept) if own.policy.head.weight.shape[0] else _nothing(own)
@@ -34,7 +34,7 @@ def forward(inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor) -> tuple
     return Part(rowmath.merge(sent_WFT[:, :-2]), sent_WFT[:, -2:].sum(0)), out
 
 
-def backward(inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor) -> Gradients:
+def backward(inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
     own, head, hidden = _own(inputs), inputs.policy.head, inputs.policy.hidden
     if head.weight.shape[0]:
         dh, dw, db = inner.backward(own, needs, kept, row, True)
@@ -43,14 +43,16 @@ def backward(inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor, row: Te
         dh, dw, db = zero_TD, torch.zeros_like(head.weight), None if head.bias is None else torch.zeros_like(head.bias)
     if not needs.hidden:
         return Gradients(None, dw, db)
-    dh, index = summed_(dh, head.group).to(hidden.dtype), inputs.rows.hidden_T
-    if index is not None:
+    dh, index = summed_(dh, head.group), inputs.rows.hidden_T
+    if not partial:
+        dh = dh.to(hidden.dtype)
+    if not partial and index is not None:
         dh = dh.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1]).index_copy_(0, index, dh)
     return Gradients(dh, dw, db)
 
 
 def _own(inputs: Inputs) -> Inputs:
-    """Return what this rank computes alone: its columns. Labels elsewhere are outside [0, V)."""
+    """Return the inputs with this rank's columns only, where labels in other ranks' columns are -1."""
     head = inputs.policy.head
     columns, labels_T = head.columns, inputs.rows.labels_T
     inside = (labels_T >= columns.start) & (labels_T < columns.stop)
@@ -71,8 +73,8 @@ def _nothing(own: Inputs) -> Part:
 def _reference_part(reference: Model, policy_head: VocabParallelHead) -> Model:
     """Return the reference with the rows of its head that belong to this rank's part of the policy's vocabulary.
 
-    A head that every rank has whole is cut, which copies nothing. One that is split in other places is exchanged, row
-    by row, on every call.
+    A head that every rank has whole is cut without a copy. One that is split in other places is exchanged, row by row,
+    on every call.
     """
     head, wanted = reference.head, policy_head.columns
     if head.group is None:
@@ -94,14 +96,12 @@ def _common(a: slice, b: slice) -> int:
     return max(min(a.stop, b.stop) - max(a.start, b.start), 0)
 
 
-# --- ranks that do not fit together -----------------------------------------------------------------------------------
-
-_agreed: WeakSet[ProcessGroup] = WeakSet()  # a name is given again once its group is destroyed
+_agreed: WeakSet[ProcessGroup] = WeakSet()  # groups, not names, which are used again once a group is destroyed
 
 
 def _agree_once(inputs: Inputs, needs: Needs) -> None:
-    """Compare the ranks' tokens and heads: different ones would be answered with nonsense, or hang. It is asked at a
-    group's first call, because it takes the host."""
+    """Raise ValueError where ranks have different tokens or heads, which would return nonsense or hang. Only a group's
+    first call compares them, because that waits for the device."""
     group, rows = inputs.policy.head.group, inputs.rows
     if group in _agreed:
         return

@@ -1,5 +1,4 @@
-"""Library products into cache-sized tiles; row mathematics in torch, or in Triton's row kernels where those run. Never
-``[T, V]``."""
+"""Make cache-sized tiles by library products, and reduce them in torch, or in Triton's row kernels where those run."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from .logits import SIXTEEN_BIT, Side, affine_, block_of, capped, copied_bytes, 
 from .rowmath import LOWEST
 from .walk import Kind
 
-PLANES = 10  # of a tile: both models' logits, `rowmath.Buffers`, and three more where a log-ratio is large
+PLANES = 10  # tensors of a tile's size: both models' logits, `rowmath.Buffers`, three more where a log-ratio is large
 
 
 def forward(inputs: Inputs, kept: Tensor) -> Part:
@@ -30,7 +29,7 @@ def _tiles(inputs: Inputs) -> walk.Tiles:
 
 
 class TorchTiles:
-    """Row mathematics in torch."""
+    """Make tiles by library products and reduce them in torch."""
 
     def __init__(self, inputs: Inputs, grid: Grid | None = None) -> None:
         self.dtype, self.extras, self.labels_T = inputs.stats_dtype, inputs.extras, inputs.rows.labels_T
@@ -72,7 +71,7 @@ class TorchTiles:
         return dz if softcap is None else dz.mul_(rowmath.softcap_slope(x, softcap))
 
     def _logits(self, m: int, rows: slice, cols: slice, kept: Tensor | None, make: bool) -> tuple[Tensor, Tensor]:
-        """Return one model's logits before and after its softcap; the former are what is kept."""
+        """Return one model's logits before and after its softcap; those before it are kept."""
         side: Side = self.sides[m]
         shape, bias = (size(rows), size(cols)), side.bias(cols)
         x = self.work.get(f"tile {m}", self.dtype, *shape) if kept is None else kept[m]
@@ -83,7 +82,7 @@ class TorchTiles:
         return x, capped(x, side.head, bias, self.work.get(f"capped {m}", self.dtype, *shape))
 
     def _label(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        """Return which rows' labels are among these columns, and where; anywhere if they are not."""
+        """Return which rows' labels are among these columns, and at which; at any if they are not."""
         labels_R = block_of(self.labels_T, rows)
         inside = (labels_R >= cols.start) & (labels_R < cols.stop)
         return inside, (labels_R - cols.start).clamp_(0, size(cols) - 1)[:, None]

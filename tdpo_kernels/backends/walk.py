@@ -1,4 +1,4 @@
-"""Forward and backward of a call, tile by tile, whoever makes the tiles."""
+"""Run forward and backward of a call tile by tile, whoever makes the tiles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FP16_HEADROOM = 2.0**14  # |dz| is scaled to stay below it
 
 
 class Kind(Enum):
-    """What the coefficients of a block of rows leave to compute, eq. (9)."""
+    """Say which softmaxes eq. (9) needs in a block of rows, by which of a and c are 0 in all of them."""
 
     NOTHING = 0
     ONLY_P = 1
@@ -28,20 +28,20 @@ class Kind(Enum):
 
 
 class Tiles(Protocol):
-    """A way to make tiles of both models' logits, and what becomes of them before they are gone."""
+    """Make tiles of both models' logits, and reduce each before the next takes its place."""
 
     grid: Grid
     policy: Side
 
     def part(self, rows: slice, cols: slice, labels_2R: Tensor, kept: Tensor | None) -> Tensor:
-        """Return the states ``(K, STATE, R)`` of the parts that these columns are, without the labels' columns.
+        """Return the states ``(K, STATE, R)`` of the K parts that these columns make, without the labels' columns.
 
-        Fill in the labels' logits where the labels are among these columns, and `kept` ``(2, R, C)`` if it is given.
+        Write the logits of labels among these columns to `labels_2R`, and the tile to `kept` ``(2, R, C)`` if given.
         """
         ...
 
     def dz(self, rows: slice, cols: slice, kind: Kind, row_R: Tensor, kept: Tensor | None) -> Tensor:
-        """Return eq. (9) at the outputs of ``h W^T + b``, from what was kept of the tile or from a new one."""
+        """Return dz ``(R, C)`` by eq. (9) at the outputs of ``h W^T + b``, from the kept tile or from a new one."""
         ...
 
     def checked(self, inputs: Inputs, part: Part) -> Part:
@@ -77,7 +77,7 @@ def backward(tiles: Tiles, inputs: Inputs, needs: Needs, kept: Tensor, row: Tens
 
 
 def _read(grid: Grid, row: Tensor, compute: torch.dtype) -> tuple[dict[int, Kind], float]:
-    """Return the kind of each block of rows, by its first row, and the power of two that lifts an fp16 dz clear of
+    """Return the kind of each block of rows, by its first row, and the power of two that keeps an fp16 dz from
     underflow: |dz| <= |a| + |b|. The device is read once, and not at all while a CUDA graph is captured."""
     starts = [rows.start for rows in grid.row_blocks()]
     if not starts or (row.is_cuda and torch.cuda.is_current_stream_capturing()):

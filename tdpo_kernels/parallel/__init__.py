@@ -1,4 +1,4 @@
-"""More than one device: a vocabulary, a sequence or a batch that lies split over the ranks of a process group."""
+"""Compute on several devices, where a vocabulary, a sequence or a batch lies split over a process group's ranks."""
 
 from ..types import VocabParallelHead
 from .heads import vocab_parallel

@@ -1,4 +1,4 @@
-"""Heads whose vocabulary is split: tensor parallelism of the LM head."""
+"""Make heads whose vocabulary is split over ranks: tensor parallelism of the LM head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checks import check_tensor, seen
-from ..collectives import position, same, told
+from ..collectives import same, told
 from ..types import LMHead, VocabParallelHead
 
 if TYPE_CHECKING:
@@ -19,24 +19,23 @@ if TYPE_CHECKING:
 def vocab_parallel(
     head: Tensor | nn.Linear | LMHead, group: ProcessGroup | None = None, *, vocab_size: int | None = None
 ) -> VocabParallelHead:
-    """One rank's rows of an LM head, as `fused_tdpo_loss` and `token_stats` take them in place of the whole.
+    """Return one rank's rows of an LM head, for `fused_tdpo_loss` and `token_stats` in place of the whole head.
 
     All ranks of the group hand over the same hidden states and labels, and get the same statistics: forward gathers 32
     bytes a token (fp32) from each rank, backward sums dh, ``4 D`` bytes a token, over the ranks. The reference's head
     may be split likewise, split in other places (its rows are then exchanged on every call), or be whole on every rank.
-
-    Of plain tensors ranks tell each other here how many rows they have: make the head once, not in every step.
+    Given plain tensors, ranks tell each other how many rows they have: make the head once, not in every step.
 
     Args:
         head: a weight that is a DTensor, ``Shard(0)`` on a mesh of one dimension (as torch's tensor parallelism leaves
-            an LM head); or this rank's rows ``(V_k, D)``, in rank order, none at all on some of them if need be.
-            Gradients flow to what was given.
+            an LM head); or this rank's rows ``(V_k, D)``, in rank order; some ranks may have none. Gradients flow to
+            the tensors given.
         group: the ranks. None: the DTensor's mesh, or all ranks.
-        vocab_size: V, where the last rows are padding, as in weights padded to a multiple of the ranks: no rank's
-            padding is part of the vocabulary. None: all rows are.
+        vocab_size: V, if the last rows are padding, as in weights padded to a multiple of the ranks. None: all rows
+            are part of the vocabulary.
 
     Raises:
-        TypeError, ValueError: naming what was seen and what is wanted. On all ranks, if they do not fit together.
+        TypeError, ValueError: if the head is wrong; on all ranks, if the ranks do not fit together.
     """
     if torch.compiler.is_compiling():  # what ranks tell each other is no part of a graph
         return torch.compiler.disable(_made)(head, group, vocab_size)
@@ -53,7 +52,7 @@ def _made(head: Tensor | nn.Linear | LMHead, group: ProcessGroup | None, vocab_s
         sizes = _sizes(head, group)
     if vocab_size is not None:
         sizes = _without_padding(sizes, vocab_size)
-        mine = sizes[position(group)]
+        mine = sizes[group.rank()]
         weight, bias = weight[:mine], None if bias is None else bias[:mine]
     return VocabParallelHead(weight, bias, head.logit_scale, head.softcap, group, sizes)
 
@@ -83,7 +82,7 @@ def _members(group: ProcessGroup | None) -> ProcessGroup:
 
 
 def _local(x: Tensor, name: str, group: ProcessGroup | None) -> tuple[Tensor, ProcessGroup, tuple[int, ...]]:
-    """A DTensor's rows on this rank, and how many each rank has."""
+    """Return a DTensor's rows on this rank, its group, and how many rows each rank has."""
     from torch.distributed.tensor import Shard
 
     if not hasattr(x, "device_mesh"):
@@ -105,7 +104,7 @@ def _local(x: Tensor, name: str, group: ProcessGroup | None) -> tuple[Tensor, Pr
 
 
 def _sizes(head: LMHead, group: ProcessGroup) -> tuple[int, ...]:
-    """How many rows each rank has; what is wrong on one of them is said on all."""
+    """Return how many rows each rank has, or raise on all ranks if one rank's head is wrong."""
     weight, bias = head.weight, head.bias
     fault, rows, D = None, 0, 0
     if weight.dim() != 2:

@@ -1,4 +1,4 @@
-"""Data parallelism: the mean over all ranks' pairs, where ranks have different numbers of them."""
+"""Average over all ranks' pairs (data parallelism), where ranks have different numbers of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def mean_over_ranks(loss_P: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """This rank's share of the mean over the pairs of all ranks, from ``fused_tdpo_loss(..., reduction="none").loss``.
+    """Return this rank's share of the mean over all ranks' pairs, from ``fused_tdpo_loss(..., reduction="none").loss``.
 
-    Scaled so that what averages gradients over the ranks (DDP, FSDP) makes the gradient of that mean, and so that the
-    average of what ranks log is that mean; a mean of each rank's own would give pairs of smaller shares more weight.
-    One all-reduce of a number; a rank without pairs takes part.
+    It is scaled so that averaging gradients over the ranks (DDP, FSDP) makes the gradient of that mean, and averaging
+    the ranks' logs the mean itself. A mean over each rank's own pairs would give pairs on ranks with few more weight.
+    It takes one all-reduce of a number, in which a rank without pairs must take part.
 
     Raises:
-        ValueError: `loss_P` is not one loss per pair.
+        ValueError: if `loss_P` is not one loss per pair.
     """
     check_tensor(loss_P, "loss_P")
     if loss_P.dim() != 1:

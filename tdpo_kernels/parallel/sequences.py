@@ -1,4 +1,4 @@
-"""Sequence (context) parallelism: sequences whose tokens lie on several ranks."""
+"""Compute the loss of sequences whose tokens lie on several ranks: sequence (context) parallelism."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def sequence_parallel_loss(
     variant: str = "tdpo2",
     reduction: str = "mean",
 ) -> TDPOOutput:
-    """The preference loss of sequences that are split over the ranks of `group`, from each one's tokens.
+    """Return the preference loss of sequences that are split over the ranks of `group`, from each rank's tokens.
 
     A sigmoid is not linear: per-sequence sums (eq. 3) are added up over the ranks before it, ``48 P + 8`` bytes. Every
-    rank returns the same loss. Its backward gives a rank the gradient that flows through its own tokens: the sum over
+    rank returns the same loss. Its backward gives a rank the gradient through the rank's own tokens, and the sum over
     the ranks is the loss's gradient. Where gradients are averaged over the group (DDP, FSDP), multiply the loss by the
     group's size.
 
     Args:
-        stats: of this rank's tokens, from ``token_stats(..., shift=False)`` on labels that were shifted before they
-            were split: label t is what hidden state t predicts, though its token lies on another rank.
-        sequence_ids: int64, shaped like ``stats.logp``: 0 to P - 1 the chosen, P to 2 P - 1 their rejected partners.
-            In any order. Anything where the label is ignored, as of padding.
-        pairs: P, of all ranks together; the same on each.
+        stats: this rank's, from ``token_stats(..., shift=False)``. Shift labels before splitting them: label t is the
+            one that hidden state t predicts, even where its token lies on another rank.
+        sequence_ids: int64, shaped like ``stats.logp``: 0 to P - 1 for the chosen, P to 2 P - 1 for their rejected
+            partners, in any order. Where the label is ignored (padding) any value will do.
+        pairs: P, counted over all ranks, and equal on all of them.
         beta, alpha, variant, reduction: as in `tdpo_kernels.fused_tdpo_loss`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was seen and what is wanted.
+        TypeError, ValueError: if an argument is wrong; the message says which, what was seen and what is wanted.
     """
     beta, alpha = check_loss(beta, alpha, variant, reduction)
     check_tensor(sequence_ids, "sequence_ids")
@@ -59,14 +59,14 @@ def sequence_parallel_loss(
     astray = ((sequence_ids < 0) | (sequence_ids >= 2 * pairs)) & counts
     own = torch.cat([_own_sums(stats, sequence_ids, 2 * pairs).flatten(), astray.sum(dtype=torch.float64)[None]])
     total = _Summed.apply(own, group)
-    if found := int(total[-1]):  # on every rank, or those without would wait for the others
+    if found := int(total[-1]):  # raised on every rank, or the others would wait
         raise ValueError(f"sequence_ids: got {found} outside [0, {2 * pairs}) where labels count, wanted none")
     sums = total[:-1].view(3, -1)
     return sums_loss(*sums, stats.logp.dtype, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
 
 
 def _own_sums(stats: TokenStats, sequence_ids: Tensor, count: int) -> Tensor:
-    """``(3, S)`` float64 over this rank's tokens, in order: the same bits every time. Ignored tokens are zero."""
+    """Return sums ``(3, S)`` over this rank's tokens, in float64 and in a fixed order. Ignored tokens are zero."""
     ids_N = sequence_ids.reshape(-1).long().clamp(0, count - 1)
     order_N = ids_N.argsort(stable=True)
     ends_S = torch.searchsorted(ids_N[order_N], torch.arange(count, device=ids_N.device), right=True)
@@ -75,7 +75,7 @@ def _own_sums(stats: TokenStats, sequence_ids: Tensor, count: int) -> Tensor:
 
 
 class _Summed(torch.autograd.Function):
-    """The sum over the ranks. Backward hands through: a rank's share has the gradient that the whole has."""
+    """Sum over the ranks. Backward hands the gradient through, because each rank's share has that of the sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
