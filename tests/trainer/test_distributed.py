@@ -32,14 +32,9 @@ EXACT = 1e-6  # of the largest gradient of the parameter; float64, but for the n
 
 
 def backward(
-    wrapped: nn.Module,
-    policy: nn.Module,
-    reference: tuple[nn.Module, nn.Module],
-    batch: dict[str, Tensor],
-    run: Callable[[Tensor], Any] = Tensor.backward,
-    parts: int = 1,
-    **options,
-) -> Tensor:
+    wrapped: nn.Module, policy: nn.Module, reference: tuple[nn.Module, nn.Module], batch: dict[str, Tensor],
+    run: Callable[[Tensor], Any] = Tensor.backward, parts: int = 1, **options,
+) -> Tensor:  # fmt: skip
     """One micro-batch through whatever wraps the policy and the reference (wrapped, unwrapped)."""
     inputs = tiny.inputs_of(batch)
     side = reference_side(reference[0], inputs, unwrapped=reference[1])
@@ -128,13 +123,9 @@ def adapted_twins(options: dict) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def fsdp1(
-    rank: int,
-    name: str,
-    original: bool = True,
-    units: str = "layers",
-    micro: int = 1,
+    rank: int, name: str, original: bool = True, units: str = "layers", micro: int = 1,
     narrow: torch.dtype | None = None,
-) -> None:
+) -> None:  # fmt: skip
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
     mixed = narrow and MixedPrecision(param_dtype=narrow, reduce_dtype=narrow, buffer_dtype=narrow)
@@ -218,14 +209,9 @@ def shard_units(model: nn.Module, units: str, **options) -> None:
 
 
 def fsdp2(
-    rank: int,
-    name: str,
-    units: str = "layers",
-    micro: int = 1,
-    narrow: torch.dtype | None = None,
-    budget: int = 2**29,
-    **options,
-) -> None:
+    rank: int, name: str, units: str = "layers", micro: int = 1, narrow: torch.dtype | None = None,
+    budget: int = 2**29, **options,
+) -> None:  # fmt: skip
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import init_device_mesh
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from runs import (
+    TEMPLATE,
     config,
     eager_run,
     llama,
@@ -249,14 +251,10 @@ def test_evaluation_logs_the_same_names(tmp_path: Path):
 
 def test_conversations_and_a_shared_prompt_left_out(tmp_path: Path):
     """TRL's other formats: messages through the chat template, and a prompt that is the common beginning."""
-    from runs import TEMPLATE
-
     chat = tokenizer()
     chat.chat_template = TEMPLATE
     question = {"role": "user", "content": "ab c"}
     answers = [[question, {"role": "assistant", "content": text}] for text in ("yes.", "no way")]
-    from datasets import Dataset
-
     data = Dataset.from_list([{"chosen": answers[0], "rejected": answers[1]}] * 4)
     ours = TDPOTrainer(llama(), llama(1), config(tmp_path), processing_class=chat, train_dataset=data)
     steps = recorded(ours)
