@@ -46,13 +46,16 @@ class Problem:
                 by.append(n - 1 if self.shift else n)
         return torch.tensor(at, dtype=torch.long), torch.tensor(by, dtype=torch.long)
 
-    def to(self, device: str) -> Problem:
-        def head(h: LMHead) -> LMHead:
-            return replace(h, weight=h.weight.to(device), bias=None if h.bias is None else h.bias.to(device))
+    def to(self, where: str | torch.dtype) -> Problem:
+        """The problem on a device, or with the same numbers in a dtype."""
 
+        def head(h: LMHead) -> LMHead:
+            return replace(h, weight=h.weight.to(where), bias=None if h.bias is None else h.bias.to(where))
+
+        labels = self.labels if isinstance(where, torch.dtype) else self.labels.to(where)
         return replace(
-            self, hidden=self.hidden.to(device), head=head(self.head), ref_hidden=self.ref_hidden.to(device),
-            ref_head=head(self.ref_head), labels=self.labels.to(device),
+            self, hidden=self.hidden.to(where), head=head(self.head), ref_hidden=self.ref_hidden.to(where),
+            ref_head=head(self.ref_head), labels=labels,
         )  # fmt: skip
 
 

@@ -169,19 +169,6 @@ def _plain_logits(hidden: Tensor, head: LMHead, rows: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def widened(problem: Problem) -> Problem:
-    """The same numbers in the statistics' dtype."""
-
-    def head(h: LMHead) -> LMHead:
-        return replace(h, weight=h.weight.to(dtype), bias=None if h.bias is None else h.bias.to(dtype))
-
-    dtype = problem.stats_dtype
-    return replace(
-        problem, hidden=problem.hidden.to(dtype), head=head(problem.head), ref_hidden=problem.ref_hidden.to(dtype),
-        ref_head=head(problem.ref_head),
-    )  # fmt: skip
-
-
 # --- the rule ---------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +194,7 @@ class Judge:
 def judge(problem: Problem, cotangents: Cotangents) -> Judge:
     cotangents = round_cotangents(problem, cotangents)
     true = truth(problem, cotangents)
-    wide = throws(widened(problem), cotangents)
+    wide = throws(problem.to(problem.stats_dtype), cotangents)
     narrow = throws(problem, cotangents) if problem.hidden.dtype in SIXTEEN_BIT else wide
     eps, stats_eps = (torch.finfo(d).eps for d in (problem.hidden.dtype, problem.stats_dtype))
     bounds: dict[str, list[tuple[str, float]]] = {}

@@ -158,24 +158,6 @@ def test_loss_rewards_and_cotangents_are_the_oracles(seed, size, beta, alpha, va
             assert all(close(x, a) for x in g_logp[row]) and all(close(x, b) for x in g_kl[row])
 
 
-def test_packed_sequences_sum_like_padded_ones():
-    stats = random_stats()
-    flat = TokenStats(*(x.detach().flatten().requires_grad_() for x in (stats.logp, stats.ref_logp, stats.kl)))
-    padded, packed = run(stats), run(flat, cu_seqlens=torch.arange(0, 31, 5, dtype=torch.int32))
-    assert torch.allclose(padded[0].loss, packed[0].loss, rtol=1e-14, atol=0)
-    assert all(torch.allclose(a.flatten(), b, rtol=1e-14, atol=0) for a, b in zip(padded[1:], packed[1:], strict=True))
-
-
-def test_alpha_zero_is_dpo_to_the_bit():
-    stats = random_stats()
-    out, g_logp, g_kl = run(stats, alpha=0.0, reduction="mean")
-    m_w, m_l = (stats.logp.sum(-1) - stats.ref_logp.sum(-1)).chunk(2)
-    dpo = -torch.nn.functional.logsigmoid(0.1 * (m_w - m_l)).mean()
-    (want,) = torch.autograd.grad(dpo, stats.logp)
-    assert torch.equal(out.loss, dpo) and torch.equal(g_logp, want)
-    assert not g_kl.count_nonzero()
-
-
 @pytest.mark.parametrize("rows", [[0], [3], [0, 3], [0, 1, 2, 3, 4, 5]], ids=["chosen", "rejected", "both", "all"])
 def test_alpha_zero_is_dpo_where_a_kl_is_infinite(rows):
     """0 x (inf - inf) is NaN: with alpha = 0 there is no KL in the loss to multiply."""

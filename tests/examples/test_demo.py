@@ -54,14 +54,8 @@ def write(tmp_path):
 
 def some_pairs(count: int) -> list[dict[str, str]]:
     places = "attic barn cellar den".split()
-    return [
-        {
-            "prompt": f"the {places[i % 4]} of house {i // 2}",
-            "chosen": " was warm .",
-            "rejected": " was cold and dull .",
-        }
-        for i in range(count)
-    ]
+    prompts = [f"the {places[i % 4]} of house {i // 2}" for i in range(count)]
+    return [{"prompt": x, "chosen": " was warm .", "rejected": " was cold and dull ."} for x in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +81,8 @@ def test_the_whole_experiment_runs_and_repeats_itself(tmp_path, call):
     script = [sys.executable, str(EXAMPLES / "sentiment.py"), *tiny, "--out", str(tmp_path / "first")]
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words in (
-        "reward accuracy",
-        "SeqKL chosen",
-        "SeqKL rejected",
-        "mean sentiment",
-        "The loss was computed by backend ",
-        "before",
-        "after",
-    ):
-        assert words in done.stdout
+    said = ("reward accuracy", "SeqKL chosen", "SeqKL rejected", "mean sentiment", "before", "after")
+    assert all(words in done.stdout for words in (*said, "The loss was computed by backend "))
     assert (tmp_path / "first" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     status, _, _ = call(*tiny)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tdpo_trainer.forward import pair_outputs, reference_side
 from tdpo_trainer.head import check_head
 from test_forward import loss_on
-from test_head import adapted
+from test_head import ADAPTERS, adapted
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
@@ -95,13 +95,6 @@ def ddp_adapters(rank: int) -> None:
         policy, want = adapted_twins(options)
         wrapped = nn.parallel.DistributedDataParallel(policy)
         differences(own_reference(policy, wrapped, tiny.share(tiny.batch(), rank, WORLD)), want, EXACT)
-
-
-ADAPTERS = {
-    "backbone": dict(targets=["q_proj", "v_proj"]),
-    "head": dict(targets=["q_proj", "lm_head"]),
-    "copied head": dict(targets=["q_proj"], modules_to_save=["lm_head"]),
-}
 
 
 def own_reference(policy: nn.Module, wrapped: nn.Module, batch: dict) -> dict[str, Tensor]:
