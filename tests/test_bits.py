@@ -106,6 +106,18 @@ def test_tile_size_changes_nothing_but_rounding(case, dtype, backend, small_tile
         assert agree(c, a) and agree(d, b), tile
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
+def test_parts_of_several_groups_are_one_row(dtype, backend, small_tiles):
+    """Of 65 parts, which are not merged at once, the last group is nearly empty, and counts for nothing more."""
+    problem = case_of("wide").problem(dtype)
+    whole, cut = [], []
+    for found, tile in ((whole, (64, 4112)), (cut, (64, 64))):
+        small_tiles(*tile)
+        found += [x for every in everything_of(problem, backend, 0, extras=EXTRAS) for x in every]
+    assert agree(cut, whole)
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
 @pytest.mark.parametrize("case", mainly(("softcap",), ("dense", "peaked_10", "softcap")))
 def test_row_order_and_batch_split_change_nothing_but_rounding(case, dtype, backend, small_tiles):
