@@ -46,13 +46,16 @@ class Problem:
                 by.append(n - 1 if self.shift else n)
         return torch.tensor(at, dtype=torch.long), torch.tensor(by, dtype=torch.long)
 
-    def to(self, device: str) -> Problem:
-        def head(h: LMHead) -> LMHead:
-            return replace(h, weight=h.weight.to(device), bias=None if h.bias is None else h.bias.to(device))
+    def to(self, where: str | torch.dtype) -> Problem:
+        """The problem on a device, or with the same numbers in a dtype."""
 
+        def head(h: LMHead) -> LMHead:
+            return replace(h, weight=h.weight.to(where), bias=None if h.bias is None else h.bias.to(where))
+
+        labels = self.labels if isinstance(where, torch.dtype) else self.labels.to(where)
         return replace(
-            self, hidden=self.hidden.to(device), head=head(self.head), ref_hidden=self.ref_hidden.to(device),
-            ref_head=head(self.ref_head), labels=self.labels.to(device),
+            self, hidden=self.hidden.to(where), head=head(self.head), ref_hidden=self.ref_hidden.to(where),
+            ref_head=head(self.ref_head), labels=labels,
         )  # fmt: skip
 
 
@@ -302,12 +305,7 @@ def wide() -> Case:
     return replace(base(17, L=33, D=48, V=4099), tile=(32, 512))
 
 
-_OTHER = {
-    torch.float64: torch.float32,
-    torch.float32: torch.bfloat16,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-}
+_OTHER = dict.fromkeys(DTYPES, torch.float32) | {torch.float32: torch.bfloat16}
 _F64 = dict.fromkeys(DTYPES, torch.float64)
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -406,16 +404,8 @@ EVERY_COTANGENT = ("scaled", "dense", "peaked_10", "near_equal", "softcap", "rul
 RUNS = [(case, "general") for case in CASES] + [(c, g) for c in EVERY_COTANGENT for g in COTANGENTS if g != "general"]
 RUNS += [(case, "equal") for case in CASES if case.startswith("sure_") and case not in EVERY_COTANGENT]
 RUNS += [
-    ("hated_by_policy_300", "equal"),
-    ("hated_by_policy_1e9", "only_logp"),
-    ("hated_by_policy_1e9", "equal"),
-    ("ruled_out_by_policy", "only_logp"),
-    ("ruled_out_by_policy", "equal"),
-    ("shared_ratio_0.5", "logp_zero"),
-    ("shared_ratio_sure", "kl_zero"),
-    ("sure_of_different_tokens", "logp_zero"),
-    ("softcap_flat", "only_logp"),
-    ("ruled_out_capped", "equal"),
-    ("surer_by_32", "only_kl"),
-    ("labels_of_reference", "equal"),
-]
+    ("hated_by_policy_300", "equal"), ("hated_by_policy_1e9", "only_logp"), ("hated_by_policy_1e9", "equal"),
+    ("ruled_out_by_policy", "only_logp"), ("ruled_out_by_policy", "equal"), ("shared_ratio_0.5", "logp_zero"),
+    ("shared_ratio_sure", "kl_zero"), ("sure_of_different_tokens", "logp_zero"), ("softcap_flat", "only_logp"),
+    ("ruled_out_capped", "equal"), ("surer_by_32", "only_kl"), ("labels_of_reference", "equal"),
+]  # fmt: skip

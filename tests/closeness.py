@@ -1,10 +1,9 @@
 """How close is close enough: no tolerance picked by hand, torch's own error is the yardstick.
 
-The truth is computed in numpy's longdouble (80 bits on x86) from the *rounded* inputs, by eqs. (1), (2a), (6), (7).
-The yardstick is `plain`: what a user writes, in the same dtype (F.linear, float(), log_softmax, gather, sum of q (log
-q - log p), autograd). On a peaked row its max-norm is the rounding of two or three logits, a throw of dice; so it is
-thrown `THROWS` times, with rows and the hidden axis shuffled, which changes no number but the order of the sums, and
-the largest error counts.
+The truth is `truth.py`'s, from the *rounded* inputs. The yardstick is `plain`: what a user writes, in the same dtype
+(F.linear, float(), log_softmax, gather, sum of q (log q - log p), autograd). On a peaked row its max-norm is the
+rounding of two or three logits, a throw of dice; so it is thrown `THROWS` times, with rows and the hidden axis
+shuffled, which changes no number but the order of the sums, and the largest error counts.
 
 The rule, for every tensor, in the max-norm and in the 2-norm::
 
@@ -33,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from cases import Cotangents, Problem
 from torch import Tensor
+from truth import Array, Result, Truth, exact, round_cotangents, truth
 
 from tdpo_kernels import LMHead, token_stats
 
@@ -41,23 +41,6 @@ NORMS = ("max", "norm")
 ROUNDED = {torch.bfloat16: 4e-3, torch.float16: 3e-3}
 THROWS = 4
 UNUSABLE = 30.0  # in eps x scale: the error plain torch is said to make where it makes nan
-
-Array = np.ndarray
-
-
-@dataclass(frozen=True)
-class Result:
-    """Statistics at the T labels that count; gradients, None where there is none."""
-
-    logp: Array
-    ref_logp: Array
-    kl: Array
-    hidden: Array
-    weight: Array
-    bias: Array | None
-
-    NAMES = ("logp", "ref_logp", "kl", "hidden", "weight", "bias")
-    STATISTICS = NAMES[:3]
 
 
 def dtype_id(dtype: torch.dtype) -> str:
@@ -70,15 +53,6 @@ def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 def _as_bytes(x: Tensor) -> bytes:
     return x.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def exact(x: Tensor) -> Array:
-    return x.detach().cpu().double().numpy().astype(np.longdouble)
-
-
-def round_cotangents(problem: Problem, cotangents: Cotangents) -> Cotangents:
-    device = problem.hidden.device
-    return tuple(g if g is None else g.to(device, problem.stats_dtype) for g in cotangents)
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
@@ -195,122 +169,6 @@ def _plain_logits(hidden: Tensor, head: LMHead, rows: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def widened(problem: Problem) -> Problem:
-    """The same numbers in the statistics' dtype."""
-
-    def head(h: LMHead) -> LMHead:
-        return replace(h, weight=h.weight.to(dtype), bias=None if h.bias is None else h.bias.to(dtype))
-
-    dtype = problem.stats_dtype
-    return replace(
-        problem, hidden=problem.hidden.to(dtype), head=head(problem.head), ref_hidden=problem.ref_hidden.to(dtype),
-        ref_head=head(problem.ref_head),
-    )  # fmt: skip
-
-
-# --- the truth --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Truth:
-    result: Result
-    scale: dict[str, Array]  # of each statistic, per token; of the bias's gradient
-    dz: Array  # (T, V), at the logits
-    size: Array  # (T, V), of what each entry of dz is a sum of, for where that vanishes in all columns of a row at once
-
-
-def truth(problem: Problem, cotangents: Cotangents) -> Truth:
-    at, by = problem.rows()
-    y = problem.labels.flatten()[at].cpu().numpy()
-    t = np.arange(len(y))
-    hidden, weight = exact(problem.hidden.flatten(0, -2))[by.numpy()], exact(problem.head.weight)
-    z, slope = _logits(hidden, problem.head)
-    r, _ = _logits(exact(problem.ref_hidden.flatten(0, -2))[by.numpy()], problem.ref_head)
-    log_p, log_q = _log_softmax(z), _log_softmax(r)
-    p, q = np.exp(log_p), np.exp(log_q)
-    difference, terms = _difference(log_p, log_q, p, q)
-    kl = terms.sum(-1)
-
-    g_logp, g_kl = (
-        np.zeros(len(y), np.longdouble) if g is None else exact(g.flatten()[at.to(g.device)])
-        for g in round_cotangents(problem, cotangents)
-    )
-    dz, size = _dz(g_logp, g_kl, p, q, difference, y)
-    dx = dz * slope
-    dh = np.zeros((problem.labels.numel(), weight.shape[1]), np.longdouble)
-    dh[by.numpy()] = dx @ weight
-    result = Result(log_p[t, y], log_q[t, y], kl, dh, dx.T @ hidden, None if problem.head.bias is None else dx.sum(0))
-
-    size_z, size_r = (np.abs(np.where(np.isfinite(x), x, 0)) for x in (z, r))
-    both = np.isfinite(log_p) & np.isfinite(log_q)
-    ratio = np.where(both, log_q, 0) - np.where(both, log_p, 0)
-    scale = {
-        "logp": size_z[t, y] + (p * size_z).sum(-1),
-        "ref_logp": size_r[t, y] + (q * size_r).sum(-1),
-        "bias": np.abs(dx).sum(0),
-        "kl": (np.abs(difference) * size_z).sum(-1) + (q * np.abs(ratio - kl[:, None]) * size_r).sum(-1) + kl,
-    }
-    return Truth(result, scale, dz, size)
-
-
-def _logits(hidden: Array, head: LMHead) -> tuple[Array, Array]:
-    """Logits, and their derivative by ``h W^T + b``. A bias of -inf rules a token out, whatever scale and cap say."""
-    x = hidden @ exact(head.weight).T
-    if head.bias is not None:
-        x = x + exact(head.bias)
-    x = x * np.longdouble(head.logit_scale)
-    slope = np.full_like(x, head.logit_scale)
-    if head.softcap is not None:
-        cap = np.longdouble(head.softcap)
-        x, slope = cap * np.tanh(x / cap), slope / np.cosh(np.where(np.isfinite(x), x, 0) / cap) ** 2
-    if head.bias is not None:
-        out = np.isneginf(exact(head.bias))
-        x, slope = np.where(out, -np.inf, x), np.where(out, np.longdouble(head.logit_scale), slope)
-    return x, slope
-
-
-def _log_softmax(x: Array) -> Array:
-    """The largest of each row is had from the others, so that it has digits however near to 0 it is."""
-    if not x.size:
-        return x
-    x = x - x.max(-1, keepdims=True)
-    e, t, top = np.exp(x), np.arange(len(x)), x.argmax(-1)
-    e[t, top] = 0
-    return x - np.log1p(e.sum(-1, keepdims=True))
-
-
-def _dz(g_logp: Array, g_kl: Array, p: Array, q: Array, difference: Array, y: Array) -> tuple[Array, Array]:
-    """Return eq. (6), as whichever sum of two terms is of smaller ones, and how large they are."""
-    g_logp, g_kl, t = g_logp[:, None], g_kl[:, None], np.arange(len(y))
-    between, rest = g_kl - g_logp, [x.copy() for x in (p, q)]
-    forms = [(-g_logp * p, -g_kl * difference), (-g_logp * q, -between * difference), (between * p, -g_kl * q)]
-    dz, size = _smallest(forms)
-    for x in rest:
-        x[t, y] = 0
-    at_label = difference[t, y][:, None]
-    one_less_p, one_less_q = (x.sum(-1, keepdims=True) for x in rest)
-    forms = [(g_logp * one_less_p, -g_kl * at_label), (g_logp * one_less_q, -between * at_label)]
-    (dz[t, y], size[t, y]) = (x[:, 0] for x in _smallest(forms))
-    return dz, size
-
-
-def _smallest(forms: list[tuple[Array, Array]]) -> tuple[Array, Array]:
-    sizes = np.stack([np.abs(a) + np.abs(b) for a, b in forms])
-    best = sizes.argmin(0)[None]
-    return tuple(np.take_along_axis(x, best, 0)[0] for x in (np.stack([a + b for a, b in forms]), sizes))
-
-
-def _difference(log_p: Array, log_q: Array, p: Array, q: Array) -> tuple[Array, Array]:
-    """q - p, and the terms of the KL, eq. (2a), neither by cancellation."""
-    both = np.isfinite(log_p) & np.isfinite(log_q)
-    delta = np.where(both, log_q, 0) - np.where(both, log_p, 0)
-    near = both & (np.abs(delta) < 1)
-    x = np.where(near, delta, 0)
-    far = np.where(q > 0, p - q + q * delta, p)
-    far = np.where(np.isfinite(log_q) & ~np.isfinite(log_p), np.inf, far)
-    return np.where(near, p * np.expm1(x), q - p), np.where(near, q * (np.expm1(-x) + x), far)
-
-
 # --- the rule ---------------------------------------------------------------------------------------------------------
 
 
@@ -336,7 +194,7 @@ class Judge:
 def judge(problem: Problem, cotangents: Cotangents) -> Judge:
     cotangents = round_cotangents(problem, cotangents)
     true = truth(problem, cotangents)
-    wide = throws(widened(problem), cotangents)
+    wide = throws(problem.to(problem.stats_dtype), cotangents)
     narrow = throws(problem, cotangents) if problem.hidden.dtype in SIXTEEN_BIT else wide
     eps, stats_eps = (torch.finfo(d).eps for d in (problem.hidden.dtype, problem.stats_dtype))
     bounds: dict[str, list[tuple[str, float]]] = {}

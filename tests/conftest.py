@@ -26,7 +26,7 @@ WAIT = {
 settings.register_profile(
     "laws",
     derandomize=True,
-    max_examples=25,
+    max_examples=10 if interpreting() else 25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

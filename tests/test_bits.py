@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import COTANGENTS, DTYPES, Problem, cotangents
-from closeness import budget_of, dtype_id, leaves, pull, round_cotangents, same_bits, stats_of
+from closeness import budget_of, dtype_id, leaves, pull, same_bits, stats_of
 from runnable import interpreting, mainly
 from test_accuracy import case_of
 from torch import Tensor
+from truth import round_cotangents
 
 EXTRAS = ("entropy", "mean_logit", "is_argmax")
 SAME = ("scaled", "dense", "peaked_10", "softcap", "ruled_out", "more_rows_than_V")
@@ -103,6 +104,18 @@ def test_tile_size_changes_nothing_but_rounding(case, dtype, backend, small_tile
         small_tiles(*tile)
         c, d = everything_of(problem, backend, budget_of(problem, 0.5))
         assert agree(c, a) and agree(d, b), tile
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
+def test_parts_of_several_groups_are_one_row(dtype, backend, small_tiles):
+    """Of 65 parts, which are not merged at once, the last group is nearly empty, and counts for nothing more."""
+    problem = case_of("wide").problem(dtype)
+    whole, cut = [], []
+    for found, tile in ((whole, (64, 4112)), (cut, (64, 64))):
+        small_tiles(*tile)
+        found += [x for every in everything_of(problem, backend, 0, extras=EXTRAS) for x in every]
+    assert agree(cut, whole)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)

@@ -177,20 +177,6 @@ def test_a_named_backend_is_the_one_that_runs(backend: str, monkeypatch: pytest.
     assert ran == [backend]
 
 
-@pytest.mark.parametrize("budget", [0, 1, 1500, 10**6, 2**60])
-def test_budget_is_no_matter_to_the_numbers(budget: int):
-    call = ragged_batch()
-    leaves = call["hidden"], call["head"]
-    a, b = (fused_tdpo_loss(**call, memory_budget=x) for x in (budget, 2**29))
-    fields_equal(a, b)
-    close(grads(a.loss, *leaves), grads(b.loss, *leaves))
-
-
-def test_lm_head_can_be_copied_with_changes():
-    head = LMHead(torch.zeros(V, D))
-    assert replace(head, softcap=3.0).softcap == 3.0 and head.softcap is None
-
-
 def test_what_holds_tensors_is_equal_to_itself_only():
     """The equality of a dataclass asks tensors for one truth value, and raises."""
     call = ragged_batch()

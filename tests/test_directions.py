@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES
-from closeness import exact
 from packed import pack, ragged_batch
 from seeing import Products
 from torch import Tensor
+from truth import exact
 
 from tdpo_kernels import LMHead, directions, fused_tdpo_loss
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -63,15 +62,6 @@ def own(call: dict) -> int:
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPTIONS = [{"variant": "tdpo1"}, {"alpha": 0.5}, {"alpha": 0.0}]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_budget_zero_never_allocates_tokens_by_vocabulary(dtype: torch.dtype, options: dict):
-    call = batch(1024, 8192, 16, dtype)
-    book = ledger(call, 0, **options)
-    assert 0 < book.most_elements < 1024 * 8192 / 2
 
 
 @pytest.mark.parametrize("T, V", [(2048, 2048), (64, 65536), (4096, 1024), (128, 16384), (2048, 16384)])
@@ -90,13 +80,17 @@ def test_a_small_call_takes_no_more_than_the_workspace_and_what_it_keeps(T: int,
     assert book.peak - own(call) <= WORKSPACE + min(budget, kept(call))
 
 
-@pytest.mark.parametrize("budget", [0, BUDGET // 8, BUDGET, 2**40])
+BUDGETS = [(0, {"variant": "tdpo1"}), (0, {}), (0, {"alpha": 0.0}), (BUDGET // 8, {"variant": "tdpo1"}), (BUDGET, {})]
+
+
+@pytest.mark.parametrize("budget, options", [*BUDGETS, (2**40, {})], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_tensor_is_larger_than_the_budget_and_the_workspace(dtype: torch.dtype, budget: int):
+def test_no_tensor_is_larger_than_the_budget_and_the_workspace(dtype: torch.dtype, budget: int, options: dict):
     call = batch(1024, 8192, 16, dtype)
-    book = ledger(call, budget)
+    book = ledger(call, budget, **options)
     assert book.largest <= max(min(budget, kept(call)), WORKSPACE)
     assert book.peak <= min(budget, kept(call)) + WORKSPACE + accumulator(call) + own(call)
+    assert budget or 0 < book.most_elements < 1024 * 8192 / 2
 
 
 def test_a_budget_is_used():
@@ -181,11 +175,6 @@ def test_softcap_and_bias_stay_within_the_workspace(budget: int):
     assert ledger(call, budget).peak <= min(kept(call), budget) + WORKSPACE + 2 * (1024 + 4096) * 16 * 4
 
 
-def test_budgets_smaller_than_a_tile_keep_nothing():
-    call = batch(512, 2048, 16)
-    assert ledger(call, 16 * 16 * 8).largest <= WORKSPACE / 4
-
-
 def test_memory_is_given_back_after_backward():
     call = batch(512, 2048, 16)
     with Ledger() as book:
@@ -226,41 +215,25 @@ def test_hidden_states_are_not_copied_to_make_them_a_matrix(hidden: str, ref_hid
 # --- resident memory of a fresh process -------------------------------------------------------------------------------
 
 CHILD = """
-import json, sys, torch
+import sys, torch
 from tdpo_kernels import fused_tdpo_loss
+T, V, D = 2048, 32000, 1024
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key + ":"))
 
-def batch(T, V, D, dtype):
-    randn = lambda *shape: (torch.randn(*shape) * D**-0.25).to(dtype)
+def peak(T, V, D, budget):
+    randn = lambda *shape: torch.randn(*shape) * D**-0.25
     hidden, head = randn(2, T // 2, D).requires_grad_(), randn(V, D).requires_grad_()
-    return hidden, head, randn(2, T // 2, D), randn(V, D), torch.randint(0, V, (2, T // 2))
-
-def peak(T, V, D, dtype, budget):
-    call = batch(T, V, D, dtype)
+    call = hidden, head, randn(2, T // 2, D), randn(V, D), torch.randint(0, V, (2, T // 2))
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
     fused_tdpo_loss(*call, shift=False, memory_budget=budget).loss.backward()
     return status("VmHWM") - before
 
-torch.manual_seed(0)
-job = json.loads(sys.argv[1])
-dtype = getattr(torch, job["dtype"])
-peak(8, 64, 8, dtype, 0)
-print(json.dumps([peak(T, job["V"], job["D"], dtype, job["budget"]) for T in job["T"]]))
+peak(8, 64, 8, 0)
+print(peak(T, V, D, int(sys.argv[1])) - 4 * (T + V) * D)
 """
-
-
-def peaks(job: dict) -> list[int]:
-    """Peak resident bytes above what was there before the call, for each T."""
-    give_back_at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    root = str(Path(tdpo_kernels.__file__).resolve().parents[1])
-    env = os.environ | give_back_at_once | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    child = [sys.executable, "-c", CHILD, json.dumps(job)]
-    done = subprocess.run(child, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def can_reset_the_peak() -> bool:
@@ -275,6 +248,10 @@ def can_reset_the_peak() -> bool:
 @pytest.mark.parametrize("budget, most", [(0, 100 * 10**6), (300 * 10**6, 400 * 10**6)])
 def test_resident_memory_at_a_size_that_matters(budget: int, most: int):
     """`cpu-32k` of the benchmarks, above inputs and gradients: [T, V] alone would be 262 MB, and there are two."""
-    T, V, D = 2048, 32000, 1024
-    (peak,) = peaks(dict(T=[T], V=V, D=D, dtype="float32", budget=budget))
-    assert peak - 4 * (T + V) * D <= most
+    give_back_at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(tdpo_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    child = [sys.executable, "-c", CHILD, str(budget)]
+    env = os.environ | give_back_at_once | {"PYTHONPATH": path}
+    done = subprocess.run(child, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= most

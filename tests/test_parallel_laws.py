@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import CASES, RUNS, Problem, cotangents
-from closeness import Array, Result, budget_of, dtype_id, ours
+from closeness import budget_of, dtype_id, ours
 from processes import run
 from runnable import interpreting, runnable, set_tiles
 from splitting import CUTS, cut, rows_of
 from test_accuracy import case_of, judge_of
+from truth import Array, Result
 
 from tdpo_kernels.parallel import vocab_parallel
 

@@ -1,4 +1,4 @@
-"""Rows to launch on, and the truth about them in numpy's longdouble.
+"""Rows to launch on, and the truth about them, of `truth.py`.
 
 A problem's products are its logits: hidden states are the identity and the weight is the logits' transpose, so fp32
 sums them exactly in any order, and what is off is row mathematics, an address or a mask.
@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from harness import F32, F64
 from torch import Tensor
+from truth import Array, difference_of, dz_of, exact, log_softmax
 
 from tdpo_kernels import LMHead
 
-LONG = np.longdouble
 LOWEST = -1e30
-Array = np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,68 +52,42 @@ class Problem:
         """Sums and scales as fp32 rounds them, a softcap as nothing does."""
         x, bias, cap = self.products[i].to(self.dtype).float(), self.biases[i], self.softcaps[i]
         x = (x if bias is None else x + bias.float()) * self.scales[i]
-        x = long(x) if cap is None else cap * np.tanh(long(x) / cap)
-        return x if bias is None else np.where(long(bias) < LOWEST / 10, -np.inf, x)
+        x = exact(x) if cap is None else cap * np.tanh(exact(x) / cap)
+        return x if bias is None else np.where(exact(bias) < LOWEST / 10, -np.inf, x)
 
     @cached_property
     def true(self) -> Truth:
         return truth(*self.logits)
 
 
-def long(x: Tensor) -> Array:
-    return x.double().numpy().astype(LONG)
-
-
 @dataclass(frozen=True, eq=False)
 class Truth:
     log_p: Array
     log_q: Array
-    y: Array
-    kl: Array
 
-    @property
+    @cached_property
     def p(self) -> Array:
         return np.exp(self.log_p)
 
-    @property
+    @cached_property
     def q(self) -> Array:
         return np.exp(self.log_q)
 
+    @cached_property
+    def difference(self) -> tuple[Array, Array]:
+        """``q - p``, and the terms of the KL."""
+        return difference_of(self.log_p, self.log_q, self.p, self.q)
+
     @property
-    def difference(self) -> Array:
-        """``p - q``, free of cancellation."""
-        with np.errstate(invalid="ignore", over="ignore"):
-            return np.where(np.abs(self.y) < 1, self.q * np.expm1(self.y), self.p - self.q)
+    def kl(self) -> Array:
+        return self.difference[1].sum(1)
 
     def dz(self, labels: Tensor, g_logp: Array, g_kl: Array) -> Array:
-        """Eq. (6), its label's entry from what the others are left with."""
-        is_label = np.arange(self.p.shape[1]) == labels.numpy()[:, None]
-        others = np.where(is_label, 0, -g_logp[:, None] * self.p + g_kl[:, None] * self.difference)
-        return np.where(is_label, -others.sum(1, keepdims=True), others)
+        return dz_of(g_logp, g_kl, self.p, self.q, self.difference[0], labels.numpy())[0]
 
 
 def truth(z: Array, r: Array) -> Truth:
-    log_p, log_q = _log_softmax(z), _log_softmax(r)
-    with np.errstate(invalid="ignore", over="ignore"):
-        y = np.where(np.isneginf(log_q), np.inf, log_p - log_q)
-        psi = np.where(np.abs(y) < 0.01, _psi_series(y), np.expm1(y) - y)
-        terms = np.where(np.isneginf(log_q), np.exp(log_p), np.exp(log_q) * psi)
-        terms = np.where(y > 100, np.exp(log_p) - np.exp(log_q) * np.where(np.isinf(y), 1, 1 + y), terms)
-    terms = np.where(np.isneginf(log_p) & np.isneginf(log_q), 0, terms)
-    return Truth(log_p, log_q, np.where(np.isneginf(log_p) & np.isneginf(log_q), 0, y), terms.sum(1))
-
-
-def _log_softmax(x: Array) -> Array:
-    x = x - x.max(1, keepdims=True)
-    return x - np.log(np.exp(x).sum(1, keepdims=True))
-
-
-def _psi_series(y: Array) -> Array:
-    y = np.where(np.abs(y) < 1, y, 0)
-    term, out = y * y / 2, 0
-    for n in range(3, 14):
-        out, term = out + term, term * y / n
-    return out
+    return Truth(log_softmax(z), log_softmax(r))
 
 
 # --- eq. (8) over parts, in float64 -----------------------------------------------------------------------------------
@@ -127,9 +100,8 @@ def merge(parts: Array) -> Array:
     lse_z, lse_r = np.log(np.exp(down_z).sum(0)), np.log(np.exp(down_r).sum(0))
     P, Q = np.exp(down_z - lse_z), np.exp(down_r - lse_r)
     Y = (parts[:, 0] - top_z) - (parts[:, 1] - top_r) + parts[:, 5] - (lse_z - lse_r)
-    near = np.minimum(Y, 8)
-    more = np.where(Y < 8, Q * np.expm1(near), P - Q)
-    psi = np.where(np.abs(Y) < 0.35, Q * _psi_series(near), more - Q * Y)
+    more = np.where(Y < 8, Q * np.expm1(np.minimum(Y, 8)), P - Q)
+    psi = np.where(np.abs(Y) < 0.01, Q * Y * Y * (1 / 2 + Y / 6 + Y * Y / 24 + Y**3 / 120), more - Q * Y)
     e = more.sum(0)
     kl = (Q * parts[:, 4] + psi).sum(0) - e * e / 2
     return np.stack([top_z, top_r, lse_z, lse_r, np.maximum(kl, 0), lse_z - lse_r + e])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from exact import Problem, long, with_label
+from exact import Problem, with_label
 from harness import F32, bounds, poisoned, strided
 from torch import Tensor
+from truth import exact
 
 from tdpo_kernels.backends import launch
 from tdpo_kernels.backends.launch import EXTRAS, ROWS, STATE, Head, Operands, Traits
@@ -103,7 +104,7 @@ def row_values(p: Problem, g_logp: Tensor, g_kl: Tensor, stats: Stats | None = N
     """``(ROWS, T)``; the label's dz is the truth's."""
     stats = stats or tile_stats(p)
     state = with_label(stats.states, stats.label_logits)
-    label_dz = p.true.dz(p.labels, long(g_logp), long(g_kl))[range(p.T), p.labels]
+    label_dz = p.true.dz(p.labels, exact(g_logp), exact(g_kl))[range(p.T), p.labels]
     rows = poisoned(ROWS, p.T + 3)
     rows[:5, : p.T] = torch.from_numpy(state[[0, 1, 2, 3, 5]])
     rows[5:, : p.T] = torch.stack([-g_kl, -g_logp, g_kl - g_logp, torch.from_numpy(label_dz.astype(float)).to(F32)])

@@ -10,11 +10,12 @@ import launches
 import numpy as np
 import pytest
 import torch
-from exact import PROBLEMS, Array, Problem, long, made, problem
+from exact import PROBLEMS, Array, Problem, made, problem
 from harness import F16
 from launches import SMALL, dz_room, fused_dz, fused_stats, kept, row_values, tile_dz, tile_stats, tiles, whole
 from runnable import mainly
 from torch import Tensor
+from truth import exact
 
 from tdpo_kernels.tuning import TileConfig
 
@@ -37,7 +38,7 @@ def cotangents(what: str, T: int) -> tuple[Tensor, Tensor]:
 
 
 def true_dz(p: Problem, g_logp: Tensor, g_kl: Tensor) -> Array:
-    true = p.true.dz(p.labels, long(g_logp), long(g_kl))
+    true = p.true.dz(p.labels, exact(g_logp), exact(g_kl))
     if p.softcaps[0] is None:
         return true
     u = np.maximum(p.logits[0] / p.softcaps[0], -2)
@@ -45,7 +46,7 @@ def true_dz(p: Problem, g_logp: Tensor, g_kl: Tensor) -> Array:
 
 
 def check(found: Tensor, true: Array) -> None:
-    error, size = np.abs(long(found) - true), np.abs(true)
+    error, size = np.abs(exact(found) - true), np.abs(true)
     assert (error.sum(1) <= 2e-6 * size.sum(1) + 1e-36).all(), f"{error.sum(1)}, {size.sum(1)}"
     assert (error.max(1) <= 2e-6 * size.max(1) + 1e-36).all()
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from exact import LOWEST, long
+from exact import LOWEST
 from harness import F32, F64, launch, poisoned
 from torch import Tensor
+from truth import exact
 
 from tdpo_kernels.backends import launch as host
 from tdpo_kernels.device import math as device
@@ -66,15 +67,15 @@ def test_functions_of_one_number(function, want, high, eps):
     """To a few eps of themselves, and to what an exponential's argument is rounded by."""
     x = both_signs(1e-4, high)
     x = torch.where(x.abs() < high, x, high / 2)
-    true, found = want(long(x)), long(each(function, x))
-    assert (np.abs(found - true) <= EPS * (eps + np.abs(long(x)) * (high > 1)) * np.abs(true)).all()
+    true, found = want(exact(x)), exact(each(function, x))
+    assert (np.abs(found - true) <= EPS * (eps + np.abs(exact(x)) * (high > 1)) * np.abs(true)).all()
 
 
 def test_a_series_has_all_its_terms():
     """As if it were rounded nowhere: what is left is where it ends."""
     x = torch.linspace(-NEAR, NEAR, 64, dtype=F64)
-    true = np.expm1(long(x)) - long(x)
-    assert (np.abs(long(each(device.psi_series, x)) - true) <= 1e-8 * true).all()
+    true = np.expm1(exact(x)) - exact(x)
+    assert (np.abs(exact(each(device.psi_series, x)) - true) <= 1e-8 * true).all()
 
 
 @pytest.mark.parametrize("softcap", (1.0, 30.0))
@@ -82,9 +83,9 @@ def test_slope_has_all_digits_where_the_softcap_is_saturated(softcap):
     x = softcap * both_signs(1e-3, 40.0)
     out = poisoned(len(x))
     launch(_slope, (1,), x, softcap, out, len(x))
-    u = np.abs(long(x) / softcap)
+    u = np.abs(exact(x) / softcap)
     want = 4 * np.exp(-2 * u) / (1 + np.exp(-2 * u)) ** 2
-    assert (np.abs(long(out) - want) <= EPS * (6 + 4 * u) * want).all()
+    assert (np.abs(exact(out) - want) <= EPS * (6 + 4 * u) * want).all()
     assert out.min() > 0
 
 
@@ -98,10 +99,10 @@ def test_exact_difference_has_all_its_digits(offset):
     top_z, top_r = z.amax(1), r.amax(1)
     out = poisoned(4, 32)
     launch(_difference, (1,), z, r, top_z, top_r, out, 4, 32)
-    want = (long(z) - long(top_z)[:, None]) - (long(r) - long(top_r)[:, None])
-    inside = (np.abs(long(z) - long(top_z)[:, None]) < 1e20) & (np.abs(long(r) - long(top_r)[:, None]) < 1e20)
+    want = (exact(z) - exact(top_z)[:, None]) - (exact(r) - exact(top_r)[:, None])
+    inside = (np.abs(exact(z) - exact(top_z)[:, None]) < 1e20) & (np.abs(exact(r) - exact(top_r)[:, None]) < 1e20)
     assert inside.sum() >= 4 * 32 - 6 and out.isfinite().all()
-    assert (np.abs(long(out) - want) <= EPS * np.abs(want))[inside].all()
+    assert (np.abs(exact(out) - want) <= EPS * np.abs(want))[inside].all()
 
 
 def test_constants_are_those_of_the_host():

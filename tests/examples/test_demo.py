@@ -20,15 +20,6 @@ EXAMPLES = ROOT / "python" / "examples"
 GOOD = {"prompt": "the plot", "chosen": "was warm .", "rejected": "was dull ."}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second one, and lose much where other tests run beside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def demo():
     """The script as a module: an interpreter for each test would take most of the time."""
@@ -63,14 +54,8 @@ def write(tmp_path):
 
 def some_pairs(count: int) -> list[dict[str, str]]:
     places = "attic barn cellar den".split()
-    return [
-        {
-            "prompt": f"the {places[i % 4]} of house {i // 2}",
-            "chosen": " was warm .",
-            "rejected": " was cold and dull .",
-        }
-        for i in range(count)
-    ]
+    prompts = [f"the {places[i % 4]} of house {i // 2}" for i in range(count)]
+    return [{"prompt": x, "chosen": " was warm .", "rejected": " was cold and dull ."} for x in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +81,8 @@ def test_the_whole_experiment_runs_and_repeats_itself(tmp_path, call):
     script = [sys.executable, str(EXAMPLES / "sentiment.py"), *tiny, "--out", str(tmp_path / "first")]
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words in (
-        "reward accuracy",
-        "SeqKL chosen",
-        "SeqKL rejected",
-        "mean sentiment",
-        "The loss was computed by backend ",
-        "before",
-        "after",
-    ):
-        assert words in done.stdout
+    said = ("reward accuracy", "SeqKL chosen", "SeqKL rejected", "mean sentiment", "before", "after")
+    assert all(words in done.stdout for words in (*said, "The loss was computed by backend "))
     assert (tmp_path / "first" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     status, _, _ = call(*tiny)
@@ -225,26 +202,6 @@ def test_the_backend_is_said_in_a_sentence(demo):
     assert "the leanest that runs here: " in demo.report.backend_line("auto", cpu)
 
 
-@pytest.fixture
-def tiny_llama(demo):
-    """A model with a head of its own, a batch for it, and its head's logits."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, pad_token_id=0, **sizes))
-    return model, demo.collate([demo.Pair((5, 6), (7, 1), (8,))], 0, torch.device("cpu"))
-
-
-def test_prompts_are_held_out_whole(demo):
-    from pairs import TextPair
-
-    pairs = [TextPair(f"prompt {i // 3}", "a", "b") for i in range(30)]
-    training, held_out = demo.split_by_prompt(pairs, demo.Random(0))
-    assert len(held_out) == 3 and len(training) == 27
-    assert not {pair.prompt for pair in training} & {pair.prompt for pair in held_out}
-
-
 @pytest.mark.parametrize(
     "sizes", [[1, 40], [40, 1], [1, 1], [2, 1, 1], [30, 30], [10, 1, 1, 1], [1] * 20, [100, 100, 3]]
 )
@@ -258,13 +215,6 @@ def test_some_are_held_out_and_most_are_left_whatever_the_prompts(demo, sizes):
         assert not {pair.prompt for pair in training} & {pair.prompt for pair in held_out}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_two_prompts_one_of_one_pair(call, write, seed):
-    pairs = [GOOD | {"prompt": "the end"}, *[GOOD] * 40]
-    status, out, _ = call("--data", write(*pairs), "--steps", 1, "--sft-steps", 1, "--batch", 4, "--seed", seed)
-    assert status == 0 and "1 pairs held out" in out
-
-
 @pytest.mark.parametrize("steps", [1, 2, 3, 9, 10, 11, 20, 300])
 def test_fine_tuning_s_rate_rises_then_falls_for_any_number_of_steps(demo, steps):
     rates = [demo.models.rate(step, steps) for step in range(steps)]
@@ -272,14 +222,6 @@ def test_fine_tuning_s_rate_rises_then_falls_for_any_number_of_steps(demo, steps
     top = rates.index(1)
     assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
     assert top <= steps / 10 and (steps < 20 or rates[-1] < 0.01)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 10])
-def test_a_few_steps_of_fine_tuning(demo, tiny_llama, steps):
-    model, batch = tiny_llama
-    before = model.lm_head.weight.detach().clone()
-    losses = list(demo.models.fine_tune(model, [batch] * steps, steps, lr=1e-2))
-    assert len(losses) == steps and not torch.equal(before, model.lm_head.weight)
 
 
 def test_chosen_rows_come_first_and_only_completions_are_labelled(demo):

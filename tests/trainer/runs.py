@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from tdpo_trainer.config import TDPOConfig
 from tdpo_trainer.trainer import TDPOTrainer
+from tiny import published_loss
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
@@ -66,14 +66,16 @@ def pairs(count: int = 12, seed: int = 0) -> Dataset:
     return Dataset.from_list(text_pairs(count, seed))
 
 
+SETTINGS = dict(
+    per_device_train_batch_size=2, max_steps=4, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant",
+    max_grad_norm=0.0, weight_decay=0.0, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
+    disable_tqdm=True, seed=7,
+)  # fmt: skip
+
+
 def config(folder: Path, **changes) -> TDPOConfig:
-    options = dict(
-        output_dir=str(folder), per_device_train_batch_size=2, per_device_eval_batch_size=2, max_steps=4,
-        learning_rate=0.05, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0,
-        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-        gradient_checkpointing=False, seed=7, beta=0.5,
-    )  # fmt: skip
-    return TDPOConfig(**(options | changes))
+    own = dict(per_device_eval_batch_size=2, gradient_checkpointing=False, beta=0.5)
+    return TDPOConfig(str(folder), **(SETTINGS | own | changes))
 
 
 KEPT = ("peft_config", "eval_dataset", "train_dataset", "data_collator")
@@ -102,29 +104,19 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((x - theirs[name]).abs().max()) for name, x in ours.items())
 
 
-def eager_loss(policy, reference, batch: dict[str, Tensor], beta: float, alpha: float | None, variant: str) -> Tensor:
-    """As the paper's code: the whole of both distributions, a mean over pairs."""
+def eager_loss(policy, reference, batch: dict[str, Tensor], beta: float = 0.5, **options) -> Tensor:
+    """Return TDPO of a batch from the whole of both distributions."""
     inputs = {name: x for name, x in batch.items() if name not in ("completion_mask", "ref_hidden")}
-    logp = policy(**inputs).logits[:, :-1].log_softmax(-1)
     with torch.no_grad():
-        ref_logp = reference(**inputs).logits[:, :-1].log_softmax(-1)
-    labels, mask = batch["input_ids"][:, 1:, None], batch["completion_mask"][:, 1:]
-    ratio = ((logp.gather(-1, labels) - ref_logp.gather(-1, labels))[..., 0] * mask).sum(-1)
-    kl = ((ref_logp.exp() * (ref_logp - logp)).sum(-1) * mask).sum(-1)
-    (m_w, m_l), (k_w, k_l) = ratio.chunk(2), kl.chunk(2)
-    d = k_l - k_w if variant == "tdpo1" else (0.5 if alpha is None else alpha) * (k_l - k_w.detach())
-    return -F.logsigmoid(beta * (m_w - m_l - d)).mean()
+        r = reference(**inputs).logits
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    return published_loss(policy(**inputs).logits, r, labels, beta, **options)
 
 
 def eager_run(
-    policy: nn.Module,
-    batches: Iterable[list[dict[str, Tensor]]],
-    *,
-    lr: float,
-    reference: nn.Module | None = None,
-    **options,
+    policy: nn.Module, batches: Iterable[list[dict]], reference: nn.Module | None = None, lr: float = 0.05, **options
 ) -> list[float]:
-    """SGD, a step for each list of micro-batches; the losses of the steps."""
+    """Take a step of SGD for each list of micro-batches, and return the losses of the steps."""
     reference = (copy.deepcopy(policy) if reference is None else reference).eval()
     optimizer = torch.optim.SGD([x for x in policy.parameters() if x.requires_grad], lr=lr)
     seen = []
@@ -139,16 +131,17 @@ def eager_run(
 
 
 def recorded(trainer, accumulation: int = 1) -> list[list[dict[str, Tensor]]]:
-    """Filled while `trainer` trains: the micro-batches of each step."""
+    """Return what is filled while `trainer` trains: the micro-batches of each step."""
     steps: list[list[dict[str, Tensor]]] = []
-    inner = trainer._compute_loss
+    name = "_compute_loss" if hasattr(trainer, "_compute_loss") else "compute_loss"
+    inner = getattr(trainer, name)
 
-    def recording(model, inputs, return_outputs=False):
+    def recording(model, inputs, *args, **more):
         if trainer.model.training:
             if not steps or len(steps[-1]) == accumulation:
                 steps.append([])
             steps[-1].append({name: x.clone() for name, x in inputs.items()})
-        return inner(model, inputs, return_outputs)
+        return inner(model, inputs, *args, **more)
 
-    trainer._compute_loss = recording
+    setattr(trainer, name, recording)
     return steps

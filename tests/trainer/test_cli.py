@@ -80,8 +80,6 @@ def test_from_a_yaml_file_to_a_trained_model(here: Path, tmp_path: Path, capsys:
 
 
 def test_a_parquet_file_held_out_pairs_lora_and_a_backend(here: Path, tmp_path: Path, capsys):
-    from datasets import Dataset
-
     Dataset.from_list(text_pairs()).to_parquet(tmp_path / "pairs.parquet")
     flags = ["--dataset_name", str(tmp_path / "pairs.parquet"), "--test_split_size", "0.25", "--eval_strategy", "steps"]
     flags += ["--eval_steps", "3", "--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--backend", "naive"]
@@ -107,14 +105,7 @@ def test_cache_then_train(here: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_stale_cache_ends_with_its_reason(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    flags = [
-        "--config",
-        str(here / "run.yaml"),
-        "--output_dir",
-        str(tmp_path),
-        "--reference_cache",
-        str(tmp_path / "c"),
-    ]
+    flags = ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path), "--reference_cache", f"{tmp_path}/c"]
     assert cli.main(["cache", *flags]) == 0
     assert cli.main(["train", *flags, "--max_length", "20"]) == 2
     assert "made from another truncation: got max_length=1024" in capsys.readouterr().err
@@ -128,10 +119,7 @@ def test_a_stale_cache_ends_with_its_reason(here: Path, tmp_path: Path, capsys: 
         (["--backend", "fused"], "backend: got 'fused', which does not run here"),
         (["--loss_type", "ipo"], "loss_type: got ['ipo'], wanted ['sigmoid']"),
         (["--reference_cache", "c", "--dataset_streaming"], "reference_cache: got a streaming dataset"),
-        (
-            ["--eval_dataset_name", "e.jsonl", "--test_split_size", "3"],
-            "test_split_size: got it with eval_dataset_name",
-        ),
+        (["--eval_dataset_name", "e", "--test_split_size", "3"], "test_split_size: got it with eval_dataset_name"),
         (["--eval_dataset_config", "x"], "eval_dataset_config: got 'x' without eval_dataset_name"),
         (["--ref_model_revision", "x"], "ref_model_revision: got 'x' without ref_model_name_or_path"),
         (["--pairs_per_step", "3"], "pairs_per_step: got 3, wanted a multiple of 2"),

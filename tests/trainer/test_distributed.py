@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tdpo_trainer.forward import pair_outputs, reference_side
 from tdpo_trainer.head import check_head
 from test_forward import loss_on
-from test_head import adapted
+from test_head import ADAPTERS, adapted
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
@@ -32,14 +32,9 @@ EXACT = 1e-6  # of the largest gradient of the parameter; float64, but for the n
 
 
 def backward(
-    wrapped: nn.Module,
-    policy: nn.Module,
-    reference: tuple[nn.Module, nn.Module],
-    batch: dict[str, Tensor],
-    run: Callable[[Tensor], Any] = Tensor.backward,
-    parts: int = 1,
-    **options,
-) -> Tensor:
+    wrapped: nn.Module, policy: nn.Module, reference: tuple[nn.Module, nn.Module], batch: dict[str, Tensor],
+    run: Callable[[Tensor], Any] = Tensor.backward, parts: int = 1, **options,
+) -> Tensor:  # fmt: skip
     """One micro-batch through whatever wraps the policy and the reference (wrapped, unwrapped)."""
     inputs = tiny.inputs_of(batch)
     side = reference_side(reference[0], inputs, unwrapped=reference[1])
@@ -102,13 +97,6 @@ def ddp_adapters(rank: int) -> None:
         differences(own_reference(policy, wrapped, tiny.share(tiny.batch(), rank, WORLD)), want, EXACT)
 
 
-ADAPTERS = {
-    "backbone": dict(targets=["q_proj", "v_proj"]),
-    "head": dict(targets=["q_proj", "lm_head"]),
-    "copied head": dict(targets=["q_proj"], modules_to_save=["lm_head"]),
-}
-
-
 def own_reference(policy: nn.Module, wrapped: nn.Module, batch: dict) -> dict[str, Tensor]:
     """Gradients of a policy that is its own reference: two forwards through the wrapper, one without a gradient."""
     inputs = tiny.inputs_of(batch)
@@ -128,13 +116,9 @@ def adapted_twins(options: dict) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def fsdp1(
-    rank: int,
-    name: str,
-    original: bool = True,
-    units: str = "layers",
-    micro: int = 1,
+    rank: int, name: str, original: bool = True, units: str = "layers", micro: int = 1,
     narrow: torch.dtype | None = None,
-) -> None:
+) -> None:  # fmt: skip
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
     mixed = narrow and MixedPrecision(param_dtype=narrow, reduce_dtype=narrow, buffer_dtype=narrow)
@@ -218,14 +202,9 @@ def shard_units(model: nn.Module, units: str, **options) -> None:
 
 
 def fsdp2(
-    rank: int,
-    name: str,
-    units: str = "layers",
-    micro: int = 1,
-    narrow: torch.dtype | None = None,
-    budget: int = 2**29,
-    **options,
-) -> None:
+    rank: int, name: str, units: str = "layers", micro: int = 1, narrow: torch.dtype | None = None,
+    budget: int = 2**29, **options,
+) -> None:  # fmt: skip
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import init_device_mesh
 

@@ -98,7 +98,7 @@ def eager(run: Run, reference: int, **options: Any) -> tuple[list[float], dict[s
     """TDPO written plainly on the same batches, from the same weights."""
     model = llama()
     assert worst(parameters(model), run.kept["before"]) == 0
-    losses = eager_run(model, run.steps(), lr=0.05, reference=llama(reference), **options)
+    losses = eager_run(model, run.steps(), llama(reference), **options)
     return losses, parameters(model)
 
 
@@ -111,7 +111,7 @@ def eager_lora(run: Run, **options: Any) -> tuple[list[float], torch.nn.Module]:
     model = get_peft_model(llama(), LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets))
     assert parameters(model).keys() == before.keys()
     model.load_state_dict(before, strict=False)
-    losses = eager_run(model, run.steps(), lr=0.05, reference=llama(), **options)
+    losses = eager_run(model, run.steps(), llama(), **options)
     return losses, model
 
 
@@ -164,11 +164,11 @@ def test_with_lora_the_reference_is_the_model_without_it(made: Path, name: str):
     """One epoch, and an evaluation on the same pairs after it."""
     ours = run(name, made, **LORA[name])
     assert ours.code == 0, ours.output[-4000:]
-    losses, model = eager_lora(ours, beta=0.5, alpha=None, variant="tdpo2")
+    losses, model = eager_lora(ours)
     same(ours, losses, parameters(model))
     assert worst(ours.kept["before"], ours.kept["after"]) > 1e-3 and 0 < len(ours.kept["trained"])
     with torch.no_grad():
-        evaluated = [eager_loss(model, llama(), x, 0.5, None, "tdpo2") for step in ours.steps() for x in step]
+        evaluated = [eager_loss(model, llama(), x) for step in ours.steps() for x in step]
     last = [entry for entry in ours.kept["log"] if "eval_loss" in entry][-1]
     assert last["eval_loss"] == pytest.approx(float(sum(evaluated)) / len(evaluated), rel=1e-4)
     assert {f"eval_{metric}" for metric in METRICS} <= last.keys()

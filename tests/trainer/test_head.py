@@ -8,6 +8,8 @@ import torch
 from tdpo_trainer import head as h
 from torch import nn
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_logits_are_the_head_of_the_hidden_states(name: str):
@@ -107,6 +109,13 @@ def test_hidden_states_that_do_not_fit_the_ids_are_refused(monkeypatch: pytest.M
         h.run_backbone(model, **inputs)
 
 
+ADAPTERS = {
+    "backbone": dict(targets=["q_proj", "v_proj"]),
+    "head": dict(targets=["q_proj", "lm_head"]),
+    "copied head": dict(targets=["q_proj"], modules_to_save=["lm_head"]),
+}
+
+
 def adapted(targets: list[str], name: str = "llama", dtype: torch.dtype = torch.float64, **options):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, **options)
@@ -118,7 +127,6 @@ def adapted(targets: list[str], name: str = "llama", dtype: torch.dtype = torch.
     return model
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["lm_head"], ["q_proj", "lm_head"]])
 def test_lora_is_in_the_logits_and_gone_when_disabled(name: str, targets: list[str]):
@@ -134,7 +142,6 @@ def test_lora_is_in_the_logits_and_gone_when_disabled(name: str, targets: list[s
         torch.testing.assert_close(h.logits(hidden, head), base, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_lora_on_the_head_is_not_overlooked_before_it_has_learned_anything():
     """TRL #4612. The hidden states are widened; `lm_head` alone would leave the adapter out, and says so."""
     peft = pytest.importorskip("peft")
@@ -147,7 +154,6 @@ def test_lora_on_the_head_is_not_overlooked_before_it_has_learned_anything():
     assert h.lm_head(merged).weight.shape == (tiny.V, 16) and not h.head_is_adapted(merged)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_lora_on_a_16_bit_head_is_not_rounded_away():
     """An update far below the weight's last bit: merged in bf16 it would be gone."""
     model = adapted(["lm_head"], dtype=torch.bfloat16)
@@ -161,7 +167,6 @@ def test_lora_on_a_16_bit_head_is_not_rounded_away():
     torch.testing.assert_close(z, torch.full_like(z, 16 + 16 * 3 * 2 * 2.0**-11))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_trained_copy_of_the_head_is_found():
     model, inputs = adapted(["q_proj"], modules_to_save=["lm_head"]), tiny.inputs_of(tiny.batch())
     head = h.lm_head(model)
@@ -172,7 +177,6 @@ def test_a_trained_copy_of_the_head_is_found():
         h.check_head(model, inputs)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [dict(use_dora=True), dict(bias="lora_only", lora_bias=True)])
 def test_variants_of_lora_on_the_head_are_refused(options: dict):
     options.pop("bias", None)
@@ -180,7 +184,6 @@ def test_variants_of_lora_on_the_head_are_refused(options: dict):
         h.head_pair(adapted(["lm_head"], **options), torch.zeros(2, 3, 16, dtype=torch.float64))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_other_adapters_on_the_head_are_refused():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny.build("llama"), peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]))

@@ -43,7 +43,7 @@ def batches(seen: list[list[dict]] | None = None) -> DataLoader:
 
 def eager(steps: list[list[dict]]) -> tuple[list[float], dict]:
     model = llama(dtype=torch.float64)
-    losses = eager_run(model, steps, lr=0.05, reference=llama(1, torch.float64), **OPTIONS)
+    losses = eager_run(model, steps, llama(1, torch.float64), **OPTIONS)
     return losses, parameters(model)
 
 

@@ -94,22 +94,23 @@ def training_without_trl(rank: int, folder: Path, want: tuple[float, float]) -> 
     assert counted(trainer) == pytest.approx(want, rel=1e-3, abs=1e-6)
 
 
-def test_a_run_of_the_trainer_is_that_of_one_process(tmp_path: Path):
+@pytest.fixture
+def models(tmp_path: Path) -> list[nn.Module]:
+    """Two of the one in ``tmp_path / "model"``."""
     config = runs.llama().config
     config.num_key_value_heads = 2  # one for each process
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    model, reference = (AutoModelForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
-    alone = runs.trainer(tmp_path / "alone", model, reference)
+    return [AutoModelForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2)]
+
+
+def test_a_run_of_the_trainer_is_that_of_one_process(models: list[nn.Module], tmp_path: Path):
+    alone = runs.trainer(tmp_path / "alone", *models)
     alone.train()
-    run(training, tmp_path, runs.losses(alone), runs.logged(alone, "num_tokens"), runs.parameters(model))
+    run(training, tmp_path, runs.losses(alone), runs.logged(alone, "num_tokens"), runs.parameters(models[0]))
 
 
-def test_a_run_without_trl_is_that_of_one_process(tmp_path: Path):
-    config = runs.llama().config
-    config.num_key_value_heads = 2
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    model, reference = (AutoModelForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
-    alone = test_trainer_plain.run(tmp_path / "alone", model, reference)
+def test_a_run_without_trl_is_that_of_one_process(models: list[nn.Module], tmp_path: Path):
+    alone = test_trainer_plain.run(tmp_path / "alone", *models)
     alone.train()
     run(training_without_trl, tmp_path, counted(alone))
 

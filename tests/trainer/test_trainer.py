@@ -7,22 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
+import runs
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from runs import (
-    config,
-    eager_run,
-    llama,
-    logged,
-    losses,
-    mixtral,
-    pairs,
-    parameters,
-    recorded,
-    tokenizer,
-    trainer,
-    worst,
-)
+from runs import config, eager_run, llama, logged, losses, pairs, parameters, recorded, tokenizer, trainer, worst
 from tdpo_trainer import metrics, reference
 from tdpo_trainer.config import TDPOConfig
 from tdpo_trainer.head import last_hidden
@@ -47,7 +36,7 @@ def test_losses_and_every_parameter_are_the_eager_implementation_s(
     )  # fmt: skip
     steps = recorded(ours, accumulation)
     ours.train()
-    theirs = eager_run(model, steps, lr=0.05, reference=reference, beta=0.5, alpha=alpha, variant=variant)
+    theirs = eager_run(model, steps, reference, alpha=alpha, variant=variant)
     assert len(theirs) == 4
     assert losses(ours) == pytest.approx(theirs, rel=1e-6)
     assert worst(parameters(ours.model), parameters(model)) < 1e-6
@@ -95,7 +84,7 @@ def test_under_lora_the_reference_is_what_training_began_with(adapter: str, tmp_
     steps = recorded(ours)
     ours.train()
     assert ours.ref_model is None
-    expected = eager_run(theirs, steps, lr=0.05, reference=reference, beta=0.5, alpha=None, variant="tdpo2")
+    expected = eager_run(theirs, steps, reference)
     assert losses(ours) == pytest.approx(expected, rel=1e-6)
     seen, wanted = (get_peft_model_state_dict(model) for model in (ours.model, theirs))
     assert worst(seen, wanted) < 1e-6 < worst(seen, get_peft_model_state_dict(began))
@@ -128,12 +117,12 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path):
 
 @pytest.mark.skipif("router_aux_loss_coef" not in TDPOConfig.__dataclass_fields__, reason="this TRL has none for DPO")
 def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path: Path):
-    ours = trainer(tmp_path, mixtral(), mixtral(1), router_aux_loss_coef=0.3, max_steps=1)
-    without = trainer(tmp_path, mixtral(), mixtral(1), router_aux_loss_coef=0.0, max_steps=1)
+    ours = trainer(tmp_path, runs.mixtral(), runs.mixtral(1), router_aux_loss_coef=0.3, max_steps=1)
+    without = trainer(tmp_path, runs.mixtral(), runs.mixtral(1), router_aux_loss_coef=0.0, max_steps=1)
     steps = recorded(ours)
     ours.train(), without.train()
     batch = {name: x for name, x in steps[0][0].items() if name != "completion_mask"}
-    aux = float(mixtral()(**batch, output_router_logits=True).aux_loss.detach())
+    aux = float(runs.mixtral()(**batch, output_router_logits=True).aux_loss.detach())
     assert logged(ours, "aux_loss") == pytest.approx([aux], rel=1e-6)
     assert losses(ours)[0] - losses(without)[0] == pytest.approx(0.3 * aux, rel=1e-4)
     assert worst(parameters(ours.model), parameters(without.model)) > 1e-4
@@ -249,14 +238,10 @@ def test_evaluation_logs_the_same_names(tmp_path: Path):
 
 def test_conversations_and_a_shared_prompt_left_out(tmp_path: Path):
     """TRL's other formats: messages through the chat template, and a prompt that is the common beginning."""
-    from runs import TEMPLATE
-
     chat = tokenizer()
-    chat.chat_template = TEMPLATE
+    chat.chat_template = runs.TEMPLATE
     question = {"role": "user", "content": "ab c"}
     answers = [[question, {"role": "assistant", "content": text}] for text in ("yes.", "no way")]
-    from datasets import Dataset
-
     data = Dataset.from_list([{"chosen": answers[0], "rejected": answers[1]}] * 4)
     ours = TDPOTrainer(llama(), llama(1), config(tmp_path), processing_class=chat, train_dataset=data)
     steps = recorded(ours)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import processes
 import pytest
+import runs
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import eager_run, llama, logged, losses, mixtral, parameters, text_pairs, tokenizer, trainer, worst
+from runs import SETTINGS, eager_run, llama, logged, losses, mixtral, parameters, recorded, text_pairs, tokenizer, worst
 from tdpo_trainer.metrics import NAMES
 from tdpo_trainer.plain import PlainTDPOTrainer, collate, tokenize
 from tdpo_trainer.step import LossOptions
@@ -22,30 +23,10 @@ from transformers import TrainingArguments
 def run(
     folder: Path, model: nn.Module, ref_model: nn.Module | None, aux: float | None = None, **changes
 ) -> PlainTDPOTrainer:
-    options = dict(
-        output_dir=str(folder), per_device_train_batch_size=2, max_steps=4, learning_rate=0.05, optim="sgd",
-        lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, logging_steps=1, save_strategy="no",
-        report_to="none", use_cpu=True, disable_tqdm=True, seed=7,
-    )  # fmt: skip
-    reader, loss = tokenizer(), LossOptions(beta=0.5)
+    reader, loss, args = tokenizer(), LossOptions(beta=0.5), TrainingArguments(str(folder), **(SETTINGS | changes))
     rows = tokenize(reader, text_pairs())
-    return PlainTDPOTrainer(
-        model, ref_model, TrainingArguments(**(options | changes)), options=loss, train_dataset=rows,
-        eval_dataset=rows[:3], processing_class=reader, router_aux_loss_coef=aux,
-    )  # fmt: skip
-
-
-def recorded(trainer: PlainTDPOTrainer, accumulation: int) -> list[list[dict]]:
-    steps, inner = [], trainer.compute_loss
-
-    def recording(model, inputs, *args, **kwargs):
-        if not steps or len(steps[-1]) == accumulation:
-            steps.append([])
-        steps[-1].append(dict(inputs))
-        return inner(model, inputs, *args, **kwargs)
-
-    trainer.compute_loss = recording
-    return steps
+    more = dict(train_dataset=rows, eval_dataset=rows[:3], processing_class=reader, router_aux_loss_coef=aux)
+    return PlainTDPOTrainer(model, ref_model, args, options=loss, **more)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -54,7 +35,7 @@ def test_losses_and_every_parameter_are_the_eager_implementation_s(accumulation:
     ours = run(tmp_path, copy.deepcopy(model), copy.deepcopy(reference), gradient_accumulation_steps=accumulation)
     steps = recorded(ours, accumulation)
     ours.train()
-    theirs = eager_run(model, steps, lr=0.05, reference=reference, beta=0.5, alpha=None, variant="tdpo2")
+    theirs = eager_run(model, steps, reference)
     assert losses(ours) == pytest.approx(theirs, rel=1e-6)
     assert worst(parameters(ours.model), parameters(model)) < 1e-6
     assert logged(ours, "kl/margin") and logged(ours, "num_tokens")[-1] > 0
@@ -66,9 +47,9 @@ def test_lora_is_trained_on_the_head_too(targets: list[str], tmp_path: Path):
     lora = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     model, reference = get_peft_model(llama(dtype=torch.float64), lora), llama(dtype=torch.float64)
     ours = run(tmp_path, copy.deepcopy(model), None)
-    steps = recorded(ours, 1)
+    steps = recorded(ours)
     ours.train()
-    theirs = eager_run(model, steps, lr=0.05, reference=reference, beta=0.5, alpha=None, variant="tdpo2")
+    theirs = eager_run(model, steps, reference)
     assert losses(ours) == pytest.approx(theirs, rel=1e-6)
     assert worst(parameters(ours.model), parameters(model)) < 1e-6
 
@@ -76,7 +57,7 @@ def test_lora_is_trained_on_the_head_too(targets: list[str], tmp_path: Path):
 def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path: Path):
     """By its config's coefficient, 0.001 for a Mixtral, or one that is given."""
     ours, own, without = (run(tmp_path, mixtral(), mixtral(1), aux, max_steps=1) for aux in (0.3, None, 0.0))
-    steps = recorded(ours, 1)
+    steps = recorded(ours)
     ours.train(), own.train(), without.train()
     batch = {name: x for name, x in steps[0][0].items() if name != "completion_mask"}
     aux = float(mixtral()(**batch, output_router_logits=True).aux_loss.detach())
@@ -87,11 +68,6 @@ def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path: Path):
     assert not logged(without, "aux_loss") and ours.evaluate()["eval_aux_loss"] > 0
     with pytest.raises(ValueError, match="^router_aux_loss_coef: got 0.3 for a llama"):
         run(tmp_path, llama(), llama(1), 0.3)
-
-
-def test_evaluation(tmp_path: Path):
-    metrics = run(tmp_path, llama(), llama(1)).evaluate()
-    assert metrics["eval_loss"] > 0
 
 
 def test_what_is_logged_does_not_depend_on_how_pairs_are_batched(tmp_path: Path):
@@ -142,7 +118,7 @@ def test_smoothed_labels_are_refused(tmp_path: Path):
         run(tmp_path, llama(), llama(1), label_smoothing_factor=0.1)
 
 
-@pytest.mark.parametrize("run_of", [run, trainer])
+@pytest.mark.parametrize("run_of", [run, runs.trainer])
 def test_batches_are_not_cut_up_by_rows(run_of, tmp_path: Path):
     """The first half of the rows are chosen, the second rejected: accelerate would give each half to a process."""
     with pytest.raises(ValueError, match="^accelerator_config.dispatch_batches: got True, wanted False"):
@@ -150,7 +126,7 @@ def test_batches_are_not_cut_up_by_rows(run_of, tmp_path: Path):
     assert run_of(tmp_path, llama(), llama(1)).accelerator.dispatch_batches is False
 
 
-@pytest.mark.parametrize("run_of", [run, trainer])
+@pytest.mark.parametrize("run_of", [run, runs.trainer])
 def test_a_compiled_model_is_refused_as_such(run_of, tmp_path: Path):
     with pytest.raises(ValueError, match="^torch_compile: got True, wanted False"):
         run_of(tmp_path, llama(), llama(1), torch_compile=True)

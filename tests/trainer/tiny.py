@@ -67,8 +67,10 @@ def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-def published_loss(z: Tensor, r: Tensor, labels: Tensor, beta: float = 0.1, alpha: float = 0.5) -> Tensor:
-    """TDPO2 on whole ``(2P, L, V)`` logits, as in the paper's repository."""
+def published_loss(
+    z: Tensor, r: Tensor, labels: Tensor, beta: float = 0.1, alpha: float | None = None, variant: str = "tdpo2"
+) -> Tensor:
+    """Return TDPO of whole ``(2P, L, V)`` logits, as in the paper's repository."""
     z, r, labels = z[:, :-1].double(), r[:, :-1].double(), labels[:, 1:]
     counts = labels != -100
     log_p, log_q = F.log_softmax(z, -1), F.log_softmax(r, -1)
@@ -76,7 +78,9 @@ def published_loss(z: Tensor, r: Tensor, labels: Tensor, beta: float = 0.1, alph
     margin = ((log_p - log_q).gather(-1, pick)[..., 0] * counts).sum(-1)
     kl = ((log_q.exp() * (log_q - log_p)).sum(-1) * counts).sum(-1)
     (chosen, rejected), (kl_chosen, kl_rejected) = margin.chunk(2), kl.chunk(2)
-    return -F.logsigmoid(beta * (chosen - rejected - alpha * (kl_rejected - kl_chosen.detach()))).mean()
+    alpha = 0.5 if alpha is None else alpha
+    d = kl_rejected - kl_chosen if variant == "tdpo1" else alpha * (kl_rejected - kl_chosen.detach())
+    return -F.logsigmoid(beta * (chosen - rejected - d)).mean()
 
 
 def published_gradients(policy: nn.Module, z: Tensor, r: Tensor, labels: Tensor, more: Tensor | float = 0.0):
