@@ -86,16 +86,9 @@ class Case:
 
 
 def base(
-    seed: int = 0,
-    *,
-    B: int = 2,
-    L: int = 24,
-    D: int = 24,
-    V: int = 211,
-    std: float = 1.0,
-    apart: float = 0.3,
+    seed: int = 0, *, B: int = 2, L: int = 24, D: int = 24, V: int = 211, std: float = 1.0, apart: float = 0.3,
     ignored: float = 0.25,
-) -> Case:
+) -> Case:  # fmt: skip
     """Logits of standard deviation `std`; the reference is `apart` away; a part of the labels is ignored."""
     g = torch.Generator().manual_seed(seed)
 

@@ -16,25 +16,14 @@ if interpreting():
     os.environ.setdefault("TDPO_KERNELS_SELF_CHECK", "0")  # would take half of the time; its own tests turn it on
 torch.set_num_threads(1)  # thousands of tiny products: threads only wait for one another
 
-WAIT = {
-    "trainer",
-    "test_parallel.py",
-    "test_parallel_errors.py",
-    "test_parallel_laws.py",
-}  # whose `long` tests run when asked for (``-m long``)
+# whose `long` tests run when asked for (``-m long``)
+WAIT = {"trainer", "test_parallel.py", "test_parallel_errors.py", "test_parallel_laws.py"}
 
 settings.register_profile(
-    "laws",
-    derandomize=True,
-    max_examples=10 if interpreting() else 25,
-    deadline=None,
+    "laws", derandomize=True, max_examples=10 if interpreting() else 25, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+)  # fmt: skip
 settings.load_profile("laws")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, saying so, without one")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from cases import CASES, DTYPES, RUNS, Case, Problem, cotangents, hated_part
 from closeness import Judge, budget_of, dtype_id, judge, leaves, ours, pull, stats_of
-from runnable import interpreting, mainly, runnable, takes
+from runnable import mainly, runnable, takes
 from truth import exact
 
-from tdpo_kernels.backends import BACKENDS, onednn
+from tdpo_kernels.backends import BACKENDS
 
 CORE = ("scaled", "near_equal_offset", "ruled_out", "softcap")
 
@@ -65,15 +65,6 @@ def test_as_accurate_where_the_reference_alone_allows_a_part(dtype, cotangent, b
     problem, given = case.problem(dtype), cotangents(cotangent, case.labels)
     found, _ = ours(problem, given, backend, budget_of(problem, 0.5))
     assert not judge(problem, given).faults(found)
-
-
-@pytest.mark.skipif(interpreting(), reason="a matter of the library's products")
-@pytest.mark.parametrize("case", CORE)
-def test_as_accurate_by_onednn_s_products(case, small_tiles, monkeypatch):
-    """Which only some CPUs take, and only for products that are worth it."""
-    monkeypatch.setattr(onednn, "mkl_is_held_back", lambda: True)
-    monkeypatch.setattr(onednn, "LEAST", 0)
-    assert not law_1_faults("tiled", torch.float32, case, "general")
 
 
 @pytest.mark.gpu

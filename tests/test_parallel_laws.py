@@ -62,11 +62,8 @@ def law_1(rank: int, dtype: torch.dtype, every: int) -> None:
     faults = []
     for backend in runnable():
         for n, (name, cotangent) in list(enumerate(RUNS))[:: INTERPRETED if interpreting() else every]:
-            how, reference, budget = (
-                CUTS[n % len(CUTS)],
-                REFERENCES[n % len(REFERENCES)],
-                (0.0, 0.5, 2.0)[n // 4 % 3],
-            )
+            how, reference = CUTS[n % len(CUTS)], REFERENCES[n % len(REFERENCES)]
+            budget = (0.0, 0.5, 2.0)[n // 4 % 3]
             problem, law = judge_of(name, dtype, cotangent)
             if backend not in runnable("cpu", problem.hidden.dtype, problem.ref_hidden.dtype):
                 continue
