@@ -1,4 +1,4 @@
-"""``python -m bench`` measures: speed and memory per shape, accuracy against drift, whole training steps. Rows are
+"""``python -m bench`` measures speed and memory per shape, accuracy against drift, whole training steps. Rows are
 appended as they come; ``--resume`` goes on after an interruption. ``python -m bench report`` turns them into tables
 and figures."""
 
@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from . import drift, roofline, rows, step
+from . import measure, rows
 from .conditions import Conditions, conditions
 from .providers import FLOOR, PROVIDERS
 from .report.tables import markdown, tables
@@ -22,38 +23,32 @@ from .rows import Row
 from .run import run
 from .shapes import QUICK, SHAPES, Shape
 
-ROUNDS = 3  # of quick runs and of whole steps
-PARTS = ("speed", "accuracy", "step")
-Tick = Callable[[int], None]
+ROUNDS = 3  # of quick runs
 
 
-@dataclass(frozen=True)
-class Job:
-    """Something measured together: its shapes' names with who is measured at each, how many ticks it takes, and how."""
+class Job(NamedTuple):
+    """Something measured together."""
 
-    name: str
+    shape: Shape
     dtype: str
-    who: dict[str, list[str]]
-    ticks: int
-    run: Callable[[Conditions, Tick], list[Row]]
+    names: list[str]
+    rounds: int
 
     @property
     def keys(self) -> set[tuple]:
         """Return `Row.key` of the rows to come."""
-        rows = [(shape, name) for shape, names in self.who.items() for name in names]
-        return {(shape, self.dtype, name.split("@")[0], PROVIDERS[name].budget) for shape, name in rows}
+        return {(self.shape.name, self.dtype, name.split("@")[0], PROVIDERS[name].budget) for name in self.names}
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m bench", description=__doc__)
     p.add_argument("command", nargs="?", choices=("run", "report"), default="run")
     families = dict.fromkeys(shape.family for shape in SHAPES.values())
-    p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    p.add_argument("--shapes", type=_names, help=f"names or families ({', '.join(families)}); speed only")
+    p.add_argument("--shapes", type=_names, help=f"names or families ({', '.join(families)})")
     p.add_argument("--providers", type=_names, help="of those a shape lists, or 'ours' for all; floor always runs")
     p.add_argument("--dtypes", type=_names, help="of those a shape lists; default: all of them")
     p.add_argument("--rounds", type=int, choices=range(1, 1000), metavar="N", help="default: each shape's own")
-    p.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} only, {ROUNDS} rounds; few drifts")
+    p.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} only, {ROUNDS} rounds")
     p.add_argument("--resume", action="store_true", help="leave out what this commit has measured in this environment")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     p.add_argument("--out", type=Path, help="the JSON Lines file to append to, or to report from")
@@ -67,17 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = p.parse_args(arguments)
     if options.command == "report":
         return _report(options)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         p.error("--device: got 'cuda', but torch sees no CUDA device")
     try:
-        jobs = _plan(options, device)
+        jobs = _plan(options)
     except ValueError as error:
         p.error(str(error))
-    where = conditions(device)
+    where = conditions(options.device)
     out = options.out or rows.file_of(where.device)
     jobs = _left(jobs, out, where) if options.resume else jobs
-    measured = _measure(jobs, where, None if options.no_save else out)
+    measured = _measure(jobs, where, torch.device(options.device), None if options.no_save else out)
     print(markdown(tables(measured)))
     return int(any(row.red for row in measured))
 
@@ -86,74 +80,32 @@ def _report(options: argparse.Namespace) -> int:
     from .report.build import write  # needs matplotlib, which measuring does not
 
     files = [options.out] if options.out else sorted(rows.FOLDER.glob("*.jsonl"))
-    for path in write({path.stem: rows.together(rows.load(path)) for path in files}, options.to):
-        print(path)
+    print(write({path.stem: rows.together(rows.load(path)) for path in files}, options.to))
     return 0
 
 
-def _plan(options: argparse.Namespace, device: torch.device) -> list[Job]:
-    parts = options.parts
-    families = {name.split("@")[0] for name in PROVIDERS}
-    wanted = _known(options.providers or list(PROVIDERS), {*PROVIDERS, *families}, "--providers")
-    dtypes = _known(options.dtypes or [], {"float32", "bfloat16"}, "--dtypes")
-
-    def chosen(names: Iterable[str]) -> list[str]:
-        return [n for n in names if n == FLOOR or n in wanted or n.split("@")[0] in wanted]
-
-    plans = {"speed": _speed, "accuracy": _accuracy, "step": _steps}
-    plans = {part: plan for part, plan in plans.items() if part in parts and (part == "speed" or not options.shapes)}
-    jobs = [job for plan in plans.values() for job in plan(options, device, chosen)]
-    jobs = [job for job in jobs if not dtypes or job.dtype in dtypes or job.name.startswith("step ")]
+def _plan(options: argparse.Namespace) -> list[Job]:
+    wanted = _known(options.providers or PROVIDERS, {*PROVIDERS, *(n.split("@")[0] for n in PROVIDERS)}, "--providers")
+    dtypes = _known(options.dtypes or (), {"float32", "bfloat16"}, "--dtypes")
+    jobs = []
+    for shape in _shapes(options):
+        names = [n for n in shape.contenders if n == FLOOR or n in wanted or n.split("@")[0] in wanted]
+        rounds = options.rounds or (ROUNDS if options.quick else shape.rounds)
+        jobs += [Job(shape, dtype, names, rounds) for dtype in shape.dtypes if not dtypes or dtype in dtypes]
+    jobs = [job for job in jobs if not set(job.names) <= {FLOOR}]
     if not jobs:
-        raise ValueError("nothing to measure: no chosen part has a chosen shape, provider and dtype")
+        raise ValueError("nothing to measure: no chosen shape has a chosen provider and dtype")
     return jobs
 
 
-def _speed(options: argparse.Namespace, device: torch.device, chosen: Callable) -> list[Job]:
-    ceiling = cache(lambda dtype: roofline.measure(dtype, device))
-
-    def job(shape: Shape, dtype: str, names: list[str]) -> Job:
-        rounds = options.rounds or (ROUNDS if options.quick else shape.rounds)
-        return Job(f"{shape.name} {dtype}", dtype, {shape.name: names}, len(names) * (rounds + 1),
-                   lambda at, tick: run(shape, dtype, names, rounds, at, ceiling(dtype), tick, device))  # fmt: skip
-
-    asked = [(shape, chosen(shape.contenders)) for shape in _shapes(options, device)]
-    return [job(shape, dtype, names) for shape, names in asked if names != [FLOOR] for dtype in shape.dtypes]
-
-
-def _shapes(options: argparse.Namespace, device: torch.device) -> list[Shape]:
+def _shapes(options: argparse.Namespace) -> list[Shape]:
     """Return shapes by name or family; unless asked for, those of this device."""
     if options.shapes is None:
-        names = QUICK if options.quick else [s.name for s in SHAPES.values() if s.device == device.type]
-        return [SHAPES[name] for name in names]
+        default = QUICK if options.quick else [s.name for s in SHAPES.values() if s.device in ("any", options.device)]
+        return [SHAPES[name] for name in default]
     wanted = _known(options.shapes, {*SHAPES, *(shape.family for shape in SHAPES.values())}, "--shapes")
-    here = ("", device.type)
+    here = ("", "any", options.device)
     return [s for s in SHAPES.values() if s.name in wanted or s.family in wanted and s.device in here]
-
-
-def _accuracy(options: argparse.Namespace, device: torch.device, chosen: Callable) -> list[Job]:
-    targets, names = drift.QUICK if options.quick else drift.TARGETS, chosen(drift.WHO)
-    absent = drift.absent(names, device)
-    who = {drift.name_of(target): [name for name in names if name not in absent] for target in targets}
-
-    def job(dtype: str) -> Job:
-        return Job(f"drift {dtype}", dtype, who | {drift.SHAPE.name: list(absent)}, len(names) * len(targets),
-                   lambda where, tick: drift.study(dtype, names, targets, where, tick, device))  # fmt: skip
-
-    return [job(dtype) for dtype in drift.DTYPES] if names else []
-
-
-def _steps(options: argparse.Namespace, device: torch.device, chosen: Callable) -> list[Job]:
-    rounds, names = options.rounds or ROUNDS, chosen(step.WHO)
-
-    def job(size: str) -> Job:
-        absent = step.absent(size, names, device)
-        who = {step.shape_of(size).name: names, step.context_name(size): [n for n in names if n not in absent]}
-        return Job(f"step {size}", step.SIZES[size].dtype, who, sum(map(len, who.values())),
-                   lambda where, tick: step.study(size, names, rounds, where, tick, device))  # fmt: skip
-
-    sizes = step.QUICK if options.quick else [n for n, size in step.SIZES.items() if size.device == device.type]
-    return [job(size) for size in sizes] if names else []
 
 
 def _left(jobs: list[Job], out: Path, where: Conditions) -> list[Job]:
@@ -163,13 +115,16 @@ def _left(jobs: list[Job], out: Path, where: Conditions) -> list[Job]:
     return [job for job in jobs if not job.keys <= done]
 
 
-def _measure(jobs: list[Job], where: Conditions, out: Path | None) -> list[Row]:
+def _measure(jobs: list[Job], where: Conditions, device: torch.device, out: Path | None) -> list[Row]:
     """Measure job by job and save each one's rows at once: what is interrupted loses one job."""
     measured: list[Row] = []
-    with tqdm(total=sum(job.ticks for job in jobs), delay=2, disable=None, file=sys.stderr) as bar:
+    ceiling = cache(lambda dtype: measure.ceiling(dtype, device))
+    ticks = sum(len(job.names) * (job.rounds + 1) for job in jobs)
+    with tqdm(total=ticks, delay=2, disable=None, file=sys.stderr) as bar:
         for job in jobs:
-            bar.set_description(job.name)
-            new = job.run(where, bar.update)
+            bar.set_description(f"{job.shape.name} {job.dtype}")
+            rate = ceiling(job.dtype) if FLOOR in job.names else None
+            new = run(*job, where, rate, bar.update, device)
             measured += new
             if out is not None:
                 rows.append(out, new)
@@ -180,10 +135,10 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _known(names: Collection[str], known: Collection[str], option: str) -> list[str]:
+def _known(names: Collection[str], known: Collection[str], option: str) -> Collection[str]:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{option}: unknown {', '.join(unknown)}, wanted some of {', '.join(sorted(known))}")
-    return list(names)
+    return names
 
 
 if __name__ == "__main__":

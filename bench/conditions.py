@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 
 ROOT, INFO, STAT = Path(__file__).resolve().parent.parent, Path("/proc/cpuinfo"), Path("/proc/stat")
 PACKAGES = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
-CHANGING = {"commit": "", "dirty": False, "date": "", "fingerprint": ""}  # what is not the environment
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,11 @@ class Conditions:
     memory_bytes: int | None = None  # of the device
     driver: str = ""
     packages: str = ""
-    fingerprint: str = ""  # of everything above but commit and date: equal means the same environment
+
+    @classmethod
+    def parse(cls, data: dict) -> Conditions:
+        """Return the conditions of a line of JSON. What older ones had and these no longer have is left out."""
+        return cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})
 
     @property
     def said(self) -> str:
@@ -47,7 +49,7 @@ def conditions(device: torch.device | str = "cpu") -> Conditions:
     device = torch.device(device)
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    found = Conditions(
+    return Conditions(
         device=properties.name if properties else cpu_model(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -61,8 +63,6 @@ def conditions(device: torch.device | str = "cpu") -> Conditions:
         driver=f"CUDA {torch.version.cuda}" if properties else "",
         packages=", ".join(f"{name} {at}" for name in PACKAGES if (at := _version(name))),
     )
-    lasting = repr(sorted((asdict(found) | CHANGING).items()))
-    return replace(found, fingerprint=hashlib.sha256(lasting.encode()).hexdigest()[:12])
 
 
 def _version(package: str) -> str:

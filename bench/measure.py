@@ -11,7 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from .providers import Step
+from .problem import Step
+
+GEMM = {"cpu": (2048, 4096, 1024), "cuda": (8192, 16384, 4096)}  # rows, columns, depth
+COPY = {"cpu": 256 * 2**20, "cuda": 2**30}  # bytes
+TRIES = 10
 
 
 class Sample(NamedTuple):
@@ -23,6 +27,28 @@ class Sample(NamedTuple):
     @property
     def both(self) -> float:
         return self.forward + self.backward
+
+
+class Ceiling(NamedTuple):
+    """What the machine gives, a second: flops of a large product, and bytes that a large copy reads and writes."""
+
+    flops: float
+    bytes: float
+
+
+def ceiling(dtype: str, device: torch.device) -> Ceiling:
+    """Return the best of a few tries each, not an average. Data is random, as zeros multiply faster."""
+    rows, columns, depth = GEMM[device.type]
+    a, b = (torch.randn(n, depth, device=device).to(getattr(torch, dtype)) for n in (rows, columns))
+    out, source = a.new_empty(rows, columns), torch.ones(COPY[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    steps = {
+        "product": Step(lambda: torch.mm(a, b.T, out=out), lambda out: None),
+        "copy": Step(lambda: target.copy_(source), lambda out: None),
+    }
+    samples = times(steps, lambda: None, device, TRIES, 1, lambda: None)
+    product, copy = (min(sample.both for sample in samples[name]) for name in steps)
+    return Ceiling(2.0 * rows * columns * depth / product, 2 * source.numel() / copy)
 
 
 def times(

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from .problem import Problem, make_problem
+from .problem import Problem
 from .providers import PROVIDERS
 from .shapes import SHAPES, Shape
+from .step import Training, setup
 
 STATUS, CLEAR, INFO = (Path("/proc", name) for name in ("self/status", "self/clear_refs", "meminfo"))
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,26 +55,22 @@ def available(device: torch.device) -> int | None:
 
 
 def peak_extra(shape: Shape, dtype: str, name: str, device: torch.device) -> int | None:
-    """Return bytes, None where the system does not tell."""
+    """Return the bytes of a provider's step, None where the system does not tell."""
     if device.type == "cuda" or not ALONE:
-        return step_peak(make_problem(shape, dtype, device), name)
-    return in_a_process_of_its_own("bench.memory", json.dumps(asdict(shape)), dtype, name)
-
-
-def in_a_process_of_its_own(module: str, *arguments: str) -> int | None:
-    """Return what `module` prints last, a number of bytes."""
+        return step_peak(setup(shape, dtype, device), name, device)
     if not STATUS.exists():
         return None
-    child = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.memory", json.dumps(asdict(shape)), dtype, name]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         raise MemoryFailure(f"exit {child.returncode}: {last}", child.returncode == KILLED)
     return int(child.stdout.split()[-1])
 
 
-def step_peak(problem: Problem, name: str) -> int:
+def step_peak(inputs: Problem | Training, name: str, device: torch.device) -> int:
     """Return the peak of a provider's step in this process, above its inputs and gradients."""
-    step, device = PROVIDERS[name].step(problem), problem.hidden.device
+    step = inputs.step(PROVIDERS[name].make)
 
     def run() -> None:
         step.backward(step.forward())
@@ -81,16 +78,11 @@ def step_peak(problem: Problem, name: str) -> int:
     try:
         if device.type == "cuda":
             run()  # compiles, and gets the libraries' workspaces
-            problem.clear()
-        extra = peak(run, device)
+            inputs.clear()
+        extra = allocator_peak(run, device) if device.type == "cuda" else resident_peak(run)
     except torch.cuda.OutOfMemoryError as error:
         raise MemoryFailure(str(error).splitlines()[0], room=True) from error
-    return max(extra - sum(g.numel() * g.element_size() for g in problem.gradients().values() if g is not None), 0)
-
-
-def peak(run: Callable[[], object], device: torch.device) -> int:
-    """Return how far memory rises while `run` runs: of CUDA's allocator, or of this process."""
-    return allocator_peak(run, device) if device.type == "cuda" else resident_peak(run)
+    return max(extra - sum(g.nbytes for g in inputs.gradients().values() if g is not None), 0)
 
 
 def resident_peak(run: Callable[[], object]) -> int:
@@ -125,9 +117,9 @@ def _bytes(path: Path, field: str) -> int:
 
 def main(shape: str, dtype: str, name: str) -> None:
     """Measure in a fresh process. A tiny step first brings in thread pools and library buffers: not the step's own."""
-    tiny = PROVIDERS[name].step(make_problem(SHAPES["tiny"], dtype))
-    tiny.backward(tiny.forward())
-    print(step_peak(make_problem(Shape(**json.loads(shape)), dtype), name))
+    cpu = torch.device("cpu")
+    step_peak(setup(SHAPES["tiny"], dtype, cpu), name, cpu)
+    print(step_peak(setup(Shape(**json.loads(shape)), dtype, cpu), name, cpu))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,13 @@ from .shapes import Shape
 BETA, ALPHA = 0.1, 0.5
 IGNORE = -100
 PEAKED = 8.0
+
+
+class Step(NamedTuple):
+    """Forward returns what backward takes. Together they leave gradients on the problem."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any] = Tensor.backward
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +34,11 @@ class Problem:
     labels: Tensor  # (2P, L), IGNORE on prompts
     softcap: float | None = None
     prompt: int = 0  # so many tokens at the beginning of every sequence do not count
+
+    def step(self, make: Callable[[Problem], Step]) -> Step:
+        """Return a step of a provider. Backward does nothing where the problem wants no gradients."""
+        made = make(self)
+        return made if self.hidden.requires_grad else Step(made.forward, lambda out: None)
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
@@ -68,12 +82,9 @@ def make_problem(shape: Shape, dtype: str, device: torch.device | str = "cpu", s
     elif shape.layout != "contiguous":
         one_head, weight = shape.one_head, _laid_out(weight, shape.layout)
         ref_weight = weight if one_head else _laid_out(ref_weight, shape.layout)
-    weight_leaf = weight.detach().requires_grad_(
-        shape.trainable and shape.gradients
-    )  # a reference may share its memory
-    return Problem(
-        hidden.requires_grad_(shape.gradients), weight_leaf, ref_hidden, ref_weight, labels, shape.softcap, prompt
-    )
+    hidden.requires_grad_(shape.gradients)
+    leaf = weight.detach().requires_grad_(shape.trainable and shape.gradients)  # a reference may share its memory
+    return Problem(hidden, leaf, ref_hidden, ref_weight, labels, shape.softcap, prompt)
 
 
 def _laid_out(weight: Tensor, layout: str) -> Tensor:

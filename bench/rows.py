@@ -74,15 +74,7 @@ def parse(data: dict) -> Row:
     """Return the row of a line. What older rows had and rows no longer have is left out."""
     known = {field.name: data[field.name] for field in fields(Row) if field.name in data}
     tuples = {name: tuple(value) for name in TUPLES if (value := data.get(name)) is not None}
-    return Row(**known | tuples | {"conditions": Conditions(**data["conditions"])})
-
-
-def merge(path: Path, rows: Iterable[Row]) -> int:
-    """Append the rows that are not in the file yet, and return how many they are."""
-    known = load(path)
-    new = [row for row in rows if row not in known]
-    append(path, new)
-    return len(new)
+    return Row(**known | tuples | {"conditions": Conditions.parse(data["conditions"])})
 
 
 def together(rows: Iterable[Row]) -> list[Row]:

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from . import gate, measure, memory
+from . import drift, gate, measure, memory, step
 from .conditions import Conditions, Neighbours
-from .measure import Sample
-from .problem import make_problem
+from .measure import Ceiling, Sample
 from .providers import FLOOR, PROVIDERS
-from .roofline import Ceiling
 from .rows import Row
 from .shapes import Shape
 
@@ -22,7 +20,7 @@ def run(
     names: Iterable[str],
     rounds: int,
     conditions: Conditions,
-    ceiling: Ceiling,
+    ceiling: Ceiling | None,
     tick: Callable[[int], None],
     device: torch.device,
 ) -> list[Row]:
@@ -30,31 +28,32 @@ def run(
     found = {name: _before_timing(shape, dtype, name, device) for name in names}
     for runs, _ in found.values():
         tick(1 if runs else 1 + rounds)
-    problem = make_problem(shape, dtype, device)
-    steps = {name: PROVIDERS[name].step(problem) for name, (runs, _) in found.items() if runs}
-    neighbours = Neighbours()
-    samples = measure.times(steps, problem.clear, device, rounds, shape.calls, lambda: tick(1))
-    same = dict(dtype=dtype, rounds=rounds, conditions=conditions, ceiling=tuple(ceiling))
-    busy = neighbours.cores()
-    return [row(shape, name, **same, **facts, **_timing(samples, name, busy)) for name, (_, facts) in found.items()]
+    samples, busy = {}, None
+    if timed := [name for name, (runs, _) in found.items() if runs]:
+        inputs, neighbours = step.setup(shape, dtype, device), Neighbours()
+        steps = {name: inputs.step(PROVIDERS[name].make) for name in timed}
+        samples = measure.times(steps, inputs.clear, device, rounds, shape.calls, lambda: tick(1))
+        busy = neighbours.cores()
+    same = dict(dtype=dtype, rounds=rounds, conditions=conditions, ceiling=ceiling and tuple(ceiling))
+    return [_row(shape, name, same | facts | _timing(samples, name, busy)) for name, (_, facts) in found.items()]
 
 
-def row(shape: Shape, name: str, **facts) -> Row:
+def _row(shape: Shape, name: str, facts: dict) -> Row:
     provider = PROVIDERS[name]
     size = dict(shape=shape.name, T=shape.T, V=shape.V, D=shape.D, rows=shape.rows, trainable=shape.trainable)
     who = dict(provider=name.split("@")[0], budget_bytes=provider.budget, partial=provider.computes == "dpo")
-    return Row(**size, **who, gradients=shape.gradients, **facts)
+    return Row(**size | who | dict(gradients=shape.gradients) | facts)
 
 
 def _timing(samples: dict[str, list[Sample]], name: str, busy: float | None) -> dict:
     if name not in samples:
         return {}
-    mine, floor = samples[name], samples[FLOOR]
+    mine, floor = samples[name], samples.get(FLOOR)
     return {
         "seconds": measure.spread(s.both for s in mine),
         "forward": measure.spread(s.forward for s in mine),
         "backward": measure.spread(s.backward for s in mine),
-        "ratio": measure.spread(s.both / f.both for s, f in zip(mine, floor, strict=True)),
+        "ratio": floor and measure.spread(s.both / f.both for s, f in zip(mine, floor, strict=True)),
         "busy_cores": busy,
     }
 
@@ -70,12 +69,20 @@ def _before_timing(shape: Shape, dtype: str, name: str, device: torch.device) ->
     reason = provider.unavailable(shape, device)
     if reason := f"skipped: {reason}" if reason else memory.shortage(provider.needs(shape), device):
         return False, {"note": reason}
-    verdict = gate.check(provider, shape, dtype, device)
-    error = None if provider.like else verdict.error  # which then is no error against float64
-    facts = {"error": error, "red": verdict.complaint is not None, "note": verdict.complaint}
-    if verdict.error is None:
-        return False, facts
     try:
-        return True, facts | {"peak_extra_bytes": memory.peak_extra(shape, dtype, name, device)}
+        return _without_clock(shape, dtype, name, device)
     except memory.MemoryFailure as failure:
-        return False, {"error": error, "red": not failure.room, "note": str(failure)}
+        return False, {"red": not failure.room, "note": str(failure)}
+    except Exception as error:  # a finding about this one, not the end of the others' measurement
+        return False, {"red": True, "note": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _without_clock(shape: Shape, dtype: str, name: str, device: torch.device) -> tuple[bool, dict]:
+    if shape.drift:
+        return False, drift.errors(shape, dtype, name, device)
+    if shape.limit:
+        return False, step.longest(shape, lambda longer: memory.peak_extra(longer, dtype, name, device))
+    verdict = gate.check(PROVIDERS[name], shape, dtype, device)
+    error = None if PROVIDERS[name].like else verdict.error  # which then is no error against float64
+    facts = {"error": error, "red": verdict.complaint is not None, "note": verdict.complaint}
+    return True, facts | {"peak_extra_bytes": memory.peak_extra(shape, dtype, name, device)}

@@ -6,7 +6,7 @@ V / D, which decides how much the vocabulary costs, stays the model's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -30,6 +30,7 @@ MODELS = {
 }
 
 LAYOUTS = ("contiguous", "transposed", "slice", "every-other-row", "every-other-column", "hidden-rows")
+CUDA = dict(device="cuda", dtypes=("bfloat16",))
 OURS = ("ours@all", "ours@0")
 EVERYONE = ("floor", "eager", "compiled", "trl", "liger", "cce", "linear_ce", *OURS)
 FULL = ("floor", "eager", "trl", "linear_ce", *OURS)  # what runs on a CPU, but for the compiler's minutes
@@ -59,8 +60,11 @@ class Shape:
     gradients: bool = True  # False: forward alone, under `torch.no_grad`
     layout: str = "contiguous"  # how heads or hidden states lie in memory, one of LAYOUTS
     softcap: float | None = None
+    drift: float | None = None  # accuracy is measured, not time, at so many nats per token between the models
+    model: dict[str, int] | None = field(default=None, hash=False)  # a whole training step is measured, of such a Llama
+    limit: int = 0  # bytes above model, gradients and optimiser in which the longest context is searched
     family: str = ""  # chosen by `--shapes` like a name, and one figure of the report
-    device: str = "cpu"  # where it is measured unless asked for by name
+    device: str = "cpu"  # where it is measured by default: "cpu", "cuda", "any", or "" for nowhere
 
     @property
     def rows(self) -> int:
@@ -83,17 +87,13 @@ def _rows() -> list[Shape]:
     V, D, _, _ = MODELS["llama-3.1-8b"]
     cpu = ((256, FULL, 7), (1024, FULL, 5), (4096, FULL, 3), (16384, ("floor", "eager", *OURS), 2),
            (131072, ("floor", "eager", "ours@0"), 1))  # fmt: skip
-    shapes = [
-        Shape(f"rows-{T}", T, V // 16, D // 16, "llama-3.1-8b/16 as rows grow", who, rounds, family="rows")
-        for T, who, rounds in cpu
-    ]
+    asks, whole = "llama-3.1-8b/16 as rows grow", dict(asks="llama-3.1-8b as rows grow", dtypes=("bfloat16",))
     who = ("floor", "eager", "trl", "liger", "cce", "linear_ce", *OURS)
-    return shapes + [
-        Shape(
-            f"gpu-rows-{T}", T, V, D, "llama-3.1-8b as rows grow", who, 5, ("bfloat16",), family="rows", device="cuda"
-        )
-        for T in (256, 1024, 4096, 16384, 65536, 131072)
-    ]
+    return [
+        *(Shape(f"rows-{T}", T, V // 16, D // 16, asks, who, rounds, family="rows") for T, who, rounds in cpu),
+        *(Shape(f"gpu-rows-{T}", T, V, D, contenders=who, rounds=5, family="rows", device="cuda", **whole)
+          for T in (256, 1024, 4096, 16384, 65536, 131072)),
+    ]  # fmt: skip
 
 
 def _settings() -> list[Shape]:
@@ -111,6 +111,32 @@ def _settings() -> list[Shape]:
         Shape(name, 2048, V // 16, D // 16, f"llama-3.1-8b/16, {asks}", who, 3, family="settings", **how)
         for name, (asks, how) in changed.items()
     ]
+
+
+def _drift() -> list[Shape]:
+    asks, both = "accuracy as the policy drifts", ("float32", "bfloat16")
+    who = ("eager", "compiled", "trl", "liger", *OURS)
+    return [
+        Shape(f"drift-{nats:.0e}", 64, 4099, 128, asks, who, 1, both, drift=nats, family="drift", device="any")
+        for nats in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 3.0, 10.0)
+    ]
+
+
+def _steps() -> list[Shape]:
+    """Return whole training steps: of T tokens, and of as many as fit."""
+    names = ("intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "tie_word_embeddings")  # fmt: skip
+    who, asks, found = ("eager", "trl", "ours@512MB", "ours@0"), "a whole training step", []
+    for name, T, V, D, model, limit, how in (
+        ("tiny", 2048, 32000, 256, (688, 4, 4, 4, False), 10**9, dict(device="cpu")),
+        ("smallest", 64, 500, 32, (64, 1, 2, 2, False), 3 * 10**7, dict(device="", pairs=1)),
+        ("qwen2.5-0.5b", 8192, 151936, 896, (4864, 24, 14, 2, True), 40 * 10**9, CUDA),
+        ("llama-3.2-1b", 8192, 128256, 2048, (8192, 16, 32, 8, True), 40 * 10**9, CUDA),
+    ):
+        how = how | dict(family="step", model=dict(zip(names, model, strict=True)))
+        found += [Shape(f"step {name}", T, V, D, asks, who, 3, **how),
+                  Shape(f"context {name}", T, V, D, asks, who, 3, limit=limit, **how)]  # fmt: skip
+    return found
 
 
 def _strided() -> list[Shape]:
@@ -148,10 +174,12 @@ SHAPES = {
         *_settings(),
         *_strided(),
         *_narrow(),
+        *_drift(),
+        *_steps(),
         Shape("budget", 4096, _V, _D, "llama-3.1-8b/16, time against memory", BUDGETS, 4, family="budget"),
         Shape("small", 64, 1000, 64, "overhead per call", ("floor", "eager", *OURS), 50, calls=10, family="small"),
         Shape("tiny", 32, 500, 32, "does the benchmark itself work", ("floor", "eager", "trl", "linear_ce", *OURS), 5,
               ("float32", "bfloat16"), calls=5, family="quick", device=""),
     )
 }  # fmt: skip
-QUICK = ("tiny",)
+QUICK = ("tiny", "drift-1e-08", "drift-1e-03", "drift-1e+00", "step smallest", "context smallest")

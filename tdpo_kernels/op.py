@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,12 +183,15 @@ def _models(tensors: tuple, options: tuple) -> tuple[Model, Model]:
     return _model(*tensors[:3], options[:_EACH]), _model(*tensors[3:], options[_EACH : 2 * _EACH])
 
 
-def _forward(*args: Any) -> tuple[Tensor, ...]:
+def _forward(*args: Any, fixed: bool = False) -> tuple[Tensor, ...]:
+    """Return what `FORWARD` says; where shapes need not be `fixed`, only the rows that count are kept."""
     labels, cu_seqlens, ignore_index, extras, ratios, room, *options, shift, backend, needs = args[_MODELS:]
     policy, reference = _models(args[:_MODELS], options)
+    choose(backend, policy.hidden.device, (policy, reference))  # refused before any work
     rows = pack.pack(labels, cu_seqlens, policy.head.vocab, ignore_index=ignore_index, shift=shift)
     inputs, needs = Inputs(policy, reference, rows, tuple(extras)), Needs(*needs)
-    kept, u = policy.hidden.new_empty(room[1], dtype=inputs.stats_dtype), policy.hidden.new_empty(0)
+    size = room[1] if fixed else grid.room(rows.count, policy.head.weight.shape[0], 1, room[1])
+    kept, u = policy.hidden.new_empty(size, dtype=inputs.stats_dtype), policy.hidden.new_empty(0)
     if ratios:
         ratio_T = directions.ratio_of(rows, labels, cu_seqlens, ratios, inputs.stats_dtype)
         found, u = directions.run(
@@ -196,7 +200,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         )  # fmt: skip
         u, kept = u.view(policy.hidden.shape), kept[:0].clone()
         counts = pack.spread(torch.ones_like(found.logp), rows, labels.shape).view(1, -1)
-        saved = counts, rows.labels_T.new_zeros(2, labels.numel()), torch.tensor(rows.count)
+        saved = counts, rows.labels_T.new_zeros(2, labels.numel()), torch.tensor(rows.count, device="cpu")
     else:
         found = _statistics(inputs, backend, needs, kept)
         saved = _sized(found.row, rows, labels.numel())
@@ -207,7 +211,9 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     return logp, kl, ref_logp, extra, u, *saved, kept
 
 
-_forward_op = torch.library.custom_op("tdpo_kernels::token_stats", _forward, mutates_args=(), schema=FORWARD, tags=TAGS)
+_forward_op = torch.library.custom_op(
+    "tdpo_kernels::token_stats", partial(_forward, fixed=True), mutates_args=(), schema=FORWARD, tags=TAGS
+)
 
 
 def _sized(row: Tensor, rows: Rows, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,7 +223,7 @@ def _sized(row: Tensor, rows: Rows, count: int) -> tuple[Tensor, Tensor, Tensor]
         index[0, :T] = rows.label_T
         row = torch.nn.functional.pad(row, (0, count - T))
     index[1, :T] = rows.labels_T
-    return row, index, torch.tensor(T)
+    return row, index, torch.tensor(T, device="cpu")
 
 
 @_forward_op.register_fake
@@ -267,8 +273,13 @@ def _gradients(inputs: Inputs, backend: str, needs: Needs, kept: Tensor, row: Te
         return sharded.backward(inner, inputs, needs, kept, row, partial)
 
 
+def _contiguous(*args: Any) -> tuple[Tensor, ...]:
+    """Return the gradients in a layout that a graph knows beforehand."""
+    return tuple(x.contiguous() for x in _backward(*args))
+
+
 _backward_op = torch.library.custom_op(
-    "tdpo_kernels::token_stats_backward", _backward, mutates_args=(), schema=BACKWARD, tags=TAGS
+    "tdpo_kernels::token_stats_backward", _contiguous, mutates_args=(), schema=BACKWARD, tags=TAGS
 )
 
 

@@ -36,7 +36,7 @@ class LMHead:
     """Map a hidden state to logits: ``softcap * tanh(logit_scale * (h W^T + b) / softcap)``.
 
     weight: ``(V, D)``; bias: ``(V,)`` or None, in the weight's dtype; ``softcap=None`` leaves out the tanh. A bias of
-    -inf rules a token out, whatever the scale and the softcap.
+    -inf, or below -1e29, rules a token out, whatever the scale and the softcap.
     """
 
     weight: Tensor

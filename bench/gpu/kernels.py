@@ -1,14 +1,8 @@
 """Check what only a GPU can break: the memory formula at large T, offsets beyond 2^31, the same bits every time; and,
-when asked for, the law tests, and every kernel under compute-sanitizer.
-
-``python -m bench.gpu.kernels BACKEND DEVICE`` is what the sanitizer looks at: each variant of the kernels once, small.
-"""
+when asked for, the law tests."""
 
 from __future__ import annotations
 
-import itertools
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +18,7 @@ from tdpo_kernels import token_stats
 from .. import memory as memories
 from ..gate import LIMITS, relative
 from ..problem import make_problem
-from ..providers import BUDGETS, PROVIDERS
+from ..providers import BUDGETS
 from ..shapes import Shape
 from .campaign import ROOT, Facts, Finding, Item, Settings
 
@@ -32,8 +26,6 @@ BACKENDS = ("tiled", "fused")
 WORKSPACE = {"cpu": 64 * 10**6, "cuda": 2**28}  # bytes beside the budget, by the design's formula
 TIMES, COMPILES = 5, 3  # calls that are compared; kernels of a backend at first use
 NAMES = ("logp", "ref_logp", "kl", "dh", "dW")
-PROBE = "import ctypes; raise SystemExit(ctypes.CDLL('libcuda.so.1').cuInit(0))"
-NO_POOL = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TDPO_KERNELS_SELF_CHECK": "0"}  # a pool hides what is out of bounds
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # packed: hidden, weight, ref_hidden, ref_weight, labels
 Evaluate = Callable[[], list[Tensor]]
 
@@ -73,7 +65,7 @@ def memory(settings: Settings) -> list[Item]:
 def _peak(settings: Settings, backend: str, T: int, kept: str, trainable: bool) -> Facts:
     V, D, dtype = (203, 16, "float32") if settings.dry else (128256, 4096, "bfloat16")
     problem = make_problem(Shape("memory", T, V, D, "", (), 1, trainable=trainable), dtype, settings.device)
-    found = memories.step_peak(problem, f"{backend}@{kept}")
+    found = memories.step_peak(problem, f"{backend}@{kept}", settings.device)
     once = 4 * D * min(T, V) if trainable else problem.hidden.nbytes  # dW summed in fp32; directions instead of logits
     allowed = BUDGETS[kept] + WORKSPACE[settings.device.type] + once
     facts = {"peak": found, "allowed": allowed, "one fp32 [T, V]": 4 * T * V}
@@ -173,67 +165,10 @@ def laws(settings: Settings) -> list[Item]:
 
 def _laws(path: Path) -> Facts:
     command = ["-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", str(path)]
-    done = _run([sys.executable, *command])
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-20000:], done.stderr[-5000:], file=sys.stderr)
     last = ((done.stdout or done.stderr).strip().splitlines() or ["no output"])[-1]
     if done.returncode not in (0, 5):  # 5: none of the mark was selected
         status = "skipped" if "No module named" in last else "failed"
         raise Finding(status, f"pytest exits with {done.returncode}: {last}")
     return {"pytest": last}
-
-
-def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
-    """Run a command in the checkout. The end of what it prints goes to the log."""
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-    print(done.stdout[-20000:], done.stderr[-5000:], file=sys.stderr)
-    return done
-
-
-def sanitizer(settings: Settings) -> list[Item]:
-    """Look for memory errors and races. A dry run runs the program alone."""
-    return [
-        Item(f"{check} {backend}", partial(_sanitize, settings, check, backend), 60.0, 12, backend, 300.0)
-        for check in (("no tool",) if settings.dry else ("memcheck", "racecheck"))
-        for backend in ("fused", "tiled")
-    ]
-
-
-def _sanitize(settings: Settings, check: str, backend: str) -> Facts:
-    tool = [] if settings.dry else [_tool(), "--tool", check, "--error-exitcode", "66"]
-    done = _run([*tool, sys.executable, "-m", "bench.gpu.kernels", backend, settings.device.type], **NO_POOL)
-    lines = done.stdout.splitlines()
-    if done.returncode:
-        told = [line for line in lines if line.startswith(("variant", "=====")) and "COMPUTE-SANITIZER" not in line]
-        why = " ".join(told[-3:] + done.stderr.strip().splitlines()[-1:])
-        raise Finding("failed", f"exit {done.returncode}: {why}")
-    return {"variants": sum(line.startswith("variant") for line in lines)}
-
-
-def _tool() -> str:
-    """Return where compute-sanitizer is, once it has looked at a program that only opens the device, in 5 seconds."""
-    found = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
-    if found is None:
-        raise Finding("skipped", "compute-sanitizer is not here")
-    try:
-        done = subprocess.run([found, sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=5)
-        fault = f"exit {done.returncode}: {done.stdout.strip()[-200:]}" if done.returncode else ""
-    except subprocess.TimeoutExpired:
-        fault = "it does not get through cuInit in 5 seconds"
-    if fault:
-        raise Finding("skipped", f"compute-sanitizer does not work here: {fault}")
-    return found
-
-
-def program(backend: str, device: str) -> None:
-    """Run one small forward and backward of every variant of the kernels, ragged and with a prompt."""
-    dtypes = ("float16", "float32", "bfloat16") if device == "cuda" else ("float16", "float32")
-    for dtype, kept, D, softcap in itertools.product(dtypes, ("0", "all"), (64, 60), (None, 20.0)):
-        print(f"variant {dtype}, {kept} kept, D={D}, softcap {softcap}", flush=True)
-        problem = make_problem(Shape("", 72, 387, D, "", (), 1, valid=0.7, softcap=softcap), dtype, device)
-        step = PROVIDERS[f"{backend}@{kept}"].step(problem)
-        step.backward(step.forward())
-        if not all(x.isfinite().all() for x in problem.gradients().values()):
-            raise SystemExit("something is not finite")
-
-
-if __name__ == "__main__":
-    program(*sys.argv[1:])

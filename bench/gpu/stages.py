@@ -14,7 +14,7 @@ from torch import profiler
 from tdpo_kernels import verify as verification
 from tdpo_kernels.backends import BACKENDS, availability
 
-from .. import memory, roofline, rows
+from .. import measure, memory, rows
 from ..conditions import Conditions, conditions
 from ..problem import make_problem
 from ..providers import FLOOR, PROVIDERS
@@ -57,9 +57,9 @@ def ask_driver(*fields: str) -> dict[str, str]:
 
 
 @cache
-def ceiling(device: torch.device, dtype: str) -> roofline.Ceiling:
+def ceiling(device: torch.device, dtype: str) -> measure.Ceiling:
     """Return what the machine gives, once per process; a dry run's is made up."""
-    return roofline.measure(dtype, device) if device.type == "cuda" else roofline.Ceiling(1e11, 1e10)
+    return measure.ceiling(dtype, device) if device.type == "cuda" else measure.Ceiling(1e11, 1e10)
 
 
 def verify(settings: Settings) -> list[Item]:
@@ -132,7 +132,7 @@ def profile(settings: Settings) -> list[Item]:
 def _profile(settings: Settings, shape: Shape, name: str) -> Facts:
     """Say where one step's time goes. The table is in the folder."""
     cuda, problem = settings.device.type == "cuda", make_problem(shape, shape.dtypes[0], settings.device)
-    step = PROVIDERS[name].step(problem)
+    step = problem.step(PROVIDERS[name].make)
     step.backward(step.forward())
     with profiler.profile() as found:
         step.backward(step.forward())

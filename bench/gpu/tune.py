@@ -26,7 +26,8 @@ from tdpo_kernels.backends import launch
 
 from .. import measure, rows
 from ..gate import relative
-from ..providers import BUDGETS, Step
+from ..problem import Step
+from ..providers import BUDGETS
 from .campaign import Facts, Finding, Item, Settings
 from .kernels import Inputs, cotangents, evaluate, packed
 from .stages import SIZES

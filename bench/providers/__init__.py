@@ -1,11 +1,11 @@
-"""Say who is measured, by name. `provider.py` says what a provider is."""
+"""Say who is measured, by name. `provider` says what a provider is."""
 
 from __future__ import annotations
 
-from . import eager, floor, liger, ours, partial, trl
-from .provider import Provider, Step
+from . import eager, floor, others, ours
+from .provider import Provider
 
-__all__ = ["BUDGETS", "FLOOR", "PROVIDERS", "Provider", "Step"]
+__all__ = ["BUDGETS", "FLOOR", "PROVIDERS", "Provider"]
 
 FLOOR = "floor"
 BUDGETS = {"0": 0, "all": 2**40, "1GiB": 2**30, "4GiB": 2**32}
@@ -15,10 +15,7 @@ PROVIDERS: dict[str, Provider] = {
     FLOOR: floor.PROVIDER,
     "eager": eager.PROVIDER,
     "compiled": eager.COMPILED,
-    "trl": trl.PROVIDER,
-    "liger": liger.PROVIDER,
-    "cce": partial.CCE,
-    "linear_ce": partial.LINEAR_CE,
+    **others.PROVIDERS,
     **{f"{name}@{label}": ours.provider(backend, budget)
        for name, backend in BACKENDS.items() for label, budget in BUDGETS.items()},
 }  # fmt: skip

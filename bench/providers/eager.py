@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from ..problem import IGNORE, Problem
+from ..problem import IGNORE, Problem, Step
 from ..shapes import Shape
-from .provider import Provider, Step, anywhere, preference
+from .provider import Provider, preference
 
 COPIES = 6  # of fp32 [tokens, vocabulary] that it holds at its peak
 
@@ -69,22 +70,22 @@ def _no_compiler(shape: Shape, device: torch.device) -> str:
 
 
 @lru_cache(maxsize=1)
-def _compiled(*case: object):
-    """Return the formula for one case, so that gate, memory and clock share one compilation."""
+def _compiled(function: Callable, *case: object) -> Callable:
+    """Return a function compiled for one case, so that gate, memory and clock share one compilation."""
     torch.compiler.reset()
-    return torch.compile(tdpo2, dynamic=False)
+    return torch.compile(function, dynamic=False)
 
 
 def _compile(problem: Problem) -> Step:
     """Make a step of the compiled formula. Its first call, which compiles, is the gate's."""
     leaves = (problem.hidden, problem.weight)
-    function = _compiled(*((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in leaves), problem.softcap)
-    return Step(lambda: function(*tensors(problem)))
+    case = ((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in leaves)
+    return Step(partial(_compiled(tdpo2, *case, problem.softcap), *tensors(problem)))
 
 
 def _compiled_kl(problem: Problem) -> Tensor:
-    return torch.compile(statistics, dynamic=False)(*tensors(problem))[1]
+    return _compiled(statistics, problem.hidden.dtype)(*tensors(problem))[1]
 
 
-PROVIDER = Provider("tdpo2", anywhere, lambda p: Step(lambda: tdpo2(*tensors(p))), kl, needs)
-COMPILED = Provider("tdpo2", _no_compiler, _compile, _compiled_kl, lambda shape: needs(shape) // 2, like=PROVIDER)
+PROVIDER = Provider("tdpo2", lambda p: Step(lambda: tdpo2(*tensors(p))), kl=kl, needs=needs)
+COMPILED = Provider("tdpo2", _compile, _no_compiler, _compiled_kl, lambda shape: needs(shape) // 2, like=PROVIDER)

@@ -8,32 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Problem, Step
 from ..shapes import Shape
-from .provider import Provider, Step, anywhere
+from .provider import Provider
 
 ROWS = 16384  # at once: more logits than that nobody needs to hold
 
 
 def make(problem: Problem) -> Step:
     """Multiply the tokens that count, and no others. dz is random: products of zeros run faster on a GPU."""
-    hidden, ref_hidden = (problem.packed(x.detach()) for x in (problem.hidden, problem.ref_hidden))
+    hidden, ref_hidden = (problem.packed(x.detach()).split(ROWS) for x in (problem.hidden, problem.ref_hidden))
     weight, ref_weight = problem.weight.detach(), problem.ref_weight
-    trainable = problem.weight.requires_grad
-    blocks = list(zip(hidden.split(ROWS), ref_hidden.split(ROWS), strict=True))
-    dz_TV = hidden.new_empty(len(blocks[0][0]), len(weight)).normal_() if problem.hidden.requires_grad else None
+    dz_TV = torch.randn_like(hidden[0].new_empty(len(hidden[0]), len(weight))) if problem.hidden.requires_grad else None
 
     def forward() -> Tensor | None:
-        for h, h_ref in blocks:
+        for h, h_ref in zip(hidden, ref_hidden, strict=True):
             torch.mm(h_ref, ref_weight.T)
             torch.mm(h, weight.T)
         return dz_TV
 
     def backward(dz_TV: Tensor) -> None:
-        for h, _ in blocks:
+        for h in hidden:
             dz = dz_TV[: len(h)]
             torch.mm(dz, weight)
-            if trainable:
+            if problem.weight.requires_grad:
                 torch.mm(dz.T, h)
 
     return Step(forward, backward)
@@ -43,4 +41,4 @@ def needs(shape: Shape) -> int:
     return 2 * 4 * min(shape.rows, ROWS) * shape.V
 
 
-PROVIDER = Provider("products", anywhere, make, needs=needs)
+PROVIDER = Provider("products", make, needs=needs)

@@ -8,9 +8,9 @@ from torch import Tensor
 from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
 from tdpo_kernels.backends import availability
 
-from ..problem import ALPHA, BETA, IGNORE, Problem
+from ..problem import ALPHA, BETA, IGNORE, Problem, Step
 from ..shapes import Shape
-from .provider import Provider, Step
+from .provider import Provider
 
 
 def provider(backend: str, budget: int) -> Provider:
@@ -28,7 +28,7 @@ def provider(backend: str, budget: int) -> Provider:
     def kl(problem: Problem) -> Tensor:
         return token_stats(*_inputs(problem), **options).kl.sum(-1)
 
-    return Provider("tdpo2", unavailable, make, kl, budget=budget)
+    return Provider("tdpo2", make, unavailable, kl, budget=budget)
 
 
 def _inputs(p: Problem) -> tuple[Tensor, LMHead, Tensor, LMHead, Tensor]:

@@ -4,37 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..problem import ALPHA, BETA, Problem
+from ..problem import ALPHA, BETA, Problem, Step
 from ..shapes import Shape
-
-
-class Step(NamedTuple):
-    """Forward returns what backward takes. Together they leave gradients on the problem."""
-
-    forward: Callable[[], Any]
-    backward: Callable[[Any], Any] = Tensor.backward
 
 
 @dataclass(frozen=True)
 class Provider:
     """`computes`: "tdpo2", all of it; "dpo", log-probabilities only, which is less; "products", no loss at all.
 
-    unavailable: returns why it cannot run this shape there; empty if it can.
     make: makes one step of a problem. What happens here is not timed.
+    unavailable: returns why it cannot run this shape there; empty if it can.
     kl: returns the KL of each sequence, ``(S,)``, differentiable.
     needs: returns about how many bytes a step takes above its inputs, where asking first is wise.
     like: the provider whose answer at the whole shape is the gate's truth, where a cut would be compiled once more.
     """
 
     computes: str
-    unavailable: Callable[[Shape, torch.device], str]
     make: Callable[[Problem], Step]
+    unavailable: Callable[[Shape, torch.device], str] = lambda shape, device: ""
     kl: Callable[[Problem], Tensor] | None = None
     needs: Callable[[Shape], int] = lambda shape: 0
     budget: int | None = None
@@ -43,15 +35,6 @@ class Provider:
     @property
     def partial(self) -> bool:
         return self.computes != "tdpo2"
-
-    def step(self, problem: Problem) -> Step:
-        """Make a step. Backward does nothing where the problem wants no gradients."""
-        made = self.make(problem)
-        return made if problem.hidden.requires_grad else Step(made.forward, lambda out: None)
-
-
-def anywhere(shape: Shape, device: torch.device) -> str:
-    return ""
 
 
 def preference(margin_S: Tensor, kl_S: Tensor | None) -> Tensor:
@@ -66,11 +49,3 @@ def preference(margin_S: Tensor, kl_S: Tensor | None) -> Tensor:
 def per_sequence(x_T: Tensor, problem: Problem) -> Tensor:
     """Sum packed rows to ``(S,)``."""
     return x_T.view(len(problem.labels), -1).sum(-1)
-
-
-def dpo_from(logp_T: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> Tensor:
-    """Return DPO's loss from a function of hidden states and a head to the packed labels' log-probabilities."""
-    with torch.no_grad():
-        ref_logp_T = logp_T(problem.ref_hidden, problem.ref_weight)
-    margin_T = logp_T(problem.hidden, problem.weight).float() - ref_logp_T.float()
-    return preference(per_sequence(margin_T, problem), None)

@@ -6,20 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..rows import Row
-from . import figures, scaling
-from .tables import markdown, tables
+from . import figures
+from .tables import estimated, markdown, tables
 
 
-def write(rows: Mapping[str, list[Row]], folder: Path) -> list[Path]:
-    """Write ``report.md`` and the figures, of the rows of each device's file, and return their paths."""
+def write(rows: Mapping[str, list[Row]], folder: Path) -> Path:
+    """Write ``report.md`` and the figures, of the rows of each device's file, and return the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = [(device, figures.draw(mine, folder, device), tables(mine)) for device, mine in rows.items()]
-    sections.append(("several devices, estimated", [scaling.draw(folder)], [scaling.table()]))
     parts = ["# What was measured"]
-    for title, drawn, found in sections:
-        parts += [f"## {title}", *(figure.markdown() for figure in drawn), markdown(found)]
+    for device, mine in rows.items():
+        parts += [f"## {device}", *figures.draw(mine, folder, device), markdown(tables(mine))]
+    parts += ["## several devices, estimated", markdown([estimated()])]
     if not any(row.conditions.driver for mine in rows.values() for row in mine):
         parts.append("Not yet measured on a GPU.")
-    text = folder / "report.md"
-    text.write_text("\n\n".join(parts) + "\n")
-    return [text, *(path for _, drawn, _ in sections for figure in drawn for path in (figure.light, figure.dark))]
+    page = folder / "report.md"
+    page.write_text("\n\n".join(parts) + "\n")
+    return page

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -15,33 +14,19 @@ THEMES = {
 }
 
 
-@dataclass(frozen=True)
-class Figure:
-    name: str  # of its files, without the theme
-    caption: str
-    light: Path
-    dark: Path
-
-    def markdown(self) -> str:
-        """Return what a page beside the pictures shows."""
-        dark = f'<source media="(prefers-color-scheme: dark)" srcset="{self.dark.name}">'
-        return f'<picture>{dark}<img alt="{self.caption}" src="{self.light.name}"></picture>\n\n{self.caption}'
-
-
 def drawn(
     stem: Path, caption: str, title: str, footer: str, inches: tuple[float, float], draw: Callable[[Canvas], None]
-) -> Figure:
-    """Save what `draw` puts on a canvas, once on each paper: ``stem-light.png`` and ``stem-dark.png``."""
-    paths = []
+) -> str:
+    """Save what `draw` puts on a canvas, once on each paper, and return what a page beside the pictures shows."""
     for theme, colours in THEMES.items():
         with matplotlib.rc_context(_style(colours)):
             canvas = Canvas(figsize=inches, layout="constrained")
             draw(canvas)
             canvas.suptitle(title, x=0.01, ha="left", fontweight="bold")
             canvas.supxlabel(footer, x=0.01, ha="left", fontsize=7, color=colours["faint"])
-            paths.append(stem.with_name(f"{stem.name}-{theme}.png"))
-            canvas.savefig(paths[-1], dpi=160, metadata={"Software": None})
-    return Figure(stem.name, caption, *paths)
+            canvas.savefig(stem.with_name(f"{stem.name}-{theme}.png"), dpi=160, metadata={"Software": None})
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{stem.name}-dark.png">'
+    return f'<picture>{dark}<img alt="{caption}" src="{stem.name}-light.png"></picture>\n\n{caption}'
 
 
 def _style(colours: dict[str, str]) -> dict:

@@ -1,21 +1,24 @@
-"""Show rows as tables: one per shape, in Markdown that is also legible in a terminal."""
+"""Show rows as tables: one per shape or study, in Markdown that is also legible in a terminal."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from .. import roofline, step
-from ..conditions import Conditions
+from .. import scaling
 from ..providers import BUDGETS
-from ..roofline import Ceiling
 from ..rows import Row, Spread
-from ..shapes import SHAPES, Shape
+from ..shapes import SHAPES
 
 BUSY = 0.1  # cores; above it times say more about the neighbours
 LABELS = {budget: label for label, budget in BUDGETS.items()}
-LESS = "computes less: log-probabilities, no KL"
-Columns = dict[str, Callable[[Row], str]]
+STUDIES = {  # their shapes are shown together
+    "strided": "the same numbers in other layouts",
+    "drift": "accuracy as the policy drifts from the reference",
+    "step": "a whole training step: two models, the loss, backward, AdamW",
+    "context": "the longest sequences whose step fits",
+}
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,124 @@ class Table:
 
 
 def tables(rows: Iterable[Row]) -> list[Table]:
-    """Return shapes first, then layouts beside each other, accuracy against drift, and whole steps."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    """Return single shapes first, then the studies."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        kind, _, rest = row.shape.partition("-" if row.shape.startswith(("drift", "strided")) else " ")
-        kind = {"context": "step"}.get(kind, kind)
-        name = rest.split("/")[0] if kind == "strided" else kind
-        groups.setdefault((kind, name) if kind in SPECIAL else ("", row.shape), []).append(row)
-    speed = [_speed(group) for (kind, _), group in groups.items() if not kind]
-    return speed + [
-        make(group) for name, make in SPECIAL.items() for (kind, _), group in groups.items() if kind == name
+        study = _study(row)
+        groups.setdefault(study if study in ("drift", "step", "context") else row.shape.split("/")[0], []).append(row)
+    return [_table(group) for group in sorted(groups.values(), key=lambda group: bool(_study(group[0])))]
+
+
+def _study(row: Row) -> str:
+    kind = re.split("[ -]", row.shape)[0]
+    return kind if kind in STUDIES else ""
+
+
+def _table(rows: list[Row]) -> Table:
+    """Make a table without the columns that say nothing."""
+    several, twins = len({row.shape for row in rows}) > 1, {(row.shape, row.dtype, label(row)): row for row in rows}
+
+    def beside(row: Row) -> str:
+        """Divide a time by the contiguous twin's: law 7 allows 3."""
+        twin = twins.get((f"{row.shape.split('/')[0]}/contiguous", row.dtype, label(row)))
+        return f"{row.seconds[0] / twin.seconds[0]:.2f}" if twin and twin.seconds and row.seconds else "-"
+
+    columns = {"shape": lambda row: row.shape if several else "-"} | COLUMNS | {"time / contiguous": beside}
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    shown = {name: column for name, column in cells.items() if set(column) != {"-"}}
+    return Table(_title(rows), tuple(shown), list(zip(*shown.values(), strict=True)), _notes(rows))
+
+
+def _title(rows: list[Row]) -> str:
+    first, study = rows[0], _study(rows[0])
+    asks = STUDIES.get(study) or (SHAPES[first.shape].asks if first.shape in SHAPES else "")
+    size = f"(T={first.T:,}, V={first.V:,}, D={first.D:,})"
+    return f"{study or first.shape}{'' if study == 'context' else f' {size}'}{f': {asks}' if asks else ''}"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "KL per token (nats)": lambda row: _number(row.drift),
+    "dtype": lambda row: row.dtype,
+    "provider": lambda row: label(row),
+    "time / floor (p20-p80)": lambda row: _spread(row.ratio, 1.0) if row.ratio else "-",
+    "of floor": lambda row: f"{100 / row.ratio[0]:.0f} %" if row.ratio else "-",
+    "G": lambda row: f"{units:.1f}" if (units := in_gemms(row)) else "-",
+    "time (p20-p80)": lambda row: _time(row.seconds),
+    "forward": lambda row: _time(row.forward, spread=False),
+    "backward": lambda row: _time(row.backward, spread=False),
+    "longest sequences": lambda row: f"{context(row):,} tokens in {size(row.limit_bytes)}" if row.limit_bytes else "-",
+    "extra memory": lambda row: size(row.peak_extra_bytes),
+    "error of the KL": lambda row: _number(row.kl_error),
+    "error vs float64": lambda row: _number(row.error),
+    "remark": lambda row: f"RED {row.note}" if row.red else row.note or "-",
+}
+
+
+def label(row: Row) -> str:
+    """Return the name a provider was asked for by."""
+    budget = "" if row.budget_bytes is None else f"@{LABELS.get(row.budget_bytes, row.budget_bytes)}"
+    return row.provider + budget + (" *" if row.partial else "")
+
+
+def context(row: Row) -> int:
+    """Return the tokens of each sequence of a step's batch."""
+    return row.T // (2 * SHAPES[row.shape].pairs)
+
+
+def in_gemms(row: Row) -> float | None:
+    """Return the time in units of one product of 2 T V D flops at the rate of the run's own large product."""
+    if not (row.seconds and row.ceiling):
+        return None
+    return row.seconds[0] * row.ceiling[0] / (2 * (row.T if row.rows is None else row.rows) * row.V * row.D)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _time(seconds: Spread | None, spread: bool = True) -> str:
+    if not seconds:
+        return "-"
+    unit, scale = ("s", 1.0) if seconds[0] >= 1 else ("ms", 1e3)
+    return f"{_spread(seconds, scale) if spread else f'{seconds[0] * scale:.2f}'} {unit}"
+
+
+def _spread(values: Spread, scale: float) -> str:
+    median, low, high = (f"{value * scale:.2f}" for value in values)
+    return f"{median} ({low}-{high})"
+
+
+def size(count: int | None) -> str:
+    if count is None:
+        return "-"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _notes(rows: list[Row]) -> list[str]:
+    """Say under what conditions the rows were measured, what the machine gave, and what to be careful of."""
+    runs = dict.fromkeys((row.conditions, row.rounds) for row in rows)
+    rates = {row.dtype: row.ceiling for row in rows if row.ceiling}
+    busy = max(row.busy_cores or 0.0 for row in rows)
+    notes = [f"{c.said}, {n} rounds. Extra memory: above inputs and gradients." for c, n in runs]
+    notes += [
+        f"{dtype}: a large product ran at {flops / 1e9:,.0f} Gflop/s, a large copy at {moved / 1e9:.1f} GB/s."
+        for dtype, (flops, moved) in rates.items()
     ]
+    notes += ["\\* computes less: log-probabilities, no KL."] if any(row.partial for row in rows) else []
+    return notes + ([f"Measure again: other processes kept {busy:.1f} cores busy."] if busy > BUSY else [])
+
+
+def estimated() -> Table:
+    """Show what is estimated, not measured (`bench.scaling`)."""
+    cells = []
+    for v in scaling.VOCABULARY:
+        for ranks in scaling.RANKS:
+            spent = scaling.estimate(ranks, v)
+            share = spent["products"] / sum(spent.values())
+            cells.append((f"{v}", f"{ranks:,}", *(f"{1e3 * x:.3g} ms" for x in spent.values()), f"{100 * share:.0f} %"))
+    head = ("ranks that share a vocabulary", "ranks", *spent, "of the products' rate")
+    title = f"estimated, not measured: {scaling.MODEL}'s head, {scaling.TOKENS:,} tokens a rank"
+    return Table(title, head, cells, ["`bench/scaling.py` has the model and what it assumes."])
 
 
 def markdown(found: Iterable[Table]) -> str:
@@ -50,181 +160,3 @@ def _lines(table: Table) -> str:
     drawn = ["| " + " | ".join(text.ljust(n) for text, n in zip(line, widths, strict=True)) + " |" for line in lines]
     rule = "|" + "|".join("-" * (n + 2) for n in widths) + "|"
     return "\n".join([f"**{table.title}**", "", drawn[0], rule, *drawn[1:], "", *table.notes])
-
-
-def _size(row: Row) -> str:
-    return f"(T={row.T:,}, V={row.V:,}, D={row.D:,})"
-
-
-def _speed(rows: list[Row]) -> Table:
-    first = rows[0]
-    asks = f": {SHAPES[first.shape].asks}" if first.shape in SHAPES else ""
-    columns: Columns = {
-        "dtype": lambda row: row.dtype,
-        "provider": label,
-        "time / floor (p20-p80)": _ratio,
-        "of floor": lambda row: f"{100 / row.ratio[0]:.0f} %" if row.ratio else "-",
-        "G": lambda row: f"{units:.1f}" if (units := in_gemms(row)) else "-",
-        "time (p20-p80)": lambda row: _time(row.seconds),
-        "forward": lambda row: _time(row.forward, spread=False),
-        "backward": lambda row: _time(row.backward, spread=False),
-        "extra memory": lambda row: size(row.peak_extra_bytes),
-        "error vs float64": lambda row: _number(row.error),
-    }
-    partial = [f"\\* {LESS}."] if any(row.partial for row in rows) else []
-    notes = [*_conditions(rows), *_ceilings(rows), *partial, *_warning(rows)]
-    return _table(f"{first.shape} {_size(first)}{asks}", columns, rows, notes)
-
-
-def _strided(rows: list[Row]) -> Table:
-    """Divide each time by the contiguous twin's: law 7 allows 3."""
-    twins = {(row.dtype, label(row)): row for row in rows if row.shape.endswith("/contiguous")}
-
-    def beside(row: Row) -> str:
-        twin = twins.get((row.dtype, label(row)))
-        return f"{row.seconds[0] / twin.seconds[0]:.2f}" if twin and twin.seconds and row.seconds else _why(row)
-
-    columns: Columns = {
-        "layout": lambda row: row.shape.split("/")[1],
-        "dtype": lambda row: row.dtype,
-        "provider": label,
-        "time / contiguous": beside,
-        "time / floor (p20-p80)": _ratio,
-        "time (p20-p80)": lambda row: _time(row.seconds),
-        "extra memory": lambda row: size(row.peak_extra_bytes),
-    }
-    notes = [*_conditions(rows), *_warning(rows)]
-    return _table(f"the same numbers in other layouts {_size(rows[0])}", columns, rows, notes)
-
-
-def _drift(rows: list[Row]) -> Table:
-    columns: Columns = {
-        "KL per token (nats)": lambda row: _number(row.drift),
-        "dtype": lambda row: row.dtype,
-        "provider": label,
-        "error of the KL": lambda row: _why(row) if row.kl_error is None else _number(row.kl_error),
-        "error of its gradient": lambda row: _number(row.error),
-    }
-    title = f"accuracy as the policy drifts from the reference {_size(rows[0])}"
-    return _table(title, columns, rows, _conditions(rows))
-
-
-def _steps(rows: list[Row]) -> Table:
-    """Show steps and contexts. A context's length is what was found: T does not mean the same in both."""
-
-    def longest(row: Row) -> str:
-        if row.limit_bytes is None:
-            return "-"
-        return f"{context(row):,} tokens in {size(row.limit_bytes)}" if row.T else _why(row)
-
-    columns: Columns = {
-        "what": lambda row: row.shape,
-        "provider": label,
-        "tokens": lambda row: f"{row.T:,}",
-        "step (p20-p80)": lambda row: _time(row.seconds) if row.seconds else _why(row),
-        "extra memory": lambda row: size(row.peak_extra_bytes),
-        "longest context": longest,
-    }
-    title = "a whole training step: two models, the loss, backward, AdamW"
-    return _table(title, columns, rows, [*_conditions(rows), *_warning(rows)])
-
-
-SPECIAL = {"strided": _strided, "drift": _drift, "step": _steps}
-
-
-def context(row: Row) -> int:
-    """Return the tokens of each sequence of a step's batch."""
-    return row.T // (2 * step.SIZES[row.shape.split(" ", 1)[1]].pairs)
-
-
-def _table(title: str, columns: Columns, rows: list[Row], notes: list[str]) -> Table:
-    """Make a table without the columns that say nothing."""
-    cells = [tuple(cell(row) for cell in columns.values()) for row in rows]
-    shown = [i for i, column in enumerate(zip(*cells, strict=True)) if set(column) != {"-"}]
-    head = tuple(name for i, name in enumerate(columns) if i in shown)
-    return Table(title, head, [tuple(line[i] for i in shown) for line in cells], notes)
-
-
-def label(row: Row) -> str:
-    """Return the name a provider was asked for by."""
-    budget = "" if row.budget_bytes is None else f"@{LABELS.get(row.budget_bytes, row.budget_bytes)}"
-    return row.provider + budget + (" *" if row.partial else "")
-
-
-def in_gemms(row: Row) -> float | None:
-    """Return the time in units of one product of 2 T V D flops at the rate of the run's own large product."""
-    if not (row.seconds and row.ceiling):
-        return None
-    return row.seconds[0] * row.ceiling[0] / roofline.gemm_flops(_shape(row))
-
-
-def _shape(row: Row) -> Shape:
-    """Return as much of the shape as roofline counts: all rows are valid in it, as many as counted."""
-    rows = row.rows if row.rows is not None else row.T
-    how = dict(pairs=1, trainable=row.trainable, gradients=row.gradients)
-    return Shape(row.shape, rows, row.V, row.D, "", (), row.rounds, **how)
-
-
-def _ratio(row: Row) -> str:
-    """Return the time in units of the floor, and what is wrong with it."""
-    return (_spread(row.ratio, 1.0, 2) + (f" {_why(row)}" if row.red else "")) if row.ratio else _why(row)
-
-
-def _why(row: Row) -> str:
-    return f"RED {row.note}" if row.red else row.note or "-"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"
-
-
-def _time(seconds: Spread | None, spread: bool = True) -> str:
-    if not seconds:
-        return "-"
-    unit, scale = ("s", 1.0) if seconds[0] >= 1 else ("ms", 1e3)
-    return f"{_spread(seconds, scale, 2) if spread else f'{seconds[0] * scale:.2f}'} {unit}"
-
-
-def _spread(values: Spread, scale: float, digits: int) -> str:
-    median, low, high = (f"{value * scale:.{digits}f}" for value in values)
-    return f"{median} ({low}-{high})"
-
-
-def size(count: int | None) -> str:
-    if count is None:
-        return "-"
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _conditions(rows: list[Row]) -> list[str]:
-    """Return one line for each set of conditions among the rows."""
-    found = dict.fromkeys((row.conditions, row.rounds) for row in rows)
-    return [f"{_place(c)}, {c.date[:10]}, {n} rounds. Extra memory: above inputs and gradients." for c, n in found]
-
-
-def _place(c: Conditions) -> str:
-    packages = f", {c.packages}" if c.packages else ""
-    commit = f"commit {c.commit}{' + changes' if c.dirty else ''}"
-    return f"{c.device}, {c.threads} threads, torch {c.torch}, Python {c.python}{packages}, {commit}"
-
-
-def _ceilings(rows: list[Row]) -> list[str]:
-    """Say what the machine gave in that run, and what the roofline makes of it."""
-    told, beaten = {}, {}
-    for row in rows:
-        if row.ceiling:
-            best, ceiling = roofline.seconds(_shape(row), row.dtype, Ceiling(*row.ceiling)), Ceiling(*row.ceiling)
-            told[row.dtype] = (
-                f"{row.dtype}: a large product ran at {ceiling.flops / 1e9:,.0f} Gflop/s, a large copy at "
-                f"{ceiling.bytes / 1e9:.1f} GB/s; at these rates a step takes {_time((best,) * 3, False)} or more"
-            )
-            if row.seconds and row.seconds[0] < best and not row.partial:
-                beaten[row.dtype] = (
-                    ", which was beaten: they were of `torch.mm`, which is not the fastest here, or had a slow moment"
-                )
-    return [f"{said}{beaten.get(dtype, '')}." for dtype, said in told.items()]
-
-
-def _warning(rows: list[Row]) -> list[str]:
-    busy = max(row.busy_cores or 0.0 for row in rows)
-    return [f"Measure again: other processes kept {busy:.1f} cores busy."] if busy > BUSY else []

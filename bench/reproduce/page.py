@@ -5,44 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..report.figures import Figure
 from ..report.tables import Table, markdown
-from .figures import draw, name
+from .figures import draw
 from .settings import COMPARED, KL, NAMES, PUBLISHED, SOURCE
 from .store import Record
-from .summary import Parity, Spread, Value, by_method, final, of_part, over_seeds, parities, reward_at, verdicts
+from .summary import Spread, by_method, final, of_part, over_seeds, parities, reward_at, verdicts
 
 PAGE = "reproduce.md"
 FIRST = 100  # steps, before training has multiplied what rounding does
 FRONTIER_KLS = (1.0, KL, 5.0)
-FINALS = (
+AT_THE_END = [(head, final(name), digits) for head, name, digits in (
     ("reward", "reward", 3), ("KL", "kl", 2), ("SeqKL chosen", "chosen_kl", 2), ("SeqKL rejected", "rejected_kl", 2),
     ("margin", "margin", 2), ("accuracy", "accuracy", 3), ("accuracy without KL", "accuracy_without_kl", 3),
     ("entropy", "entropy", 2), ("distinct-1", "distinct_1", 4), ("distinct-2", "distinct_2", 3),
     ("distinct-3", "distinct_3", 3),
-)  # fmt: skip
+)]  # fmt: skip
 
 
 def write(records: list[Record], folder: Path) -> Path:
     """Write ``reproduce.md`` and its figures."""
-    drawn = {figure.name: figure for figure in draw(records, folder, "; ".join(_places(records)))}
-    path = folder / PAGE
-    path.write_text(text(records, drawn))
-    return path
-
-
-def text(records: list[Record], drawn: dict[str, Figure]) -> str:
+    drawn = draw(records, folder, "; ".join(_places(records)))
     parts = ["# The paper in miniature", _setting(records[0])]
-    if of_part(records, "frontier"):
-        parts += ["## Which orderings of the paper hold here", said(records), markdown([_orderings(records)])]
-        parts += ["## The frontier", drawn["frontier"].markdown(), markdown([_frontier(records)])]
-        parts += ["## Where runs end", drawn["seqkl"].markdown(), drawn["accuracy"].markdown()]
-        parts += [markdown([_finals(records)])]
-    if parities(records):
-        parts += ["## Parity", parity(records), drawn["parity"].markdown(), markdown([_parity(records)])]
-    if of_part(records, "rate"):
-        parts += ["## Other learning rates", markdown([_rates(records)])]
-    return "\n\n".join([*parts, "## How it was measured", *_measured(records)]) + "\n"
+    parts += ["## Which orderings of the paper hold here", said(records), markdown([_orderings(records)])]
+    parts += ["## The frontier", drawn["frontier"], markdown([_frontier(records)])]
+    parts += ["## Where runs end", drawn["seqkl"], markdown([_finals(records)])]
+    parts += ["## Parity", parity(records), markdown([_parity(records)])]
+    parts += ["## Other learning rates", markdown([_rates(records)])]
+    parts += ["## How it was measured", *_measured(records)]
+    (folder / PAGE).write_text("\n\n".join(parts) + "\n")
+    return folder / PAGE
 
 
 def _setting(record: Record) -> str:
@@ -64,62 +55,29 @@ def _setting(record: Record) -> str:
 def said(records: list[Record]) -> str:
     """Say how many orderings hold, and which do not."""
     found = verdicts(records)
-    holds = [v for v in found if v.text == "holds"]
-    lines = [f"Of {len(found)} orderings, {len(holds)} hold here in every seed."]
-    for what, wanted in (("Not in any seed", "does not hold"), ("Not comparable, for the KL was not reached",
-                                                                "not comparable")):  # fmt: skip
-        if some := [f"{_what(v)}" for v in found if v.text == wanted]:
-            lines.append(f"{what}: {'; '.join(some)}.")
-    if mixed := [f"{_what(v)} ({v.text})" for v in found if v.text.startswith("in ")]:
-        lines.append(f"Only in some seeds: {'; '.join(mixed)}.")
-    if len(holds) < len(found) and _ours(records):
-        lines.append(f"What was checked of such differences: {COMPARED} with the published formula, under Parity.")
-    return "\n".join(lines)
-
-
-def _what(verdict) -> str:
-    o = verdict.ordering
-    return f"{NAMES[o.quantity]}, {o.more} > {o.less}"
+    others = [v for v in found if v.text != "holds"]
+    lines = [f"Of {len(found)} orderings, {len(found) - len(others)} hold here in every seed."]
+    return "\n".join([*lines, *(f"* {NAMES[v.ordering.quantity]}, {v.ordering.more} > {v.ordering.less}: {v.text}"
+                                for v in others)])  # fmt: skip
 
 
 def parity(records: list[Record]) -> str:
     """Say the largest difference in loss, also for the terminal."""
-    ours = _ours(records)
-    if not ours:
-        return "Not compared: the published formula's run is not there."
+    ours = [pair for pair in parities(records) if pair.one.run.loss != PUBLISHED]
     worst = max(ours, key=lambda pair: pair.largest)
-    said = (
+    return (
         f"{COMPARED}, seed {worst.one.run.seed}, {len(worst.one.losses)} steps. Largest difference in loss per step "
         f"from the published formula: {worst.largest:.1e}, of {worst.one.run.loss} in {worst.one.run.dtype} at step "
-        f"{worst.step}; in the first {FIRST} steps {max(pair.within(FIRST) for pair in ours):.1e}."
+        f"{worst.step}; in the first {FIRST} steps {max(pair.within(FIRST) for pair in ours):.1e}. The last line "
+        "of the table is what rounding alone does to the published formula, for training multiplies it. (The model's "
+        "norms are computed in float32 whatever its dtype: float64 runs part once one of those rounds otherwise.)"
     )
-    rounding = next((p for p in parities(records) if p.one.run.loss == PUBLISHED), None)
-    if rounding:
-        said += (
-            f" The published formula in float32 differs from itself in float64 by up to {rounding.largest:.1e}, in the "
-            f"first {FIRST} steps by {rounding.within(FIRST):.1e}: training multiplies roundings. (The model's norms "
-            "are computed in float32 whatever its dtype: float64 runs part once one of those rounds otherwise.)"
-        )
-    measured = {(r.run.method, r.run.seed): r for r in of_part(records, "frontier")}
-    main = measured.get((COMPARED, worst.one.run.seed))
-    again = next((p.one for p in ours if p.one.run.loss == "tiled" and p.one.run.dtype == "float32"), None)
-    if main and again:
-        same = "the same losses to the bit" if main.losses == again.losses else "not the same losses to the bit"
-        said += f" The measured run and its repetition with `tiled` have {same}."
-    return said
-
-
-def _ours(records: list[Record]) -> list[Parity]:
-    return [pair for pair in parities(records) if pair.one.run.loss != PUBLISHED]
 
 
 def _measured(records: list[Record]) -> list[str]:
     seconds = sum(record.seconds for record in records)
-    frontier = [record.seconds for record in of_part(records, "frontier")]
-    lines = [f"{len(records)} runs took {seconds / 60:.1f} minutes together, as each one timed itself."]
-    if frontier:
-        lines.append(f"A run that is measured on the way took {min(frontier):.0f} to {max(frontier):.0f} s.")
-    return [" ".join(lines), "\n".join(f"* {place}" for place in _places(records)),
+    return [f"{len(records)} runs took {seconds / 60:.1f} minutes together, as each one timed itself.",
+            "\n".join(f"* {place}" for place in _places(records)),
             f"The paper's figures: {SOURCE}; margins are differences of what was read, and what is \"in words\" "
             "is the caption's. `python -m bench.reproduce` makes this page anew."]  # fmt: skip
 
@@ -133,43 +91,44 @@ def _orderings(records: list[Record]) -> Table:
     head = ("quantity", "the paper's ordering", "paper", "here", "difference here", "verdict")
     cells = []
     for v in verdicts(records):
-        o, here = v.ordering, f"{v.more.mean:.3g}, {v.less.mean:.3g}" if v.more and v.less else "-"
-        cells.append((NAMES[o.quantity], f"{o.more} > {o.less}", o.figures, here, _text(v.difference, 3), v.text))
+        o, (more, less, apart) = v.ordering, v.spreads if v.pairs else (None,) * 3
+        here = f"{more.mean:.3g}, {less.mean:.3g}" if v.pairs else "-"
+        cells.append((NAMES[o.quantity], f"{o.more} > {o.less}", o.figures, here, _text(apart, 3), v.text))
     return Table("the paper's orderings, held against these runs", head, cells,
                  ["Here: means over seeds. Difference: of the two methods within a seed."])  # fmt: skip
 
 
 def _frontier(records: list[Record]) -> Table:
     values = [(f"reward at KL {kl:g}", reward_at(kl), 3) for kl in FRONTIER_KLS]
-    return _by_method("reward where a run first comes to a KL", records, values,
-                      ["-: not all seeds came to it."])  # fmt: skip
+    notes = ["-: not all seeds came to it."]
+    return _grouped("reward where a run first comes to a KL", by_method(records), values, notes)
 
 
 def _finals(records: list[Record]) -> Table:
-    return _by_method("at the last step", records, [(head, final(name), digits) for head, name, digits in FINALS], [])
-
-
-def _by_method(title: str, records: list[Record], values: list[tuple[str, Value, int]], notes: list[str]) -> Table:
-    cells = [(method, *(_text(over_seeds(some, value), digits) for _, value, digits in values))
-             for method, some in by_method(records).items()]  # fmt: skip
-    return Table(title, ("method", *(head for head, _, _ in values)), cells, notes)
-
-
-def _parity(records: list[Record]) -> Table:
-    cells = [(name(p), f"{p.differences[0]:.1e}", f"{p.largest:.1e}", str(p.step)) for p in parities(records)]
-    return Table("losses of runs that should be the same", ("runs", "first step", "largest", "at step"), cells)
+    return _grouped("at the last step", by_method(records), AT_THE_END, [])
 
 
 def _rates(records: list[Record]) -> Table:
     """Show other learning rates beside the first seed's run at the rate of all others."""
     rated = of_part(records, "rate")
-    methods = {r.run.method for r in rated}
-    usual = [r for r in of_part(records, "frontier") if r.run.method in methods and r.run.seed == rated[0].run.seed]
+    methods, seed = {r.run.method for r in rated}, rated[0].run.seed
+    usual = [r for r in of_part(records, "frontier") if r.run.method in methods and r.run.seed == seed]
     shown = sorted([*rated, *usual], key=lambda r: (r.run.method, r.run.lr))
-    cells = [(r.run.method, f"{r.run.lr:g}", *(f"{final(field)(r):.{digits}f}" for _, field, digits in FINALS))
-             for r in shown]  # fmt: skip
-    head = ("method", "learning rate", *(head for head, _, _ in FINALS))
-    return Table(f"at the last step, seed {rated[0].run.seed}", head, cells, ["One seed: no spread."])
+    groups = {f"{r.run.method} at {r.run.lr:g}": [r] for r in shown}
+    return _grouped(f"at the last step, by learning rate, seed {seed}", groups, AT_THE_END, [])
+
+
+def _grouped(title: str, groups: dict[str, list[Record]], values: list, notes: list[str]) -> Table:
+    cells = [(name, *(_text(over_seeds(some, value), digits) for _, value, digits in values))
+             for name, some in groups.items()]  # fmt: skip
+    return Table(title, ("method", *(head for head, _, _ in values)), cells, notes)
+
+
+def _parity(records: list[Record]) -> Table:
+    head = ("runs", "first step", f"first {FIRST} steps", "largest", "at step")
+    cells = [(p.name, *(f"{x:.1e}" for x in (p.within(1), p.within(FIRST), p.largest)), f"{p.step}")
+             for p in parities(records)]  # fmt: skip
+    return Table("losses of runs that should be the same", head, cells)
 
 
 def _text(found: Spread | None, digits: int) -> str:

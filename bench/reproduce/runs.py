@@ -10,20 +10,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import models
 import reviews
 import torch
 import torch.nn.functional as F
-from pairs import IGNORED, Batch, Ids, Pair, collate, collate_rows, completion_ids, draw, prompt_ids
+from pairs import Batch, Ids, Pair, collate, collate_rows, completion_ids, draw, prompt_ids
 from sentiment import Study, sample_pairs
 from tdpo_loop import metrics, tdpo_loss, train
 from tdpo_trainer.head import last_hidden, lm_head
 from torch import nn
 
-from tdpo_kernels import TDPOOutput, token_stats
+from tdpo_kernels import token_stats
 
 from ..conditions import Conditions
+from ..providers.eager import statistics
 from .settings import METHODS, PUBLISHED, Run, Settings
 from .store import Mixed, Point, Record, write_atomically
 
@@ -67,7 +69,11 @@ def world(settings: Settings, folder: Path, device: torch.device, tick: Tick) ->
     kept = folder / "world.pt"
     if kept.exists():
         tick(settings.sft_steps)
-        return _load(kept, settings, World(model, tokenizer, {}, [], probe, longest))
+        there = torch.load(kept, map_location=device, weights_only=False)
+        if there["settings"] != settings.as_json():
+            raise Mixed(kept, there["settings"], settings.as_json())
+        model.load_state_dict(there["model"])
+        return World(model, tokenizer, there["training"], there["held_out"], probe, longest)
     steps, pad = settings.sft_steps, models.pad_id(tokenizer)
     batches = (collate_rows(some, pad, device) for some in draw(rows, 2 * settings.batch, steps, rng))
     for _ in models.fine_tune(model, batches, steps, settings.sft_lr):
@@ -75,27 +81,10 @@ def world(settings: Settings, folder: Path, device: torch.device, tick: Tick) ->
     study = Study(model, tokenizer, [], [], [], longest)
     seen, unseen = ([prompt_ids(tokenizer, prompt) for prompt in some] for some in (seen, unseen))
     training = {seed: list(sample_pairs(study, seen, settings.pairs, rng)) for seed in settings.seeds}
-    made = World(model, tokenizer, training, list(sample_pairs(study, unseen, settings.held_out, rng)), probe, longest)
-    _save(kept, settings, made)
-    return made
-
-
-def _save(path: Path, settings: Settings, made: World) -> None:
-    plain = [[(pair.prompt, pair.chosen, pair.rejected) for pair in some] for some in made.training.values()]
-    held_out = [(pair.prompt, pair.chosen, pair.rejected) for pair in made.held_out]
-    kept = dict(settings=settings.as_json(), model=made.model.state_dict(), held_out=held_out)
-    kept["training"] = dict(zip(made.training, plain, strict=True))
-    write_atomically(path, lambda file: torch.save(kept, file))
-
-
-def _load(path: Path, settings: Settings, empty: World) -> World:
-    kept = torch.load(path, map_location=empty.model.device, weights_only=True)
-    if kept["settings"] != settings.as_json():
-        raise Mixed(path, kept["settings"], settings.as_json())
-    empty.model.load_state_dict(kept["model"])
-    training = {seed: [Pair(*pair) for pair in some] for seed, some in kept["training"].items()}
-    held_out = [Pair(*pair) for pair in kept["held_out"]]
-    return World(empty.model, empty.tokenizer, training, held_out, empty.probe, empty.longest)
+    held_out = list(sample_pairs(study, unseen, settings.held_out, rng))
+    made = dict(settings=settings.as_json(), model=model.state_dict(), training=training, held_out=held_out)
+    write_atomically(kept, lambda file: torch.save(made, file))
+    return World(model, tokenizer, training, held_out, probe, longest)
 
 
 def trained(run: Run, settings: Settings, world: World, conditions: Conditions, tick: Tick) -> Record:
@@ -166,28 +155,15 @@ def _of_pairs(policy: nn.Module, reference: nn.Module, world: World, **loss) -> 
 
 def published_loss(
     policy: nn.Module, reference: nn.Module, batch: Batch, *, beta: float, alpha: float | None, variant: str
-) -> TDPOOutput:
+) -> SimpleNamespace:
     """Compute eqs. (9), (10) of arXiv 2404.11999 from logits of the whole vocabulary, apart from this library.
 
-    It has the signature of the demo's `tdpo_loss`, and log_softmax in place of softmax().log(), which underflows.
+    It has the signature of the demo's `tdpo_loss`, and returns the loss alone.
     """
-    logp = model_logp(policy, batch)
     with torch.no_grad():
-        ref_logp = model_logp(reference, batch)
-    labels = batch.labels[:, 1:]
-    mask = labels != IGNORED
-    pick = labels.where(mask, 0)[..., None]
-    kl_S = ((ref_logp.exp() * (ref_logp - logp)).sum(-1) * mask).sum(-1)
-    logps_S, ref_logps_S = (((x.gather(-1, pick)[..., 0]) * mask).sum(-1) for x in (logp, ref_logp))
-
-    (m_w, m_l), (k_w, k_l) = (logps_S - ref_logps_S).chunk(2), kl_S.chunk(2)
+        there = last_hidden(reference, **batch.inputs)[:, :-1], lm_head(reference).weight
+    here = last_hidden(policy, **batch.inputs)[:, :-1], lm_head(policy).weight
+    margin_S, kl_S = statistics(*here, *there, batch.labels[:, 1:], None)
+    (m_w, m_l), (k_w, k_l) = margin_S.chunk(2), kl_S.chunk(2)
     difference = k_l - k_w if variant == "tdpo1" else alpha * (k_l - k_w.detach())
-    loss = -F.logsigmoid(beta * ((m_w - m_l) - difference)).mean()
-    rewards_S = beta * (logps_S - ref_logps_S + kl_S)
-    halves = (half.detach() for x in (logps_S, ref_logps_S, kl_S, rewards_S) for half in x.chunk(2))
-    return TDPOOutput(loss, *halves)
-
-
-def model_logp(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return ``(2P, L - 1, V)``."""
-    return model(**batch.inputs, use_cache=False).logits[:, :-1].log_softmax(-1)
+    return SimpleNamespace(loss=-F.logsigmoid(beta * ((m_w - m_l) - difference)).mean())

@@ -91,7 +91,7 @@ class Store:
 
 def _parse(path: Path) -> Record:
     header, *points, last = map(json.loads, path.read_text().splitlines())
-    parts = dict(run=Run(**header.pop("run")), conditions=Conditions(**header.pop("conditions")))
+    parts = dict(run=Run(**header.pop("run")), conditions=Conditions.parse(header.pop("conditions")))
     return Record(**header, **parts, points=[Point(**point) for point in points], losses=last["losses"])
 
 

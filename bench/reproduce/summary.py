@@ -20,6 +20,8 @@ class Spread:
     high: float
 
     def text(self, digits: int = 2) -> str:
+        if self.low == self.high:
+            return f"{self.mean:.{digits}f}"
         return f"{self.mean:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
@@ -66,19 +68,19 @@ class Verdict:
     """Compare seeds one by one: within a seed both methods saw the same pairs in the same order."""
 
     ordering: Ordering
-    more: Spread | None
-    less: Spread | None
-    difference: Spread | None
-    seeds: int
-    agreeing: int
+    pairs: list[tuple[float, float]]  # of each seed, what should be more and what less; none where not comparable
+
+    @property
+    def spreads(self) -> list[Spread]:
+        """Return those of both methods and of their difference."""
+        return [spread(values) for values in (*zip(*self.pairs, strict=True), [a - b for a, b in self.pairs])]
 
     @property
     def text(self) -> str:
-        if self.difference is None:
-            return "not comparable"
-        if self.agreeing in (0, self.seeds):
-            return "holds" if self.agreeing else "does not hold"
-        return f"in {self.agreeing} of {self.seeds} seeds"
+        seeds, agreeing = len(self.pairs), sum(a > b for a, b in self.pairs)
+        if agreeing in (0, seeds):
+            return "not comparable" if not seeds else "holds" if agreeing else "does not hold"
+        return f"in {agreeing} of {seeds} seeds"
 
 
 def verdicts(records: Iterable[Record]) -> list[Verdict]:
@@ -90,12 +92,7 @@ def _verdict(ordering: Ordering, groups: dict[str, list[Record]]) -> Verdict:
     value = reward_at(KL) if ordering.quantity == "reward_at_kl" else final(ordering.quantity)
     more, less = ({r.run.seed: value(r) for r in groups[method]} for method in (ordering.more, ordering.less))
     pairs = [(more[seed], less[seed]) for seed in sorted(more.keys() & less.keys())]
-    complete = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if not pairs or len(complete) < len(pairs):
-        return Verdict(ordering, None, None, None, len(pairs), 0)
-    differences = [a - b for a, b in pairs]
-    sides = (spread(side) for side in zip(*pairs, strict=True))
-    return Verdict(ordering, *sides, spread(differences), len(pairs), sum(d > 0 for d in differences))
+    return Verdict(ordering, [] if any(None in pair for pair in pairs) else pairs)
 
 
 @dataclass(frozen=True)
@@ -104,6 +101,10 @@ class Parity:
 
     one: Record
     other: Record
+
+    @property
+    def name(self) -> str:
+        return " - ".join(f"{record.run.loss} {record.run.dtype}" for record in (self.one, self.other))
 
     @property
     def differences(self) -> list[float]:

@@ -103,7 +103,7 @@ def kept_tile(kept: Tensor, grid: Grid, rows: slice, cols: slice) -> Tensor | No
     begin = 2 * (grid.T * cols.start + rows.start * apart)
     if begin + 2 * R * apart > kept.numel():
         return None
-    return kept.as_strided((2, R, C), (R * apart, apart, 1), kept.storage_offset() + begin)
+    return kept[begin : begin + 2 * R * apart].view(2, R, apart)[..., :C]
 
 
 class Workspace:

@@ -42,8 +42,8 @@ def exact_difference_(z: Tensor, r: Tensor, top_z: Tensor, top_r: Tensor, gap: T
     torch.sub(y, z, out=b)
     torch.sub(y, b, out=e)
     torch.sub(z, e, out=e)
-    e.sub_(b.add_(r)).sub_(error + gap)
-    return y.sub_(apart).add_(e)
+    e.sub_(b.add_(r)).sub_(error)
+    return y.sub_(apart).add_(e).sub_(gap)
 
 
 def _two_difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..types import Gradients, Inputs, Needs, Part
 from . import kerneltiles, rowmath, walk
-from .grid import Grid, Workspace, cut, size, tile_of
+from .grid import Grid, Workspace, cut, padded, size, tile_of
 from .logits import SIXTEEN_BIT, Side, affine_, block_of, capped, copied_bytes, sides_of
 from .rowmath import LOWEST
 from .walk import Kind
@@ -74,7 +74,12 @@ class TorchTiles:
         """Return one model's logits before and after its softcap; those before it are kept."""
         side: Side = self.sides[m]
         shape, bias = (size(rows), size(cols)), side.bias(cols)
-        x = self.work.get(f"tile {m}", self.dtype, *shape) if kept is None else kept[m]
+        # as far apart as kept rows are: a library's product may depend on it
+        x = (
+            self.work.get(f"tile {m}", self.dtype, size(rows), padded(size(cols)))[:, : size(cols)]
+            if kept is None
+            else kept[m]
+        )
         if make:
             affine_(side.products(rows, cols, x), side.head, bias)
         if side.head.softcap is None:

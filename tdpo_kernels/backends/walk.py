@@ -85,10 +85,12 @@ def _read(grid: Grid, row: Tensor, compute: torch.dtype) -> tuple[dict[int, Kind
     a, b, c, label = row[5:].unbind()
     spared_3T = F.pad(torch.stack([a == 0, c == 0, label == 0]), (0, len(starts) * grid.R - grid.T), value=True)
     spared = spared_3T.view(3, len(starts), grid.R).all(-1).T.reshape(-1)
-    largest = a.abs().add_(b.abs()).amax() if compute == torch.float16 else a.new_zeros(())
+    largest = a.new_zeros(())
+    if compute == torch.float16:  # of finite rows: one that is not leaves the others as they are
+        largest = a.abs().add_(b.abs()).nan_to_num_(0.0, 0.0, 0.0).amax()
     *spared, largest = torch.cat([spared.to(a.dtype), largest[None]]).tolist()
     kinds = {start: _kind(*spared[3 * i : 3 * i + 3]) for i, start in enumerate(starts)}
-    return kinds, 2.0 ** math.floor(math.log2(FP16_HEADROOM / largest)) if 0 < largest < math.inf else 1.0
+    return kinds, 2.0 ** min(math.floor(math.log2(FP16_HEADROOM / largest)), 100) if largest > 0 else 1.0
 
 
 def _kind(no_q: float, no_p: float, no_label: float) -> Kind:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tiny_bench import CEILING, CPU, made_up
+from tiny_bench import CEILING, CPU, TINY, made_up
 
 from bench import __main__ as command
-from bench import memory, rows, step
-from bench import roofline as roof
+from bench import measure, memory, rows
 from bench import run as running
 from bench.conditions import conditions
 
@@ -20,7 +19,7 @@ def test_rows_come_back_as_they_went(tmp_path):
     rows.append(out, [row])
     rows.append(out, [row])
     assert rows.load(out) == [row, row]
-    assert row.conditions.fingerprint and row.conditions.commit and row.conditions.memory_bytes
+    assert row.conditions.commit and row.conditions.memory_bytes
 
 
 def test_committed_rows_are_readable_and_a_file_is_of_one_device():
@@ -40,11 +39,10 @@ def test_only_what_was_measured_together_is_shown_together():
 def swift(monkeypatch: pytest.MonkeyPatch) -> None:
     """No processes for memory, no large products for ceilings: both have tests of their own."""
     monkeypatch.setattr(memory, "peak_extra", lambda *_: 10**6)
-    monkeypatch.setattr(step, "peak_of", lambda *_: 10**6)
-    monkeypatch.setattr(roof, "measure", lambda *_: CEILING)
+    monkeypatch.setattr(measure, "ceiling", lambda *_: CEILING)
 
 
-QUICK = ["--quick", "--parts", "speed", "--dtypes", "float32", "--rounds", "2"]
+QUICK = ["--shapes", "tiny", "--dtypes", "float32", "--rounds", "2"]
 
 
 def test_quick_measures_saves_and_resumes(swift, tmp_path, capsys, monkeypatch):
@@ -64,10 +62,10 @@ def test_quick_measures_saves_and_resumes(swift, tmp_path, capsys, monkeypatch):
 
 def test_a_changed_checkout_is_measured_again(tmp_path):
     where = replace(conditions(), dirty=False)
-    job = command.Job("x", "float32", {"tiny": ["ours@0"]}, 1, lambda where, tick: [])
+    job = command.Job(TINY, "float32", ["ours@0"], 1)
     rows.append(tmp_path / "rows.jsonl", [made_up(conditions=where)])
     assert command._left([job], tmp_path / "rows.jsonl", where) == []
-    for elsewhere in (replace(where, dirty=True), replace(where, commit="c"), replace(where, fingerprint="f")):
+    for elsewhere in (replace(where, dirty=True), replace(where, commit="c"), replace(where, torch="0")):
         assert command._left([job], tmp_path / "rows.jsonl", elsewhere) == [job]
 
 
@@ -75,8 +73,9 @@ def test_keys_of_a_plan_are_those_of_its_rows(swift):
     """Or `--resume` would never find anything done."""
     line = "--quick --rounds 1 --dtypes float32 --providers eager,liger"
     options = command.parser().parse_args(line.split())
-    for job in command._plan(options, CPU):
-        assert {row.key for row in job.run(conditions(), lambda n: None)} == job.keys, job.name
+    for job in command._plan(options):
+        found = running.run(*job, conditions(), None, lambda n: None, CPU)
+        assert {row.key for row in found} == job.keys and len(found) == len(job.names), job
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 from tiny_bench import CPU, TINY, run_tiny
 
 from bench import gate, memory
-from bench.problem import IGNORE, make_problem
-from bench.providers import PROVIDERS, Step, eager, partial
+from bench.problem import IGNORE, Step, make_problem
+from bench.providers import PROVIDERS, eager
 from bench.providers.provider import Provider
 from bench.report import tables as tabled
 from bench.shapes import LAYOUTS, SHAPES
@@ -51,10 +51,11 @@ def test_gate_goes_red_on_planted_wrong_gradients_and_their_time_is_in_no_chart(
     assert floor.seconds and wrong.seconds and wrong.red
     assert "RED weight is off" in tabled.markdown(tabled.tables([floor, wrong]))
     figures = pytest.importorskip("bench.report.figures")
+    wrong = replace(wrong, shape="cpu-32k")
     assert not figures.draw([wrong], tmp_path, "cpu") and figures.draw([replace(wrong, red=False)], tmp_path, "cpu")
 
 
-def test_gate_goes_red_on_a_missing_gradient_and_on_an_exception():
+def test_gate_goes_red_on_a_missing_gradient_and_on_an_exception(monkeypatch):
     def forget(problem):
         problem.hidden.grad = None
 
@@ -62,11 +63,13 @@ def test_gate_goes_red_on_a_missing_gradient_and_on_an_exception():
         raise RuntimeError("planted")
 
     assert "hidden is off by inf" in gate.check(altered(forget), TINY, "float32").complaint
-    assert gate.check(replace(eager.PROVIDER, make=fail), TINY, "float32").complaint == "RuntimeError: planted"
+    monkeypatch.setitem(PROVIDERS, "eager", replace(eager.PROVIDER, make=fail))
+    _, failed = run_tiny(["floor", "eager"])
+    assert failed.red and failed.note == "RuntimeError: planted" and not failed.seconds
 
 
 def test_less_than_tdpo_is_held_to_the_truth_of_what_it_computes():
-    assert gate.check(replace(partial.LINEAR_CE, computes="tdpo2"), TINY, "float32").complaint
+    assert gate.check(replace(PROVIDERS["linear_ce"], computes="tdpo2"), TINY, "float32").complaint
     assert gate.check(replace(eager.PROVIDER, computes="dpo"), TINY, "float32").complaint
 
 

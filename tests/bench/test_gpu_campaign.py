@@ -21,7 +21,8 @@ from bench import rows
 from bench.gpu import __main__ as command
 from bench.gpu import campaign, stages, summary
 from bench.gpu.campaign import Finding, Item, Notes, Settings, supervise
-from bench.providers import PROVIDERS, Step, eager
+from bench.problem import Step
+from bench.providers import PROVIDERS, eager
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_bench import CPU, TINY, made_up
+from tiny_bench import CPU, TINY, made_up, run_tiny
 
 from bench import drift, measure, memory, step
-from bench import roofline as roof
-from bench.conditions import conditions
-from bench.providers import PROVIDERS, Step, eager
+from bench.problem import Step
+from bench.providers import PROVIDERS, eager
 from bench.report import tables as tabled
-from bench.roofline import Ceiling
+from bench.shapes import SHAPES
 
 
 def test_rounds_are_interleaved_and_shuffled_and_halves_are_apart(monkeypatch):
@@ -39,16 +38,12 @@ def test_peak_memory_is_that_of_the_step():
     assert 4 * logits < found["eager"] < 8 * logits and found["ours@0"] < logits
 
 
-def test_flops_bytes_and_units_are_counted_by_hand():
-    shape = replace(TINY, T=8, V=10, D=4, pairs=2)
-    assert roof.gemm_flops(shape) == 2 * 8 * 10 * 4 and roof.flops(shape) == 4 * 640
-    assert roof.flops(replace(shape, trainable=False)) == 3 * 640
-    assert roof.flops(replace(shape, valid=0.5)) == 4 * 320
-    # forward reads two hidden states and two heads, backward one of each; both gradients are written
-    assert roof.bytes_moved(shape, "float32") == 4 * (2 * 32 + 2 * 40 + 32 + 40 + 32 + 40)
-    assert roof.bytes_moved(replace(shape, trainable=False, one_head=True), "bfloat16") == 2 * (64 + 40 + 72 + 32)
-    assert roof.seconds(shape, "float32", Ceiling(2560.0, 1e9)) == 1.0
-    assert roof.seconds(shape, "float32", Ceiling(1e9, 576.0)) == 2.0
+def test_the_ceiling_is_that_of_the_best_try(monkeypatch):
+    monkeypatch.setitem(measure.GEMM, "cpu", (8, 16, 4))
+    monkeypatch.setitem(measure.COPY, "cpu", 1000)
+    times = {"product": [measure.Sample(3.0, 0.0), measure.Sample(2.0, 0.0)], "copy": [measure.Sample(4.0, 0.0)]}
+    monkeypatch.setattr(measure, "times", lambda steps, *_: [step.forward() for step in steps.values()] and times)
+    assert measure.ceiling("float32", CPU) == (2 * 8 * 16 * 4 / 2.0, 2 * 1000 / 4.0)
 
 
 def test_a_row_says_its_time_in_products_and_as_percentage_of_the_floor():
@@ -59,22 +54,22 @@ def test_a_row_says_its_time_in_products_and_as_percentage_of_the_floor():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("target", [1e-8, 1e-2, 10.0])
-def test_the_drift_is_what_it_is_said_to_be(target, dtype):
-    assert drift.mean_kl(drift.drifted(target, dtype)) == pytest.approx(target, rel=0.05)
+@pytest.mark.parametrize("name", ["drift-1e-08", "drift-1e-02", "drift-1e+01"])
+def test_the_drift_is_what_it_is_said_to_be(name, dtype):
+    shape = SHAPES[name]
+    assert drift.mean_kl(drift.drifted(shape, dtype)) == pytest.approx(shape.drift, rel=0.05)
 
 
 def test_drift_tells_errors_apart(monkeypatch):
     off = replace(eager.PROVIDER, kl=lambda problem: 1.01 * eager.kl(problem))
     monkeypatch.setitem(PROVIDERS, "compiled", off)
     monkeypatch.setitem(PROVIDERS, "trl", replace(off, unavailable=lambda shape, device: "planted"))
-    who = ["eager", "ours@0", "compiled", "trl"]
-    found = drift.study("float32", who, (1e-8, 1.0), conditions(), lambda n: None, CPU)
-    by = {(row.shape, row.provider): row for row in found}
-    assert by["drift", "trl"].note == "skipped: planted" and len(found) == 7
-    assert by["drift-1e-08", "eager"].kl_error > 0.1 > 1e-3 > by["drift-1e-08", "ours"].kl_error
-    assert by["drift-1e+00", "compiled"].kl_error == pytest.approx(0.01, rel=1e-3)
-    assert by["drift-1e+00", "compiled"].error == pytest.approx(0.01, rel=1e-3)
+    monkeypatch.setitem(PROVIDERS, "liger", replace(off, kl=lambda problem: eager.kl(problem) * float("nan")))
+    who = ["eager", "ours@0", "compiled", "trl", "liger"]
+    near, far = (run_tiny(who, SHAPES[name]) for name in ("drift-1e-08", "drift-1e+00"))
+    assert near[0].kl_error > 0.1 > 1e-3 > near[1].kl_error and not near[0].seconds
+    assert far[2].kl_error == pytest.approx(0.01, rel=1e-3) and far[2].error == pytest.approx(0.01, rel=1e-3)
+    assert near[3].note == "skipped: planted" and near[4].red and near[4].note == "not finite"
 
 
 @pytest.mark.parametrize(("fixed", "slope"), [(0, 10**6), (10**8, 3 * 10**5), (3 * 10**8, 2 * 10**6)])
@@ -88,10 +83,19 @@ def test_a_step_trains_and_everybody_s_is_the_same():
     pytest.importorskip("transformers")
     after = {}
     for name in ("eager", "ours@0"):
-        loop = step.Loop(step.SIZES["smallest"], CPU)
+        loop = step.setup(SHAPES["step smallest"], "float32", CPU)
         before = loop.policy.lm_head.weight.detach().clone()
-        one = loop.step(name, 16)
+        one = loop.step(PROVIDERS[name].make)
         one.backward(one.forward())
         after[name] = loop.policy.lm_head.weight.detach()
         assert not torch.equal(after[name], before)
     assert torch.allclose(after["eager"], after["ours@0"], atol=1e-6)
+
+
+def test_a_step_is_gated_timed_and_its_context_found(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(memory, "peak_extra", lambda shape, *_: 10**5 * shape.T)
+    timed, longest = (run_tiny(["eager"], SHAPES[f"{kind} smallest"])[0] for kind in ("step", "context"))
+    assert timed.seconds and timed.error < 1e-5 and timed.peak_extra_bytes == 64 * 10**5 and not timed.ratio
+    assert longest.T == 288 and longest.peak_extra_bytes == 288 * 10**5 <= longest.limit_bytes
+    assert "144 tokens in 30.0 MB" in tabled.markdown(tabled.tables([longest]))

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from bench.scaling import LAYOUTS, Cluster, estimate, gathered, summed
-
-PLAIN = Cluster(node=4, flops=1e12, node_bytes=100.0, net_bytes=10.0, node_hop=0.5, net_hop=2.0)
+from bench.scaling import FLOPS, estimate, ring
 
 
-def test_a_sum_within_a_node_then_between_nodes_in_shares():
-    assert summed(800.0, 4, 1, PLAIN) == 2 * (600 / 100 + 2 * 0.5)
-    assert summed(800.0, 8, 1, PLAIN) == 2 * (600 / 100 + 2 * 0.5) + 2 * (100 / 10 + 1 * 2.0)
-    assert summed(800.0, 2, 4, PLAIN) == 2 * (400 / 10 + 1 * 2.0)  # one rank a node
-    assert summed(800.0, 1, 1, PLAIN) == gathered(800.0, 1, 1, PLAIN) == 0
-    assert gathered(30.0, 8, 1, PLAIN) == 30 / 10 + 2.0 + 180 / 100 + 2 * 0.5
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_a_step_of_the_bytes_that_the_library_moves(layout):
+def test_a_step_of_the_bytes_that_the_library_moves():
     """32 and 4 D bytes a token, as `tests/test_parallel.py` counts them."""
-    V, D, ranks, tokens = 128256, 4096, 64, 2**19
-    data, sequence, v = layout.sizes(ranks)
-    assert data * sequence * v == ranks
-    found, cluster = estimate(layout, ranks, tokens), Cluster()
-    assert found.products == pytest.approx(12 * tokens * V * D / ranks / cluster.flops)
-    T = tokens * v / ranks
-    moved = ((v - 1) * 32 * T + 2 * (v - 1) / v * 4 * D * T) / cluster.node_bytes
-    hops = 0 if v == 1 else 3 * 3 * cluster.node_hop
-    assert found.vocabulary == pytest.approx(moved + hops)
-    assert found.held == 3 * 2 * V * D // v
-    assert (found.sequence > 0) == layout.sequence
+    V, D, T = 128256, 4096, 8 * 8192
+    assert ring(800.0, 4, 100.0, 0.5) == 600 / 100 + 2 * 0.5 and ring(800.0, 1, 100.0, 0.5) == 0
+    split, whole = estimate(64, 8), estimate(64, 1)
+    assert split["products"] == pytest.approx(whole["products"]) == pytest.approx(12 * 8192 * V * D / FLOPS)
+    assert split["vocabulary"] == pytest.approx((7 * 32 * T + 2 * 7 / 8 * 4 * D * T) / 360e9 + 9 * 3e-6)
+    assert split["gradient"] == pytest.approx(2 * (7 / 8 * 2 * V / 8 * D / 40e9 + 3 * 10e-6))
+    assert whole["vocabulary"] == 0 and estimate(8, 8)["gradient"] == 0

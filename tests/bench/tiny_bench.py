@@ -9,7 +9,7 @@ import torch
 from bench import rows
 from bench import run as running
 from bench.conditions import conditions
-from bench.roofline import Ceiling
+from bench.measure import Ceiling
 from bench.shapes import SHAPES
 
 CPU, CEILING = torch.device("cpu"), Ceiling(1e12, 1e10)
