@@ -314,6 +314,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "wide": wide,
     "prime_V": lambda: base(18, V=509),
     "one_full_tile": lambda: base(19, V=64),
+    "one_column_left": lambda: base(23, V=193),
     "more_rows_than_V": lambda: base(20, L=40, V=37, std=2.0),
     "V_1": lambda: tiny(1, B=2, L=9),
     "V_2": lambda: tiny(2, B=2, L=9),

@@ -139,14 +139,14 @@ def plain(problem: Problem, cotangents: Cotangents, seed: int = 0) -> Result:
     return Result(*(exact(x)[back] for x in (logp, ref_logp, kl)), *_three(grads))
 
 
-def shuffled(problem: Problem, seed: int) -> tuple[Problem, Tensor]:
+def shuffled(problem: Problem, seed: int) -> tuple[Problem, Array]:
     """The same problem with both hidden axes in another order, and where each of the policy's features has gone."""
     g = torch.Generator().manual_seed(seed)
     d, e = (torch.randperm(x.shape[-1], generator=g).to(x.device) for x in (problem.hidden, problem.ref_hidden))
     return replace(
         problem, hidden=problem.hidden[..., d], head=replace(problem.head, weight=problem.head.weight[:, d]),
         ref_hidden=problem.ref_hidden[..., e], ref_head=replace(problem.ref_head, weight=problem.ref_head.weight[:, e]),
-    ), d.argsort().cpu()  # fmt: skip
+    ), d.argsort().cpu().numpy()  # fmt: skip
 
 
 def throws(problem: Problem, cotangents: Cotangents) -> list[Result]:

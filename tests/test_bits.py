@@ -37,7 +37,8 @@ def kept_at(problem: Problem) -> list[int]:
     return [0, 16 * 64 * 8 * 3 // 2, budget_of(problem, 0.4), budget_of(problem, 0.8), 2**40]
 
 
-ALSO = ("wide", "softcap_flat", "other_width", "reference_in_other_dtype", "reference_in_float64", "hated_300_float64")
+ALSO = ("wide", "one_column_left", "softcap_flat", "other_width", "reference_in_other_dtype")
+ALSO += ("reference_in_float64", "hated_300_float64")
 BUDGETED = [(name, kind) for name in ("scaled", "softcap", "ruled_out") for kind in COTANGENTS]
 BUDGETED += [(name, "general") for name in (*SAME, *ALSO) if (name, "general") not in BUDGETED]
 

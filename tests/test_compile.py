@@ -119,6 +119,16 @@ def sideways(call: dict) -> dict:
     return call | {"head": call["head"].detach().T.contiguous().T.requires_grad_()}
 
 
+def test_a_transposed_weight_has_a_gradient_under_inductor():
+    """Which holds an operator to the strides that it was traced with."""
+    call = sideways(batch())
+    want, got = (
+        torch.autograd.grad(f(**call).loss, leaves(call))
+        for f in (fused_tdpo_loss, compiled(fused_tdpo_loss, backend="inductor"))
+    )
+    torch.testing.assert_close(got, want)
+
+
 def sliced(call: dict, *names: str) -> dict:
     """Hidden states that are no matrix in memory."""
     cut = {n: torch.cat([call[n], call[n]], 1).detach()[:, :L] for n in names}

@@ -31,10 +31,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def rows(
     std: float = 1.0, apart: float = 0.3, offset: float = 0.0, sure: tuple[float, float] = (0.0, 0.0), V: int = V,
-    another: float = 0.0, seed: int = 0,
+    another: float | tuple[float, float] = 0.0, seed: int = 0,
 ) -> Case:  # fmt: skip
     """T rows of logits. The reference is `apart` and `offset` away; `sure`: how far the label is put up, in the policy
-    and in the reference; `another`: how far another token in the policy."""
+    and in the reference; `another`: how far another token in the policy, or in both."""
     z, noise = std * normal(T, V, seed=seed), apart * normal(T, V, seed=seed + 1)
     r = z + noise + offset
     labels = torch.randint(V, (T,), generator=torch.Generator().manual_seed(seed))
@@ -42,7 +42,8 @@ def rows(
     every = torch.arange(T)
     z[every, labels] += sure[0]
     r[every, labels] += sure[1]
-    z[every, (labels + V // 2) % V] += another
+    for logits, up in zip((z, r), another if isinstance(another, tuple) else (another, 0.0), strict=True):
+        logits[every, (labels + V // 2) % V] += up
     return of_logits(z, r, labels, tile=(16, 256))
 
 
@@ -64,6 +65,7 @@ ROWS: dict[str, Callable[[], Case]] = {
     "policy sure by 30": lambda: rows(sure=(30.0, 0.0)),
     "reference sure by 30": lambda: rows(sure=(0.0, 30.0)),
     "policy sure of another": lambda: rows(sure=(0.0, 25.0), another=25.0, V=268),
+    "both sure of another, 1e3 apart": lambda: rows(another=(30.0, 30.3), offset=1e3),
     "half of it 300 down": half_down,
 }
 MAIN = ("general", "kl_zero", "apart_1e-7")

@@ -102,6 +102,23 @@ def test_tiny_cotangents_do_not_underflow(dtype: torch.dtype, budget: int):
         assert g[..., 0].abs().max() <= 0.02 * 16.0 * scale
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-36, 1e-42])
+def test_fp16_cotangents_that_vanish_make_gradients_that_do(scale: float):
+    """The power of two that lifts them is itself a number of fp32."""
+    call = batch(torch.float16, length=4, D=4, V=50)
+    g = torch.autograd.grad((token_stats(**call).logp * scale).sum(), (call["hidden"], call["head"]))
+    assert not any(x.any() for x in g)
+
+
+def test_a_row_that_is_not_finite_leaves_other_rows_their_fp16_scale():
+    call = batch(torch.float16, length=4, D=4, V=50)
+    cotangents = torch.full(call["labels"].shape, 1e-6)
+    (want,) = torch.autograd.grad(token_stats(**call).logp, call["hidden"], cotangents)
+    cotangents[0, 0] = torch.inf
+    (got,) = torch.autograd.grad(token_stats(**call).logp, call["hidden"], cotangents)
+    assert torch.equal(got[1:], want[1:]) and want[1:].any()
+
+
 def test_huge_fp16_cotangents_do_not_overflow():
     call = batch(torch.float16, length=4, D=4, V=50)
     stats = token_stats(**call)
