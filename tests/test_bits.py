@@ -34,7 +34,7 @@ def differing(a: list[Tensor], b: list[Tensor]) -> str:
 
 def kept_at(problem: Problem) -> list[int]:
     """Budgets that keep nothing, a tile, some and most of the tiles, all of them."""
-    return [0, 16 * 64 * 8 * 3 // 2, budget_of(problem, 0.4), budget_of(problem, 0.8), 2**40]
+    return [0, 16 * 64 * 8 * 3 // 2, budget_of(problem, 0.3), budget_of(problem, 0.6), 2**40]
 
 
 ALSO = ("wide", "one_column_left", "softcap_flat", "other_width", "reference_in_other_dtype")
