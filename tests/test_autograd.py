@@ -109,10 +109,8 @@ def test_checkpointing_around_the_loss(backend: str, reentrant: bool):
     leaves = call["hidden"], call["head"]
     want = grads(fused_tdpo_loss(**call, backend=backend).loss, *leaves)
     fixed = {n: x for n, x in call.items() if n not in ("hidden", "head")}
-    loss = checkpoint(
-        lambda h, w: fused_tdpo_loss(h, w, **fixed, backend=backend).loss, *leaves, use_reentrant=reentrant
-    )
-    loss.backward()
+    loss = lambda h, w: fused_tdpo_loss(h, w, **fixed, backend=backend).loss  # noqa: E731
+    checkpoint(loss, *leaves, use_reentrant=reentrant).backward()
     assert all(torch.equal(x.grad, g) for x, g in zip(leaves, want, strict=True))
 
 

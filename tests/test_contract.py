@@ -158,13 +158,10 @@ def test_module_takes_offsets_and_survives_pickling():
     fields_equal(module(**call), fused_tdpo_loss(**call, variant="tdpo1"))
 
 
-def test_backends_agree_and_auto_is_one_of_them():
+def test_auto_is_one_of_the_backends():
     call = ragged_batch()
-    outs = {name: fused_tdpo_loss(**call, backend=name) for name in runnable("cpu", torch.float64)}
-    auto, want = fused_tdpo_loss(**call), replace(reference_loss(call), loss=reference_loss(call).loss.mean())
-    for out in outs.values():
-        fields_equal(out, want)
-    assert any(all(torch.equal(getattr(auto, f), getattr(out, f)) for f in PAIR_FIELDS) for out in outs.values())
+    auto, *outs = (fused_tdpo_loss(**call, backend=x) for x in ("auto", *runnable("cpu", torch.float64)))
+    assert any(all(torch.equal(getattr(auto, f), getattr(out, f)) for f in PAIR_FIELDS) for out in outs)
 
 
 @backends

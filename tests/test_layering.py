@@ -101,9 +101,8 @@ def test_the_parser_sees_what_it_should():
 def test_backends_speak_of_rows_only():
     words = {"chosen", "rejected", "beta", "tdpo1", "tdpo2", "preference"}
     for name in (m for m in MODULES if m.startswith(("backends", "device"))):
-        assert not words & {n.id for n in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(n, ast.Name)}, (
-            name
-        )
+        used = {n.id for n in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(n, ast.Name)}
+        assert not words & used, name
 
 
 STATE = """
@@ -185,9 +184,7 @@ def test_public_names_are_documented(name: str):
     thing = getattr(tdpo_kernels, name)
     doc = inspect.getdoc(thing)
     assert doc and len(doc.split()) > 8
-    assert "dataclass" not in doc and not doc.startswith(f"{name}("), (
-        "that is the dataclass's own signature, not a docstring"
-    )
+    assert "dataclass" not in doc and not doc.startswith(f"{name}("), "that is a dataclass's signature, no docstring"
 
 
 @pytest.mark.parametrize("function", [fused_tdpo_loss, token_stats])

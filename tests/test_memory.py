@@ -25,9 +25,7 @@ def batch(T: int, V: int, D: int, dtype: torch.dtype = torch.float32, E: int | N
     gen = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return (
-            torch.randn(*shape, generator=gen).mul(shape[-1] ** -0.25).to(dtype)
-        )  # logits of about 1: no loss saturates
+        return torch.randn(*shape, generator=gen).mul(shape[-1] ** -0.25).to(dtype)  # logits of about 1: none saturates
 
     return dict(
         hidden=randn(2, T // 2, D).requires_grad_(), head=randn(V, D).requires_grad_(),
@@ -138,13 +136,8 @@ def test_a_frozen_part_s_gradient_is_never_made(wanted: str):
     assert ledger(call, 0).peak <= WORKSPACE / 2 + own(call) + accumulator(call)
 
 
-WIDE = {
-    "fp32": dict(dtype=torch.float32),
-    "bf16": dict(dtype=torch.bfloat16),
-    "fp16": dict(dtype=torch.float16),
-    "bf16, wider reference": dict(dtype=torch.bfloat16, E=6144),
-    "fp64": dict(dtype=torch.float64),
-}
+WIDE = {str(dtype): dict(dtype=dtype) for dtype in (*DTYPES, torch.float64)}
+WIDE["bf16, wider reference"] = dict(dtype=torch.bfloat16, E=6144)
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["all rows", "half the rows"])
@@ -189,8 +182,6 @@ CUTS = {
     "length first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1).detach(),
     "as it was": lambda x: x.detach(),
 }
-
-
 LAID = [("hidden[:, :-1]", "hidden[:, :-1]"), ("length first", "length first"), ("hidden[:, :-1]", "as it was")]
 LAID += [("as it was", "length first"), ("hidden[:, :-1]", "length first")]
 

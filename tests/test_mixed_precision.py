@@ -53,11 +53,8 @@ def mixed(dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[dict, dict]:
 def test_autocast_is_f_linear_s(backend: str, inside: bool, dtypes: tuple, budget: int):
     call, exact = mixed(dtypes)
     leaves = call["hidden"], call["head"]
-    results = []
-    for function in (
-        lambda: fused_tdpo_loss(**call, backend=backend, memory_budget=budget).loss,
-        lambda: plain_tdpo2(call),
-    ):
+    results, options = [], dict(backend=backend, memory_budget=budget)
+    for function in (lambda: fused_tdpo_loss(**call, **options).loss, lambda: plain_tdpo2(call)):
         with torch.autocast("cpu", torch.bfloat16):
             loss = function()
             got = grads(loss, *leaves) if inside else None

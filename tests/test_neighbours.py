@@ -198,8 +198,7 @@ def test_a_large_logit_scale_does_not_overflow_fp16_gradients(backend):
     hidden, ref_hidden = (torch.randn(1, 9, 16, generator=g).half() for _ in range(2))
     weight = (torch.randn(40, 16, generator=g) / 64).half().requires_grad_()
     labels = torch.randint(40, (1, 9), generator=g)
-    out = token_stats(
-        hidden.requires_grad_(), LMHead(weight, logit_scale=16.0), ref_hidden, weight.detach(), labels, backend=backend
-    )
+    head = LMHead(weight, logit_scale=16.0)
+    out = token_stats(hidden.requires_grad_(), head, ref_hidden, weight.detach(), labels, backend=backend)
     grads = torch.autograd.grad((out.logp + out.kl).sum(), [hidden, weight])
     assert all(x.isfinite().all() and x.count_nonzero() for x in grads)

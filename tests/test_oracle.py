@@ -113,10 +113,8 @@ def test_truth_of_the_laws_is_the_oracle(case):
         label = int(problem.labels.flatten()[at[t]])
         scale = 1000.0 if case == "offset_1000" else 100.0
         values = true.result.logp[t], true.result.ref_logp[t], true.result.kl[t]
-        assert all(
-            close(x, w, scale)
-            for x, w in zip(values, (oracle.logp(z, label), oracle.logp(r, label), oracle.kl(z, r)), strict=True)
-        )
+        wants = oracle.logp(z, label), oracle.logp(r, label), oracle.kl(z, r)
+        assert all(close(x, w, scale) for x, w in zip(values, wants, strict=True))
         want = oracle.dz(z, r, label, *(float(g.flatten()[at[t]]) for g in cotangent))
         assert all(close(x, w, scale) for x, w in zip(true.dz[t], want, strict=True))
 
@@ -147,12 +145,10 @@ def test_loss_rewards_and_cotangents_are_the_oracles(seed, size, beta, alpha, va
     for i in range(3):
         want = oracle.pair(sides[i], sides[i + 3], beta, alpha, variant)
         assert close(out.loss[i], want.loss, size)
-        assert close(out.chosen_rewards[i], want.chosen_reward, size) and close(
-            out.rejected_rewards[i], want.rejected_reward, size
-        )
-        assert close(out.chosen_logps[i], math.fsum(sides[i].logp), size) and close(
-            out.rejected_kl[i], math.fsum(sides[i + 3].kl), size
-        )
+        assert close(out.chosen_rewards[i], want.chosen_reward, size)
+        assert close(out.rejected_rewards[i], want.rejected_reward, size)
+        assert close(out.chosen_logps[i], math.fsum(sides[i].logp), size)
+        assert close(out.rejected_kl[i], math.fsum(sides[i + 3].kl), size)
         assert close(out.ref_rejected_logps[i], math.fsum(sides[i + 3].ref_logp), size)
         for row, (a, b) in ((i, want.g_chosen), (i + 3, want.g_rejected)):
             assert all(close(x, a) for x in g_logp[row]) and all(close(x, b) for x in g_kl[row])

@@ -18,8 +18,6 @@ from tdpo_kernels.parallel import mean_over_ranks, sequence_parallel_loss, vocab
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
 
 WORLDS = (2, pytest.param(4, marks=pytest.mark.long))
-
-
 VOCABULARIES = [
     *[(37, how, "") for how in CUTS],
     *[(37, "chunk", hard) for hard in ("peaked", "equal", "offset", "softcap")],

@@ -183,15 +183,11 @@ def test_a_flipped_byte_is_refused_when_it_is_read(written: Path, model_folder: 
 
 
 def test_corrupt_files_are_refused(written: Path, model_folder: Path):
-    for name, reason in (
-        ("shard-00000.safetensors", "cannot be read"),
-        ("head.safetensors", "cannot be read"),
-        ("meta.json", "cannot be read"),
-    ):
+    for name in ("shard-00000.safetensors", "head.safetensors", "meta.json"):
         path = written / name
         data = path.read_bytes()
         path.write_bytes(data[:-7])
-        with pytest.raises(CacheError, match=f"{name}: {reason}"):
+        with pytest.raises(CacheError, match=f"{name}: cannot be read"):
             again(written, model_folder)
         path.write_bytes(data)
 

@@ -34,16 +34,12 @@ def without_prompt(pair: dict) -> dict:
 @pytest.mark.parametrize(
     "pair",
     [
-        PAIR,
-        without_prompt(PAIR),
-        CHAT,
-        CHAT | {"prompt": [BLOCKS]},
-        {"chosen": [ASKED, SAID], "rejected": [ASKED, CALL]},
-        PAIR | {"prompt": "", "rejected": ""},
+        PAIR, without_prompt(PAIR), CHAT, CHAT | {"prompt": [BLOCKS]},
+        {"chosen": [ASKED, SAID], "rejected": [ASKED, CALL]}, PAIR | {"prompt": "", "rejected": ""},
         PAIR | {"score": float("nan"), "images": [], "tools": None},
     ],
     ids=["texts", "implicit", "chat", "blocks", "implicit_chat", "empty", "more_columns"],
-)
+)  # fmt: skip
 def test_every_format_of_trl_is_taken(pair: dict, streaming: bool, tmp_path: Path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(f"{json.dumps(pair)}\n{json.dumps(pair)}\n")
@@ -53,16 +49,12 @@ def test_every_format_of_trl_is_taken(pair: dict, streaming: bool, tmp_path: Pat
 @pytest.mark.parametrize(
     "text",
     [
-        f"[{TWICE}, {TWICE}]",
-        json.dumps([PAIR, PAIR], indent=1),
-        json.dumps(PAIR, indent=1) + "\n" + json.dumps(PAIR, indent=1),
-        f"\ufeff{TWICE}\n\n  \n{TWICE}",
-        f"{TWICE}\r\n{TWICE}\r\n",
-        f"{TWICE}\r{TWICE}",
-        f"{TWICE}{TWICE}\n",
+        f"[{TWICE}, {TWICE}]", json.dumps([PAIR, PAIR], indent=1),
+        json.dumps(PAIR, indent=1) + "\n" + json.dumps(PAIR, indent=1), f"\ufeff{TWICE}\n\n  \n{TWICE}",
+        f"{TWICE}\r\n{TWICE}\r\n", f"{TWICE}\r{TWICE}", f"{TWICE}{TWICE}\n",
     ],
     ids=["array", "lines_of_an_array", "objects_of_lines", "blank_lines", "crlf", "cr", "joined_files"],
-)
+)  # fmt: skip
 def test_every_layout_of_json_is_taken(text: str, tmp_path: Path):
     path = tmp_path / "pairs.json"
     path.write_bytes(text.encode())

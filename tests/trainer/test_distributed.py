@@ -244,7 +244,8 @@ def fsdp2_adapters(rank: int, options: dict) -> None:
 
 # -- the processes -----------------------------------------------------------------------------------------------------
 
-CASES: dict[str, dict[str, Callable[[int], None]]] = {
+Case = Callable[[int], None]
+CASES: dict[str, dict[str, Case]] = {
     "ddp": {
         "untied": partial(ddp, name="llama"),
         "tied": partial(ddp, name="gemma2"),
@@ -296,9 +297,6 @@ CASES: dict[str, dict[str, Callable[[int], None]]] = {
 }
 
 
-Case = Callable[[int], None]
-
-
 def run(cases: dict[str, Case]) -> None:
     """All of them in one pair of processes: to start those takes longer than the cases."""
     results = torch.multiprocessing.get_context("forkserver").SimpleQueue()
@@ -319,7 +317,7 @@ def _tried(rank: int, cases: dict[str, Case], results) -> None:
         results.put(failed)
 
 
-def _failure(case: Callable[[int], None], rank: int) -> str | None:
+def _failure(case: Case, rank: int) -> str | None:
     try:
         case(rank)
     except Exception:

@@ -136,9 +136,8 @@ def test_a_trained_head_is_not_its_own_reference():
     policy, batch = tiny.build("llama"), tiny.batch()
     inputs = tiny.inputs_of(batch)
     side = reference_side(policy, inputs, unwrapped=policy, policy_within=nullcontext)
-    with pytest.raises(
-        ValueError, match=r"^reference.head: got None for llama \(LlamaForCausalLM\), whose own LM head"
-    ):
+    said = r"^reference.head: got None for llama \(LlamaForCausalLM\), whose own LM head"
+    with pytest.raises(ValueError, match=said):
         pair_outputs(policy, side, inputs, loss_on(batch["labels"]), unwrapped=policy)
 
 

@@ -6,7 +6,6 @@ import copy
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -89,34 +88,31 @@ def test_the_accelerate_loop_names_a_bad_line(line: str, said: str, tmp_path: Pa
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"accelerate_loop.py: error: {data}, line 7: {said}")
 
 
-@pytest.mark.long
-def test_the_accelerate_loop_in_two_processes_trains_what_one_does(tmp_path: Path):
-    model, data = saved_llama(tmp_path / "model"), tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs(8)))
-    weights = []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for count, batch in ((1, 4), (2, 2)):
-        launch = f"-m torch.distributed.run --nproc-per-node {count} --master-port {port}".split()
-        loop = f"{EXAMPLES}/accelerate_loop.py --model {model} --data {data} --out {tmp_path / str(count)}".split()
-        done = subprocess.run(
-            [sys.executable, *launch, *loop, "--batch", str(batch), "--lr", "1e-3", "--cpu"],
-            capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0 and "2/2" in done.stderr, done.stderr
-        weights.append(parameters(type(llama()).from_pretrained(tmp_path / str(count))))
-    assert worst(*weights) < 1e-5 < worst(weights[0], parameters(llama()))
-
-
-def losses_of_ranks(count: int, *options: str) -> list[float]:
-    launch = f"-m torch.distributed.run --standalone --nproc-per-node {count} {EXAMPLES}/vocab_parallel.py".split()
+def launched(count: int, loop: str, *options: str) -> subprocess.CompletedProcess[str]:
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node {count} {EXAMPLES}/{loop}".split()
     done = subprocess.run(
         [sys.executable, *launch, *options], capture_output=True, text=True, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [float(line.split("loss ")[1]) for line in done.stdout.splitlines() if line.startswith("step")]
+    return done
+
+
+@pytest.mark.long
+def test_the_accelerate_loop_in_two_processes_trains_what_one_does(tmp_path: Path):
+    model, data = saved_llama(tmp_path / "model"), tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs(8)))
+    weights = []
+    for count, batch in ((1, 4), (2, 2)):
+        options = f"--model {model} --data {data} --out {tmp_path / str(count)} --batch {batch} --lr 1e-3 --cpu"
+        assert "2/2" in launched(count, "accelerate_loop.py", *options.split()).stderr
+        weights.append(parameters(type(llama()).from_pretrained(tmp_path / str(count))))
+    assert worst(*weights) < 1e-5 < worst(weights[0], parameters(llama()))
+
+
+def losses_of_ranks(count: int, *options: str) -> list[float]:
+    said = launched(count, "vocab_parallel.py", *options).stdout
+    return [float(line.split("loss ")[1]) for line in said.splitlines() if line.startswith("step")]
 
 
 @pytest.mark.parametrize(

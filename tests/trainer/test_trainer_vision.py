@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from runs import LETTERS, config, eager_run, losses, parameters, recorded, text_pairs, tokenizer, worst
 from tdpo_trainer.trainer import TDPOTrainer
@@ -17,7 +18,6 @@ IMAGE = "<image>"
 
 
 def processor() -> LlavaProcessor:
-    transformers = pytest.importorskip("transformers")
     pytest.importorskip("PIL")
     shape = dict(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
