@@ -96,7 +96,7 @@ def divergence_(p: Tensor | None, out: Buffers, dim: int) -> tuple[Tensor, Tenso
     q, y, near, psi, less = out
     torch.clamp(y, -NEAR, NEAR, out=near)
     torch.exp(near, out=psi)
-    grown = torch.clamp(y, max=FAR, out=less).exp_().sub_(psi)
+    grown = torch.exp(y if p is None else torch.clamp(y, max=FAR, out=less), out=less).sub_(psi)
     psi_series_(near, psi).add_(grown)
     torch.add(psi, near, out=less)  # e^Y - 1
     psi.sub_(y.sub_(near)).mul_(q)
@@ -283,8 +283,9 @@ def dz_from_both(z: Tensor, r: Tensor, row: Tensor, work: Workspace) -> Tensor:
     top_z, top_r, lse_z, lse_r, gap, a, b, c, _ = row[..., None].unbind()
     y = exact_difference_(z, r, top_z, top_r, gap, out)
     q = _softmax(r, top_r[:, 0], lse_r[:, 0], out.q)
-    dz, rows = torch.clamp(y, max=FAR, out=out.one).expm1_().mul_(c).add_(b).mul_(q), mostly_p(a, c)
-    if reaches_far(y) or rows.any():
+    far, rows = reaches_far(y), mostly_p(a, c)
+    dz = torch.expm1(torch.clamp(y, max=FAR, out=out.one) if far else y, out=out.one).mul_(c).add_(b).mul_(q)
+    if far or rows.any():
         p = _softmax(z, top_z[:, 0], lse_z[:, 0], out.two)
         dz = torch.where((y >= FAR) | rows, p.mul_(c).add_(q.mul_(a)), dz)
     return dz
