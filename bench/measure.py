@@ -30,7 +30,7 @@ class Sample(NamedTuple):
 
 
 class Ceiling(NamedTuple):
-    """What the machine gives, a second: flops of a large product, and bytes that a large copy reads and writes."""
+    """Hold what the machine gives a second: flops of a large product, and bytes that a large copy reads and writes."""
 
     flops: float
     bytes: float

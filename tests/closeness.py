@@ -174,7 +174,7 @@ def _plain_logits(hidden: Tensor, head: LMHead, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Judge:
-    """What one problem's numbers are held to; made once, used for every backend and budget."""
+    """Hold the bounds of one problem's numbers; made once, used for every backend and budget."""
 
     truth: Truth
     bounds: dict[str, list[tuple[str, float]]]  # of each tensor, ("max" or "norm", the largest error allowed)

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _can_run(item: pytest.Item) -> bool:
-    """Whether the backend takes the dtype: there is no test of what no backend does."""
+    """Return whether the backend takes the dtype: there is no test of what no backend does."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     backend, dtype = params.get("backend"), params.get("dtype")
     return backend not in runnable() or not isinstance(dtype, torch.dtype) or takes(backend, dtype)

@@ -15,7 +15,7 @@ __all__ = ["backends", "grid", "interpreting", "mainly", "reasons", "runnable", 
 
 
 def interpreting() -> bool:
-    """Whether this process runs the kernels, on a CPU: ``TRITON_INTERPRET=1 python -m pytest``."""
+    """Return whether this process runs the kernels, on a CPU: ``TRITON_INTERPRET=1 python -m pytest``."""
     return not launch.unavailable(torch.device("cpu"))
 
 
@@ -28,7 +28,7 @@ def reasons(device: str = "cpu") -> dict[str, str | None]:
 
 
 def takes(backend: str, dtype: torch.dtype, device: str = "cpu") -> bool:
-    """Whether a backend that runs on `device` takes inputs of this dtype; float64 is no matter of kernels."""
+    """Return whether a backend that runs on `device` takes inputs of this dtype; float64 is no matter of kernels."""
     return not lacks(backend, torch.device(device), dtype) and not (interpreting() and dtype == torch.float64)
 
 

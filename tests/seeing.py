@@ -1,4 +1,4 @@
-"""What a call does in torch, operation by operation; what the library's own operators do inside themselves, too."""
+"""See what a call does in torch, operation by operation; what the library's own operators do inside themselves, too."""
 
 from __future__ import annotations
 

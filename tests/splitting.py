@@ -15,7 +15,7 @@ CUTS = ("chunk", "even", "one", "last")
 
 
 def rows_of(V: int, world: int, how: str) -> list[slice]:
-    """Of each rank: as torch cuts; as evenly as it goes; one row, none, none and the rest; all on the last."""
+    """Return each rank's rows: as torch cuts; as evenly as it goes; one, none, none and the rest; the last has all."""
     if how == "chunk":
         step = -(-V // world)
         ends = [min(step * (k + 1), V) for k in range(world)]

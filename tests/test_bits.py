@@ -110,7 +110,7 @@ def test_tile_size_changes_nothing_but_rounding(case, dtype, backend, small_tile
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
 def test_parts_of_several_groups_are_one_row(dtype, backend, small_tiles):
-    """Of 65 parts, which are not merged at once, the last group is nearly empty, and counts for nothing more."""
+    """65 parts are merged in groups, and what fills up the last group counts for nothing."""
     problem = case_of("wide").problem(dtype)
     whole, cut = [], []
     for found, tile in ((whole, (64, 4112)), (cut, (64, 64))):

@@ -120,7 +120,7 @@ def sideways(call: dict) -> dict:
 
 
 def test_a_transposed_weight_has_a_gradient_under_inductor():
-    """Which holds an operator to the strides that it was traced with."""
+    """Inductor holds an operator to the strides that it was traced with."""
     call = sideways(batch())
     want, got = (
         torch.autograd.grad(f(**call).loss, leaves(call))

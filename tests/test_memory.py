@@ -35,7 +35,7 @@ def batch(T: int, V: int, D: int, dtype: torch.dtype = torch.float32, E: int | N
 
 
 def ledger(call: dict, budget: int, **options) -> Ledger:
-    """What one forward and backward makes."""
+    """Return what one forward and backward makes."""
     with Ledger() as book:
         fused_tdpo_loss(**call, memory_budget=budget, **options).loss.backward()
     return book

@@ -1,4 +1,4 @@
-"""What every shipped configuration of a kernel compiles to, without a GPU: ``python -m bench.compiled``.
+"""Compile every shipped configuration of a kernel, without a GPU: ``python -m bench.compiled``.
 
 Triton is all that it needs: where torch is not installed, the library's own ``__init__``, which imports it, is not run.
 """

@@ -59,7 +59,7 @@ class Build(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What came out. Registers (AMD's for accumulation included) and bytes of stack are a thread's, bytes of shared and
+    """Hold the outcome. Registers (with AMD's for accumulation) and bytes of stack are a thread's, bytes of shared and
     columns of tensor memory a block's; `mma`, `wide` and `tma` count instructions of the binary, not executions."""
 
     registers: int = 0

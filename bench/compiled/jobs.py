@@ -1,4 +1,4 @@
-"""What to compile: the cases, their configurations, and each as a launch specialises it. bf16 stands for fp16 too."""
+"""List what to compile: cases, their configurations, and each as a launch specialises it. bf16 stands for fp16 too."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ INTERPRETED = Device("interpreter", "interpreter")
 
 
 class Head(NamedTuple):
-    """What a kernel knows of a head besides its weight."""
+    """Hold what a kernel knows of a head besides its weight."""
 
     bias: Tensor | None
     scale: float
@@ -51,7 +51,7 @@ class Operands:
 
 @dataclass(frozen=True)
 class Launch:
-    """What tells one compiled kernel from another. `flags`: names and values of the constexprs but the tile's, and
+    """Tell one compiled kernel from another. `flags`: names and values of the constexprs but the tile's, and
     which arguments are None or multiples of 16."""
 
     kernel: str
@@ -111,7 +111,7 @@ def tf32_is_allowed() -> bool:
 
 @dataclass(frozen=True)
 class Traits:
-    """What the configurations of one call depend on; never the number of rows. Made once per call."""
+    """Hold what the configurations of one call depend on, which is never the number of rows."""
 
     case: Case  # of any kernel
     device: Device

@@ -134,7 +134,7 @@ def test_from_what_is_kept_dz_has_the_same_bits(name, tile):
 @pytest.mark.parametrize("name", ("peaked", "softcap", "loved_45"))
 @pytest.mark.parametrize("what", ("kl_zero", "equal"))
 def test_a_row_has_the_same_bits_whoever_is_in_its_block(name, what):
-    """Whether or not other rows need the model that it can do without."""
+    """It has them whether or not other rows need the model that it can do without."""
     p, alone = made(name), cotangents(what, made(name).T)
     others = [torch.where(torch.arange(p.T) % 2 == 0, *x) for x in zip(alone, cotangents("general", p.T), strict=True)]
     rows, mixed = row_values(p, *alone), row_values(p, *others)
