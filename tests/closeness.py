@@ -39,7 +39,7 @@ from tdpo_kernels import LMHead, token_stats
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 NORMS = ("max", "norm")
 ROUNDED = {torch.bfloat16: 4e-3, torch.float16: 3e-3}
-THROWS = 4
+THROWS = 16
 UNUSABLE = 30.0  # in eps x scale: the error plain torch is said to make where it makes nan
 
 

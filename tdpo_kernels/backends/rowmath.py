@@ -199,15 +199,24 @@ def whole(others: Tensor, labels_2T: Tensor, extras: Extras, vocab: int) -> Whol
     label[:2] = labels_2T
     state = merge(torch.stack([others, label]))
     top_z, top_r, lse_z, lse_r, kl, gap = state[:STATE].unbind()
-    x_z, x_r = ((others[:2] - labels_2T) + others[2:4]).unbind()  # log of the odds against the label
-    (P_0, Q_0), (p_y, q_y) = torch.sigmoid(torch.stack([x_z, x_r])), torch.sigmoid(-torch.stack([x_z, x_r]))
+    odds, masses_0, losses = _against_label(others, labels_2T)
+    (P_0, Q_0), (p_y, q_y) = masses_0, torch.sigmoid(-odds)
     Y_y = exact_difference_(z_y, r_y, top_z, top_r, gap, Buffers.like(z_y))
     Y_0 = exact_difference_(others[0], others[1], top_z, top_r, gap - others[5], Buffers.like(z_y))
     at_label, elsewhere = _difference(p_y, q_y, Y_y), _difference(P_0, Q_0, Y_0)
     row = [*state[:4], gap, P_0, Q_0, torch.where(q_y > Q_0, -elsewhere, at_label)]
-    logp, ref_logp = -_softplus(x_z), -_softplus(x_r)
-    more = _extras(extras, others, z_y, logp, x_z, vocab) if extras else {}
+    logp, ref_logp = -losses
+    more = _extras(extras, others, z_y, logp, odds[0], vocab) if extras else {}
     return Whole(logp, ref_logp, kl, more, torch.stack(row))
+
+
+def _against_label(others: Tensor, labels_2T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log of the odds against the label, the mass outside the label, and -log of the label's, ``(2, T)``
+    each. What rounding takes from the log-odds x is put back: at 30 nats it would be 15 eps of ``sigmoid(x)``."""
+    down, lost = _two_difference(others[:2], labels_2T)
+    x, lost_too = _two_difference(down, -others[2:4])
+    mass_0, lost = torch.sigmoid(x), lost.add_(lost_too)
+    return x, torch.addcmul(mass_0, lost * mass_0, 1.0 - mass_0), torch.addcmul(_softplus(x), lost, mass_0)
 
 
 def with_infinities(found: Whole, ruled_out_2: Tensor) -> Whole:
