@@ -15,7 +15,7 @@ def fused_tdpo_loss(
     hidden: Tensor, head: Tensor | nn.Linear | LMHead, ref_hidden: Tensor, ref_head: Tensor | nn.Linear | LMHead,
     labels: Tensor, *, beta: float = 0.1, alpha: float | None = None, variant: str = "tdpo2",
     ignore_index: int | None = -100, shift: bool = True, reduction: str = "mean", cu_seqlens: Tensor | None = None,
-    backend: str = "auto", memory_budget: int = DEFAULT_BUDGET,
+    extras: tuple[str, ...] = (), backend: str = "auto", memory_budget: int = DEFAULT_BUDGET,
 ) -> TDPOOutput:  # fmt: skip
     """Return the loss of Token-level Direct Preference Optimization (Zeng et al. 2024, arXiv 2404.11999).
 
@@ -47,7 +47,7 @@ def fused_tdpo_loss(
     checks.check_pairs(hidden, cu_seqlens)
     stats = statistics(
         hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
-        extras=(), backend=backend, memory_budget=memory_budget, ratios=cotangent_ratios(alpha, variant),
+        extras=extras, backend=backend, memory_budget=memory_budget, ratios=cotangent_ratios(alpha, variant),
     )  # fmt: skip
     return preference_loss(stats, beta=beta, alpha=alpha, variant=variant, reduction=reduction, cu_seqlens=cu_seqlens)
 
@@ -57,15 +57,16 @@ class TDPOLoss(nn.Module):
 
     def __init__(
         self, *, beta: float = 0.1, alpha: float | None = None, variant: str = "tdpo2", ignore_index: int | None = -100,
-        shift: bool = True, reduction: str = "mean", backend: str = "auto", memory_budget: int = DEFAULT_BUDGET,
+        shift: bool = True, reduction: str = "mean", extras: tuple[str, ...] = (), backend: str = "auto",
+        memory_budget: int = DEFAULT_BUDGET,
     ) -> None:  # fmt: skip
         super().__init__()
         checks.check_loss(beta, alpha, variant, reduction)
-        checks.check_options(ignore_index, shift, (), memory_budget)
+        checks.check_options(ignore_index, shift, extras, memory_budget)
         checks.check_backend(backend, BACKENDS)
         self.options = dict(
             beta=beta, alpha=alpha, variant=variant, ignore_index=ignore_index, shift=shift,
-            reduction=reduction, backend=backend, memory_budget=memory_budget,
+            reduction=reduction, extras=extras, backend=backend, memory_budget=memory_budget,
         )  # fmt: skip
 
     def forward(

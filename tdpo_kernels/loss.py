@@ -32,14 +32,15 @@ def preference_loss(
 ) -> TDPOOutput:
     """Return the loss in the statistics' dtype; everything before it is computed in float64."""
     sums = (sequence_sums(x, cu_seqlens) for x in (stats.logp, stats.ref_logp, stats.kl))
-    return sums_loss(*sums, stats.logp.dtype, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
+    return sums_loss(*sums, stats, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
 
 
 def sums_loss(
-    logp_S: Tensor, ref_S: Tensor, kl_S: Tensor, dtype: torch.dtype, *, beta: float, alpha: float, variant: str,
+    logp_S: Tensor, ref_S: Tensor, kl_S: Tensor, stats: TokenStats, *, beta: float, alpha: float, variant: str,
     reduction: str,
 ) -> TDPOOutput:  # fmt: skip
-    """Return the loss in `dtype` from each sequence's sums."""
+    """Return the loss from each sequence's sums of `stats`, in their dtype."""
+    dtype = stats.logp.dtype
     margin_S = logp_S - ref_S  # in fp32 two sums of hundreds of nats would cancel
     (m_w, m_l), (k_w, k_l) = margin_S.chunk(2), kl_S.chunk(2)
     loss_P = -F.logsigmoid(beta * _preference(m_w - m_l, k_w, k_l, alpha, variant))
@@ -47,7 +48,7 @@ def sums_loss(
     with torch.no_grad():
         rewards_S = beta * (margin_S + kl_S)
         shown_8P = torch.stack((logp_S, ref_S, kl_S, rewards_S)).to(dtype).view(8, -1)
-    return TDPOOutput(loss.to(dtype), *shown_8P.unbind())
+    return TDPOOutput(loss.to(dtype), *shown_8P.unbind(), stats.detach())
 
 
 def cotangent_ratios(alpha: float, variant: str) -> tuple[float, float]:

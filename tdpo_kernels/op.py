@@ -16,7 +16,7 @@ from .backends import BACKENDS, choose, grid, rowmath, sharded
 from .backends.logits import ruled_out
 from .types import Gradients, Inputs, LMHead, Model, Needs, Rows, TokenStats, VocabParallelHead, stats_dtype
 
-DEFAULT_BUDGET = 512 * 2**20
+DEFAULT_BUDGET = 2**30
 
 
 def token_stats(

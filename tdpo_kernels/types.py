@@ -174,12 +174,17 @@ class TokenStats:
     kl: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
 
+    def detach(self) -> TokenStats:
+        """Return the same statistics without their graph."""
+        return TokenStats(self.logp.detach(), self.ref_logp, self.kl.detach(), self.extras)
+
 
 @dataclass(frozen=True, eq=False)
 class TDPOOutput:
     """Hold ``loss`` (scalar, or ``(P,)`` for ``reduction="none"``) and detached ``(P,)`` sums over sequences' tokens.
 
-    Rewards are eq. (5): ``beta * (m + k)``. They include the KL, as in the paper's published code.
+    Rewards are eq. (5): ``beta * (m + k)``. They include the KL, as in the paper's published code. `tokens` has the
+    detached statistics that the sums are taken over, with the extras asked for.
     """
 
     loss: Tensor
@@ -191,3 +196,4 @@ class TDPOOutput:
     rejected_kl: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+    tokens: TokenStats

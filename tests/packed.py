@@ -43,4 +43,5 @@ def ragged() -> tuple[dict, list[int]]:
 
 def fields_equal(a: TDPOOutput | TokenStats, b: TDPOOutput | TokenStats) -> None:
     for f in fields(a):
-        close(getattr(a, f.name), getattr(b, f.name))
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        fields_equal(x, y) if isinstance(x, TokenStats) else close(x, y)

@@ -47,8 +47,10 @@ def leaves(call: dict) -> list[Tensor]:
 
 
 def values(out) -> list[Tensor]:
-    every = [getattr(out, f.name) for f in fields(out)]
-    return [x for part in every for x in (part.values() if isinstance(part, dict) else [part])]
+    if isinstance(out, Tensor):
+        return [out]
+    parts = out.values() if isinstance(out, dict) else [getattr(out, f.name) for f in fields(out)]
+    return [x for part in parts for x in values(part)]
 
 
 def assert_same(function, *calls: dict, **options) -> None:

@@ -16,7 +16,7 @@ from tdpo_kernels import LMHead, TDPOLoss, TDPOOutput, TokenStats, fused_tdpo_lo
 from tdpo_kernels.backends import BACKENDS
 
 EXTRAS = ("entropy", "mean_logit", "is_argmax")
-PAIR_FIELDS = [f.name for f in fields(TDPOOutput)][1:]
+PAIR_FIELDS = [f.name for f in fields(TDPOOutput)][1:-1]
 variants = pytest.mark.parametrize("options", [{"variant": "tdpo1"}, {"alpha": 0.7}, {"alpha": 0.0}, {}], ids=str)
 
 
@@ -84,6 +84,7 @@ def test_only_what_is_promised_is_differentiable():
     out = fused_tdpo_loss(**call)
     assert out.loss.requires_grad
     assert not any(getattr(out, f).requires_grad for f in PAIR_FIELDS)
+    assert not any(x.requires_grad for x in (out.tokens.logp, out.tokens.kl))
     out.loss.backward()
     assert call["ref_hidden"].grad is None and call["ref_head"].grad is None
 
@@ -91,7 +92,7 @@ def test_only_what_is_promised_is_differentiable():
 def test_outputs_are_frozen_and_named_as_promised():
     assert [f.name for f in fields(TDPOOutput)] == [
         "loss", "chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "chosen_kl", "rejected_kl",
-        "chosen_rewards", "rejected_rewards",
+        "chosen_rewards", "rejected_rewards", "tokens",
     ]  # fmt: skip
     assert [f.name for f in fields(TokenStats)][:3] == ["logp", "ref_logp", "kl"]
     with pytest.raises(AttributeError):
@@ -99,10 +100,10 @@ def test_outputs_are_frozen_and_named_as_promised():
 
 
 def test_signature_is_the_contract_s():
-    shared = dict(ignore_index=-100, shift=True, cu_seqlens=None, backend="auto", memory_budget=512 * 2**20)
+    shared = dict(ignore_index=-100, shift=True, cu_seqlens=None, extras=(), backend="auto", memory_budget=2**30)
     own = dict(beta=0.1, alpha=None, variant="tdpo2", reduction="mean")
     positional = ["hidden", "head", "ref_hidden", "ref_head", "labels"]
-    for function, extra in ((fused_tdpo_loss, own), (token_stats, {"extras": ()})):
+    for function, extra in ((fused_tdpo_loss, own), (token_stats, {})):
         parameters = inspect.signature(function).parameters.values()
         assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
         assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == shared | extra

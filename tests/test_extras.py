@@ -11,7 +11,7 @@ from packed import ragged_batch
 from runnable import backends
 from torch import Tensor
 
-from tdpo_kernels import LMHead, reference, token_stats
+from tdpo_kernels import LMHead, fused_tdpo_loss, reference, token_stats
 
 EXTRAS = ("entropy", "mean_logit", "is_argmax")
 
@@ -42,6 +42,18 @@ def test_extras_change_nothing_else(backend: str):
     call = ragged_batch(torch.float32)
     plain, more = (token_stats(**call, extras=x, backend=backend) for x in ((), EXTRAS))
     assert all(torch.equal(getattr(plain, f), getattr(more, f)) for f in ("logp", "ref_logp", "kl"))
+
+
+@backends
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_loss_hands_out_the_statistics_of_its_tokens(backend: str, frozen: bool):
+    call = ragged_batch(torch.float32)
+    call["head"].requires_grad_(not frozen)
+    want = token_stats(**call, extras=EXTRAS, backend=backend)
+    found = fused_tdpo_loss(**call, extras=EXTRAS, backend=backend).tokens
+    assert [torch.equal(getattr(found, f), getattr(want, f)) for f in ("logp", "ref_logp", "kl")] == [True] * 3
+    assert list(found.extras) == list(EXTRAS)
+    assert all(torch.equal(found.extras[name], want.extras[name]) for name in EXTRAS)
 
 
 def of_one_row(z: Tensor, bias: Tensor | None, backend: str) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tdpo_kernels import LMHead, TDPOOutput, fused_tdpo_loss, token_stats
 
 EXTRAS = ("entropy", "mean_logit", "is_argmax")
 KINDS = (torch.int64, torch.int32)
-PAIR_FIELDS = [f.name for f in fields(TDPOOutput)][1:]
+PAIR_FIELDS = [f.name for f in fields(TDPOOutput)][1:-1]
 variants = pytest.mark.parametrize("options", [{"variant": "tdpo1"}, {"alpha": 0.7}], ids=str)
 
 
@@ -33,7 +33,7 @@ def test_padded_is_packed(backend: str, options: dict, shift: bool):
     call = pack(padded, lengths)
     leaves = padded["hidden"], padded["head"]
     a, b = (fused_tdpo_loss(**x, **options, shift=shift, reduction="none", backend=backend) for x in (padded, call))
-    fields_equal(a, b)
+    fields_equal(replace(a, tokens=b.tokens), b)  # whose shapes differ
     close(grads(a.loss.sum(), *leaves), grads(b.loss.sum(), *leaves))
     stats_a, stats_b = (token_stats(**x, shift=shift, backend=backend) for x in (padded, call))
     rows = [torch.cat([row[:n] for row, n in zip(x, lengths, strict=True)]) for x in (stats_a.logp, stats_a.kl)]

@@ -62,7 +62,7 @@ def sequence_parallel_loss(
     if found := int(total[-1]):  # raised on every rank, or the others would wait
         raise ValueError(f"sequence_ids: got {found} outside [0, {2 * pairs}) where labels count, wanted none")
     sums = total[:-1].view(3, -1)
-    return sums_loss(*sums, stats.logp.dtype, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
+    return sums_loss(*sums, stats, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
 
 
 def _own_sums(stats: TokenStats, sequence_ids: Tensor, count: int) -> Tensor:
