@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, groups
 from .backends import BACKENDS
-from .loss import cotangent_ratios, preference_loss
-from .op import DEFAULT_BUDGET, statistics
+from .loss import cotangent_ratios, preference_loss, sums_gradient
+from .op import DEFAULT_BUDGET, checked, statistics
 from .types import LMHead, TDPOOutput
 
 
@@ -45,11 +48,19 @@ def fused_tdpo_loss(
     if cu_seqlens is not None:
         checks.check_tensor(cu_seqlens, "cu_seqlens")
     checks.check_pairs(hidden, cu_seqlens)
-    stats = statistics(
+    call = checked(
         hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
-        extras=extras, backend=backend, memory_budget=memory_budget, ratios=cotangent_ratios(alpha, variant),
+        extras=extras, backend=backend, memory_budget=memory_budget,
     )  # fmt: skip
-    return preference_loss(stats, beta=beta, alpha=alpha, variant=variant, reduction=reduction, cu_seqlens=cu_seqlens)
+    options, ratios = dict(beta=beta, alpha=alpha, variant=variant), cotangent_ratios(alpha, variant)
+    loss = partial(preference_loss, **options, reduction=reduction, cu_seqlens=cu_seqlens)
+    plan = groups.plan(call) if reduction != "none" else None
+    if plan is None:
+        return loss(statistics(call, ratios))
+    pairs = len(plan.counts_S) // 2 if reduction == "mean" else 1
+    stats, gradients = groups.run(call, plan, ratios, lambda *sums: sums_gradient(*sums, **options) / pairs)
+    out, (hidden, head, _) = loss(stats), call.policy
+    return replace(out, loss=groups.Given.apply(out.loss, gradients, hidden, head.weight, head.bias))
 
 
 class TDPOLoss(nn.Module):

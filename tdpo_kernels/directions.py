@@ -7,74 +7,47 @@ ratio). Rows go block by block: forward, then at once backward from the logits k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import engine, pack
 from .backends import grid, rowmath
-from .types import Inputs, Rows
+from .types import SUMMANDS, Inputs, Needs
 
 LEAST = {"cpu": 256, "cuda": 1024}  # rows that are worth the launches of a block
 
 
-def run(
-    inputs: Inputs,
-    ratio_T: Tensor,
-    kept: Tensor,
-    statistics: Callable[[Inputs], rowmath.Whole],
-    gradient: Callable[[Inputs, Tensor], Tensor],
-) -> tuple[rowmath.Whole, Tensor]:
-    """Return the statistics of all rows, and u ``(N, D)`` in the dtype of the hidden states.
+def run(inputs: Inputs, ratio_T: Tensor, kept: Tensor, backend: str, needs: Needs) -> tuple[Tensor, Tensor]:
+    """Return the statistics of all rows ``(F, T)``, and u ``(N, D)`` in the dtype of the hidden states.
 
-    Args:
-        kept: room for the logits of a block.
-        statistics, gradient: functions of a block of rows, which share `kept`; `gradient` returns dh unrounded.
+    kept: room for the logits of a block.
     """
-    hidden, T = inputs.policy.hidden, inputs.rows.count
-    vocab = grid.padded(inputs.policy.head.weight.shape[0])
-    each = max(LEAST.get(hidden.device.type, LEAST["cpu"]), kept.numel() // max(2 * vocab, 1))
+    hidden, head, T = inputs.policy.hidden, inputs.policy.head, inputs.rows.count
+    each = max(least_rows(hidden.device), kept.numel() // max(2 * grid.padded(head.widest), 1))
     u_ND = hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
     found = []
     for a in range(0, max(T, 1), each):
-        block = replace(inputs, rows=_block(inputs.rows, slice(a, min(a + each, T))))
-        found.append(statistics(block))
+        block = replace(inputs, rows=pack.subset(inputs.rows, slice(a, min(a + each, T))))
+        shown, row = engine.statistics(block, backend, needs, kept)
         ratio_R = ratio_T[a : a + each]
-        row = rowmath.cotangents(found[-1].row, torch.ones_like(ratio_R), ratio_R, inputs.policy.head.logit_scale)
-        dh = gradient(block, row).to(u_ND.dtype)
-        index = block.rows.hidden_T
+        row = rowmath.cotangents(row, torch.ones_like(ratio_R), ratio_R, head.logit_scale)
+        dh = engine.gradients(block, backend, needs, kept, row, SUMMANDS).hidden.to(u_ND.dtype)
+        index, found = block.rows.hidden_T, [*found, shown]
         u_ND = dh if index is None else u_ND.index_copy_(0, index, dh)
-    return _joined(found), u_ND
+    return torch.cat(found, -1), u_ND
 
 
-def _block(rows: Rows, block: slice) -> Rows:
-    if grid.size(block) == rows.count:
-        return rows
-    every = torch.arange(block.start, block.stop, device=rows.labels_T.device)
-    hidden_T, label_T = (every if x is None else x[block] for x in (rows.hidden_T, rows.label_T))
-    return Rows(hidden_T, label_T, rows.labels_T[block])
+def least_rows(device: torch.device) -> int:
+    return LEAST.get(device.type, LEAST["cpu"])
 
 
-def _joined(found: list[rowmath.Whole]) -> rowmath.Whole:
-    if len(found) == 1:
-        return found[0]
-    logp, ref_logp, kl, _, row = (torch.cat(x, -1) if isinstance(x[0], Tensor) else x for x in zip(*found, strict=True))
-    extras = {name: torch.cat([x.extras[name] for x in found]) for name in found[0].extras}
-    return rowmath.Whole(logp, ref_logp, kl, extras, row)
-
-
-def ratio_of(
-    rows: Rows, labels: Tensor, cu_seqlens: Tensor | None, ratios: Sequence[float], dtype: torch.dtype
-) -> Tensor:
-    """Return each row's g_kl / g_logp ``(T,)``, from the `ratios` of the sequences' first and second half."""
-    at_T = torch.arange(labels.numel(), device=labels.device) if rows.label_T is None else rows.label_T
-    if cu_seqlens is None:
-        sequence_T, count = at_T // max(labels.shape[-1], 1), labels.shape[0]
-    else:
-        sequence_T, count = torch.bucketize(at_T, cu_seqlens[1:].long(), right=True), cu_seqlens.numel() - 1
-    chosen, rejected = (torch.tensor(x, dtype=dtype, device=labels.device) for x in ratios)
+def ratio_of(sequence_T: Tensor, count: int, ratios: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Return each row's g_kl / g_logp ``(T,)``, from the `ratios` of the first and the second half of all sequences."""
+    chosen, rejected = (torch.tensor(x, dtype=dtype, device=sequence_T.device) for x in ratios)
     return torch.where(sequence_T < count // 2, chosen, rejected)
 
 

@@ -51,6 +51,13 @@ def sums_loss(
     return TDPOOutput(loss.to(dtype), *shown_8P.unbind(), stats.detach())
 
 
+def sums_gradient(logp_S: Tensor, ref_S: Tensor, kl_S: Tensor, *, beta: float, alpha: float, variant: str) -> Tensor:
+    """Return the gradient of the sum of all pairs' losses in `logp_S`. In `kl_S` it is `cotangent_ratios` as large."""
+    (m_w, m_l), (k_w, k_l) = (logp_S - ref_S).chunk(2), kl_S.chunk(2)
+    g_P = -beta * torch.sigmoid(-beta * _preference(m_w - m_l, k_w, k_l, alpha, variant))
+    return torch.cat([g_P, -g_P])
+
+
 def cotangent_ratios(alpha: float, variant: str) -> tuple[float, float]:
     """Return g_kl / g_logp of the tokens of chosen and of rejected sequences, whatever the loss: eq. (4)."""
     return (1.0, 1.0) if variant == "tdpo1" else (0.0, alpha)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import checks, directions, pack
-from .backends import BACKENDS, choose, grid, rowmath, sharded
-from .backends.logits import ruled_out
-from .types import Gradients, Inputs, LMHead, Model, Needs, Rows, TokenStats, VocabParallelHead, stats_dtype
+from . import checks, directions, engine, pack
+from .backends import BACKENDS, choose, grid, rowmath
+from .types import Extras, LMHead, Model, Needs, Rows, TokenStats, VocabParallelHead, stats_dtype
 
 DEFAULT_BUDGET = 2**30
 
@@ -57,18 +55,34 @@ def token_stats(
     Raises:
         TypeError, ValueError: if an argument is wrong; the message says which, what was seen and what is wanted.
     """
-    return statistics(
+    call = checked(
         hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
         extras=extras, backend=backend, memory_budget=memory_budget,
     )  # fmt: skip
+    return statistics(call)
 
 
-def statistics(
+class Call(NamedTuple):
+    """Hold what `token_stats` was given, checked."""
+
+    policy: Model
+    reference: Model
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    ignore_index: int | None
+    shift: bool
+    extras: Extras
+    backend: str
+    memory_budget: int
+    needs: Needs
+
+
+def checked(
     hidden: Tensor, head: Tensor | nn.Linear | LMHead, ref_hidden: Tensor, ref_head: Tensor | nn.Linear | LMHead,
-    labels: Tensor, *, ignore_index: int | None, shift: bool, cu_seqlens: Tensor | None, extras: tuple[str, ...],
-    backend: str, memory_budget: int, ratios: tuple[float, ...] = (),
-) -> TokenStats:  # fmt: skip
-    """Return `token_stats`; `ratios`: g_kl / g_logp of the first and the second half of the sequences, if known."""
+    labels: Tensor, *, ignore_index: int | None, shift: bool, cu_seqlens: Tensor | None, extras: Extras, backend: str,
+    memory_budget: int,
+) -> Call:  # fmt: skip
+    """Return the call, or raise the errors that `token_stats` documents."""
     checks.check_transforms(hidden)
     head, ref_head = checks.as_head(head, "head"), checks.as_head(ref_head, "ref_head")
     checks.check_inputs(hidden, head, ref_hidden, ref_head, labels)
@@ -78,23 +92,31 @@ def statistics(
         checks.check_cu_seqlens(cu_seqlens, hidden)
     policy = Model(hidden, head, checks.compute_dtype(hidden, head, ""))
     reference = Model(ref_hidden, ref_head, checks.compute_dtype(ref_hidden, ref_head, "ref_"))
-    differentiated = (hidden, head.weight, head.bias)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiated]
+    needs = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias))
     budget = min(memory_budget, 2**62) if backend != "naive" else 2**62
-    room = [rowmath.WHOLE, _room(policy, reference, budget) if any(needs) else 0]  # sizes of outputs
+    return Call(
+        policy, reference, labels, cu_seqlens, ignore_index, shift, tuple(extras), backend, budget, Needs(*needs)
+    )
+
+
+def statistics(call: Call, ratios: tuple[float, ...] = ()) -> TokenStats:
+    """Return `token_stats`; `ratios`: g_kl / g_logp of the first and the second half of the sequences, if known."""
+    (hidden, head, dtype), (ref_hidden, ref_head, ref_dtype) = call.policy, call.reference
+    needs = list(call.needs)
+    room = [rowmath.WHOLE, _room(call) if any(needs) else 0]  # sizes of outputs
     ratios = list(ratios) if needs == [True, False, False] else []
-    options = (*_options(head, policy.dtype), *_options(ref_head, reference.dtype), shift, backend, needs)
+    options = (*_options(head, dtype), *_options(ref_head, ref_dtype), call.shift, call.backend, needs)
     logp, kl, ref_logp, extra = _TokenStats.apply(
-        *differentiated, ref_hidden.detach(), ref_head.weight.detach(), _detached(ref_head.bias), labels, cu_seqlens,
-        ignore_index, list(extras), ratios, room, options,
+        hidden, head.weight, head.bias, ref_hidden.detach(), ref_head.weight.detach(), _detached(ref_head.bias),
+        call.labels, call.cu_seqlens, call.ignore_index, list(call.extras), ratios, room, options,
     )  # fmt: skip
-    return TokenStats(logp, ref_logp, kl, dict(zip(extras, extra.unbind(), strict=True)))
+    return TokenStats(logp, ref_logp, kl, dict(zip(call.extras, extra.unbind(), strict=True)))
 
 
-def _room(policy: Model, reference: Model, memory_budget: int) -> int:
+def _room(call: Call) -> int:
     """Return how many logits may be kept if every row counts, because a graph has shapes before it sees a label."""
-    N, itemsize = policy.hidden.shape[:-1].numel(), stats_dtype(policy, reference).itemsize
-    return grid.room(N, policy.head.weight.shape[0], itemsize, memory_budget)
+    N, itemsize = call.labels.numel(), stats_dtype(call.policy, call.reference).itemsize
+    return grid.room(N, call.policy.head.weight.shape[0], itemsize, call.memory_budget)
 
 
 class _TokenStats(torch.autograd.Function):
@@ -189,24 +211,21 @@ def _forward(*args: Any, fixed: bool = False) -> tuple[Tensor, ...]:
     policy, reference = _models(args[:_MODELS], options)
     choose(backend, policy.hidden.device, (policy, reference))  # refused before any work
     rows = pack.pack(labels, cu_seqlens, policy.head.vocab, ignore_index=ignore_index, shift=shift)
-    inputs, needs = Inputs(policy, reference, rows, tuple(extras)), Needs(*needs)
+    inputs, needs = engine.inputs_of(policy, reference, rows, tuple(extras)), Needs(*needs)
     size = room[1] if fixed else grid.room(rows.count, policy.head.weight.shape[0], 1, room[1])
     kept, u = policy.hidden.new_empty(size, dtype=inputs.stats_dtype), policy.hidden.new_empty(0)
     if ratios:
-        ratio_T = directions.ratio_of(rows, labels, cu_seqlens, ratios, inputs.stats_dtype)
-        found, u = directions.run(
-            inputs, ratio_T, kept, lambda block: _statistics(block, backend, needs, kept),
-            lambda block, row: _gradients(block, backend, needs, kept, row, True).hidden,
-        )  # fmt: skip
+        count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        sequence_T = pack.sequences(rows, labels.shape, cu_seqlens)
+        ratio_T = directions.ratio_of(sequence_T, count, ratios, inputs.stats_dtype)
+        found_FT, u = directions.run(inputs, ratio_T, kept, backend, needs)
         u, kept = u.view(policy.hidden.shape), kept[:0].clone()
-        counts = pack.spread(torch.ones_like(found.logp), rows, labels.shape).view(1, -1)
+        counts = pack.spread(torch.ones_like(found_FT[0]), rows, labels.shape).view(1, -1)
         saved = counts, rows.labels_T.new_zeros(2, labels.numel()), torch.tensor(rows.count, device="cpu")
     else:
-        found = _statistics(inputs, backend, needs, kept)
-        saved = _sized(found.row, rows, labels.numel())
-    logp, kl, ref_logp, *extra = (
-        pack.spread(x_T, rows, labels.shape) for x_T in (found.logp, found.kl, found.ref_logp, *found.extras.values())
-    )
+        found_FT, row = engine.statistics(inputs, backend, needs, kept)
+        saved = _sized(row, rows, labels.numel())
+    logp, kl, ref_logp, *extra = (pack.spread(x_T, rows, labels.shape) for x_T in found_FT)
     extra = torch.stack(extra) if extra else logp.new_empty(0, *logp.shape)
     return logp, kl, ref_logp, extra, u, *saved, kept
 
@@ -239,38 +258,17 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return *shown, policy.hidden.new_empty(u), row, index, count, labels.new_empty(room, dtype=dtype)
 
 
-def _statistics(inputs: Inputs, backend: str, needs: Needs, kept: Tensor) -> rowmath.Whole:
-    policy, reference, group = inputs.policy, inputs.reference, inputs.policy.head.group
-    _, inner = choose(backend, policy.hidden.device, (policy, reference))
-    with _settled(policy.hidden):
-        if group is None:
-            part, out = inner.forward(inputs, kept), ruled_out(policy, reference)
-        else:
-            part, out = sharded.forward(inner, inputs, needs, kept)
-        found = rowmath.whole(part.state, part.labels, inputs.extras, policy.head.vocab)
-        return found if out is None else rowmath.with_infinities(found, out)
-
-
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     row, index, count, kept, g_logp, g_kl, *options, shift, backend, needs = args[_MODELS:]
     policy, reference = _models(args[:_MODELS], options)
     T, needs = int(count), Needs(*needs)
     rows = pack.rows_of(*index[:, :T], index.shape[1], shift)
-    inputs = Inputs(policy, reference, rows)
+    inputs = engine.inputs_of(policy, reference, rows)
     g_logp_T, g_kl_T = (None if g is None else pack.gather(g, rows) for g in (g_logp, g_kl))
     row = rowmath.cotangents(row[:, :T], g_logp_T, g_kl_T, policy.head.logit_scale)
-    dh, dw, db = _gradients(inputs, backend, needs, kept, row, False)
+    dh, dw, db = engine.gradients(inputs, backend, needs, kept, row)
     dh = None if dh is None else dh.view(policy.hidden.shape)
     return tuple(args[0].new_empty(0) if g is None else g for g in (dh, dw, db))  # an operator returns no None
-
-
-def _gradients(inputs: Inputs, backend: str, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
-    policy = inputs.policy
-    _, inner = choose(backend, policy.hidden.device, (policy, inputs.reference))
-    with _settled(policy.hidden):
-        if policy.head.group is None:
-            return inner.backward(inputs, needs, kept, row, partial)
-        return sharded.backward(inner, inputs, needs, kept, row, partial)
 
 
 def _contiguous(*args: Any) -> tuple[Tensor, ...]:
@@ -287,13 +285,3 @@ _backward_op = torch.library.custom_op(
 def _(*args: Any) -> tuple[Tensor, ...]:
     none = args[0].new_empty(0)
     return tuple(x.new_empty(x.shape) if need else none.clone() for x, need in zip(args[:3], args[-1], strict=True))
-
-
-def _settled(x: Tensor) -> contextlib.AbstractContextManager:
-    """Return a context with autocast off (`checks.compute_dtype` settled the dtype) and x's device the current one."""
-    stack = contextlib.ExitStack()
-    if torch.is_autocast_enabled(x.device.type):
-        stack.enter_context(torch.autocast(x.device.type, enabled=False))
-    if x.is_cuda:
-        stack.enter_context(torch.cuda.device(x.device))
-    return stack

@@ -40,6 +40,31 @@ def rows_of(label_T: Tensor, labels_T: Tensor, count: int, shift: bool) -> Rows:
     return Rows(label_T - 1 if shift else label_T, label_T, labels_T)
 
 
+def subset(rows: Rows, *blocks: slice) -> Rows:
+    """Return the rows in these blocks, one block after the other."""
+    if sum(block.stop - block.start for block in blocks) == rows.count:
+        return rows
+    every_T = torch.arange(rows.count, device=rows.labels_T.device) if rows.hidden_T is None else None
+    return Rows(*(
+        torch.cat([(every_T if x is None else x)[block] for block in blocks])
+        for x in (rows.hidden_T, rows.label_T, rows.labels_T)
+    ))  # fmt: skip
+
+
+def counts(rows: Rows, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
+    """Return how many rows of each sequence count ``(S,)``, for labels of this shape."""
+    sequence_T = sequences(rows, shape, cu_seqlens)
+    return torch.bincount(sequence_T, minlength=shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
+
+
+def sequences(rows: Rows, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
+    """Return the sequence that each row belongs to, ``(T,)``."""
+    at_T = torch.arange(shape.numel(), device=rows.labels_T.device) if rows.label_T is None else rows.label_T
+    if cu_seqlens is None:
+        return at_T // max(shape[-1], 1)
+    return torch.bucketize(at_T, cu_seqlens[1:].long(), right=True)
+
+
 def _valid(
     labels_N: Tensor, shape: torch.Size, cu_seqlens: Tensor | None, ignore_index: int | None, shift: bool
 ) -> Tensor | None:

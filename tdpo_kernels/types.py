@@ -18,6 +18,7 @@ Dataclasses that hold tensors compare by identity (``eq=False``), because tensor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -50,6 +51,11 @@ class LMHead:
         return self.weight.shape[0]
 
     @property
+    def widest(self) -> int:
+        """Return the most rows that a rank holds, V if there is one."""
+        return self.vocab
+
+    @property
     def group(self) -> ProcessGroup | None:
         """Return the ranks that the vocabulary is split over, or None."""
         return None
@@ -72,6 +78,10 @@ class VocabParallelHead(LMHead):
         return sum(self.sizes)
 
     @property
+    def widest(self) -> int:
+        return max(self.sizes)
+
+    @property
     def columns(self) -> slice:
         """Return where this rank's rows stand in the vocabulary."""
         return self.columns_of(self.group.rank())
@@ -81,8 +91,7 @@ class VocabParallelHead(LMHead):
         return slice(first, first + self.sizes[rank])
 
 
-@dataclass(frozen=True, eq=False)
-class Model:
+class Model(NamedTuple):
     """Hold one model's hidden states ``(..., L, D)`` or ``(N, D)``, its head, and the dtype of its products."""
 
     hidden: Tensor
@@ -108,16 +117,32 @@ class Rows:
         return self.labels_T.numel()
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """Say which gradients are wanted. The others cost neither time nor memory."""
 
     hidden: bool
     weight: bool
     bias: bool
 
-    def __bool__(self) -> bool:
-        return self.hidden or self.weight or self.bias
+
+class Workspace:
+    """Hold buffers by name, made at first use and used again, so that no tile costs page faults twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffers: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
+
+    def get(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Return a contiguous view of the buffer `name`, grown if need be, whose content is whatever was there."""
+        view = self.views.get((name, dtype, shape))
+        if view is None:
+            have, wanted = self.buffers.get(name), math.prod(shape)
+            if have is None or have.numel() < wanted or have.dtype != dtype:
+                self.views = {key: x for key, x in self.views.items() if key[0] != name}
+                have = self.buffers[name] = torch.empty(wanted, dtype=dtype, device=self.device)
+            view = self.views[name, dtype, shape] = have[:wanted].view(shape)
+        return view
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +152,8 @@ class Inputs:
     policy: Model
     reference: Model
     rows: Rows
-    extras: Extras = ()
+    extras: Extras
+    work: Workspace
 
     @cached_property
     def stats_dtype(self) -> torch.dtype:
@@ -142,9 +168,12 @@ class Part(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    hidden: Tensor | None  # (N, D), zero in rows that predict nothing; (T, D) where `partial`
+    hidden: Tensor | None  # (N, D), zero in rows that predict nothing
     weight: Tensor | None  # (V, D)
     bias: Tensor | None  # (V,)
+
+
+SUMMANDS = Gradients(None, None, None)  # a `total` that adds to no gradient
 
 
 class Backend(Protocol):
@@ -154,10 +183,11 @@ class Backend(Protocol):
         """Return the part, and fill `kept`, which is flat, with as many tiles of both models' logits as fit."""
         ...
 
-    def backward(self, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
+    def backward(self, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, total: Gradients | None) -> Gradients:
         """Return the gradients from `kept` and from the values of each whole row that `rowmath.cotangents` returns.
 
-        partial: the vocabulary is split, so dh is a summand, and is returned unrounded, ``(T, D)``.
+        total: given where these rows or columns are not all. Then dh is a summand, returned unrounded, ``(T, D)``; dW
+        and db are added to those of `total` that are not None, in the statistics' dtype.
         """
         ...
 

@@ -13,5 +13,5 @@ def forward(inputs: Inputs, kept: Tensor) -> Part:
     return walk.forward(FusedTiles(inputs), inputs, kept)
 
 
-def backward(inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
-    return walk.backward(FusedTiles(inputs), inputs, needs, kept, row, partial)
+def backward(inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, total: Gradients | None) -> Gradients:
+    return walk.backward(FusedTiles(inputs), inputs, needs, kept, row, total)

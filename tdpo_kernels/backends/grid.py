@@ -106,26 +106,6 @@ def kept_tile(kept: Tensor, grid: Grid, rows: slice, cols: slice) -> Tensor | No
     return kept[begin : begin + 2 * R * apart].view(2, R, apart)[..., :C]
 
 
-class Workspace:
-    """Hold buffers by name, made at first use and used again, so that no tile costs page faults twice."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.buffers: dict[str, Tensor] = {}
-        self.views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
-
-    def get(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Return a contiguous view of the buffer `name`, grown if need be, whose content is whatever was there."""
-        view = self.views.get((name, dtype, shape))
-        if view is None:
-            have, wanted = self.buffers.get(name), math.prod(shape)
-            if have is None or have.numel() < wanted or have.dtype != dtype:
-                self.views = {key: x for key, x in self.views.items() if key[0] != name}
-                have = self.buffers[name] = torch.empty(wanted, dtype=dtype, device=self.device)
-            view = self.views[name, dtype, shape] = have[:wanted].view(shape)
-        return view
-
-
 def tiles(grid: Grid, columns_outer: bool) -> Iterator[tuple[slice, slice]]:
     """Yield the rows and columns of each tile."""
     every_row, every_col = grid.row_blocks(), grid.col_blocks()

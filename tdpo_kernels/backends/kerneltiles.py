@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..types import Inputs, Part
 from . import launch, selfcheck
-from .grid import ALIGNED, Grid, Workspace, cut, padded, size, tile_of
+from .grid import ALIGNED, Grid, cut, padded, size, tile_of
 from .launch import Head, Operands
 from .logits import Operand, Side, block_of, copied_bytes, sides_of
 from .rowmath import STATE
@@ -25,7 +25,7 @@ class RowTiles:
 
     def __init__(self, inputs: Inputs) -> None:
         device = inputs.policy.hidden.device
-        self.work, self.labels_T = Workspace(device), inputs.rows.labels_T
+        self.work, self.labels_T = inputs.work, inputs.rows.labels_T
         self.sides = self.policy, self.reference = sides_of(inputs, self.work)
         self.traits = launch.traits_of(
             [side.head for side in self.sides], [side.model.dtype for side in self.sides], bool(inputs.extras), device,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..types import Gradients, Inputs, LMHead, Model, Needs
+from ..types import SUMMANDS, Gradients, Inputs, LMHead, Model, Needs, Workspace
 from . import onednn
-from .grid import Grid, Workspace, size, tiles
+from .grid import Grid, size, tiles
 from .rowmath import LOWEST, is_lowest
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -172,13 +172,16 @@ class Sum:
 
     A gradient in the statistics' dtype is its own accumulator. Otherwise there is one of `held` rows: of one block
     where each is finished (`close`) before the next is begun, else of all. With `index`, row i of what is summed
-    belongs to row ``index[i]`` of the gradient, whose other rows stay zero.
+    belongs to row ``index[i]`` of the gradient, whose other rows stay zero. Blocks in `begun` are added to from the
+    first product on.
     """
 
-    def __init__(self, grad: Tensor, index: Tensor | None, dtype: torch.dtype, held: int) -> None:
+    def __init__(
+        self, grad: Tensor, index: Tensor | None, dtype: torch.dtype, held: int, begun: Iterable[int] = ()
+    ) -> None:
         self.grad, self.index, self.held = grad, index, held
         self.acc = None if grad.dtype == dtype else grad.new_empty(held, grad.shape[1], dtype=dtype)
-        self.begun: set[int] = set()
+        self.begun = set(begun)
 
     def add(self, block: slice, a: Tensor, b: Tensor, alpha: float) -> None:
         again = block.start in self.begun
@@ -208,18 +211,26 @@ class Sum:
 class Sums:
     """Build dh, dW and db, in the order of tiles in which the larger fp32 sum is never held whole."""
 
-    def __init__(self, inputs: Inputs, grid: Grid, needs: Needs, policy: Side, scale: float, partial: bool) -> None:
+    def __init__(
+        self, inputs: Inputs, grid: Grid, needs: Needs, policy: Side, scale: float, total: Gradients | None
+    ) -> None:
         hidden, head, dtype = inputs.policy.hidden, inputs.policy.head, inputs.stats_dtype
         self.grid, self.policy, self.alpha = grid, policy, 1.0 / scale
         self.columns_outer = needs.weight and 0 < grid.T <= grid.V
         held_rows, held_cols = (grid.T, grid.C) if self.columns_outer else (grid.R, grid.V)
-        index = None if partial else inputs.rows.hidden_T
-        shape, kept_as = (hidden.shape[:-1].numel(), hidden.dtype) if not partial else (grid.T, dtype)
+        index = inputs.rows.hidden_T if total is None else None
+        shape, kept_as = (hidden.shape[:-1].numel(), hidden.dtype) if total is None else (grid.T, dtype)
         make = hidden.new_empty if index is None else hidden.new_zeros
         dh = make(shape, hidden.shape[-1], dtype=kept_as) if needs.hidden else None
         self.hidden = None if dh is None else Sum(dh, index, dtype, held_rows)
-        self.weight = Sum(torch.empty_like(head.weight), None, dtype, held_cols) if needs.weight else None
-        self.bias = hidden.new_zeros(grid.V, dtype=dtype) if needs.bias else None
+        self.weight, self.bias, self.total = None, None, SUMMANDS if total is None else total
+        if self.total.weight is not None:
+            begun = (cols.start for cols in grid.col_blocks())
+            self.weight = Sum(self.total.weight, None, dtype, grid.V, begun)
+        elif needs.weight:
+            self.weight = Sum(torch.empty_like(head.weight), None, dtype, held_cols)
+        if needs.bias:
+            self.bias = hidden.new_zeros(grid.V, dtype=dtype) if self.total.bias is None else self.total.bias
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         return tiles(self.grid, self.columns_outer)
@@ -246,5 +257,7 @@ class Sums:
         )
         for block in every if inner is not None else ():
             inner.close(block)
-        bias = None if self.bias is None else self.bias.to(self.policy.head.weight.dtype)
+        bias = self.bias
+        if bias is not None and self.total.bias is None:
+            bias = bias.to(self.policy.head.weight.dtype)
         return Gradients(*(None if x is None else x.grad for x in (self.hidden, self.weight)), bias)

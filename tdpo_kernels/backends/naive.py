@@ -14,8 +14,8 @@ def forward(inputs: Inputs, kept: Tensor) -> Part:
     return walk.forward(_one_tile(inputs), inputs, kept)
 
 
-def backward(inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
-    return walk.backward(_one_tile(inputs), inputs, needs, kept, row, partial)
+def backward(inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, total: Gradients | None) -> Gradients:
+    return walk.backward(_one_tile(inputs), inputs, needs, kept, row, total)
 
 
 def _one_tile(inputs: Inputs) -> TorchTiles:

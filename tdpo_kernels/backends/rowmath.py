@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import Extras
-from .grid import Workspace
+from ..types import Extras, Workspace
 
 WHOLE = 8  # rows of `Whole.row`
 STATE = 6  # rows of a part's state; two more with extras
@@ -180,12 +179,9 @@ def _merge(parts_GKSR: Tensor) -> Tensor:
 
 
 class Whole(NamedTuple):
-    """Hold each row's statistics over the whole vocabulary, ``(T,)`` each."""
+    """Hold each row's statistics over the whole vocabulary."""
 
-    logp: Tensor
-    ref_logp: Tensor
-    kl: Tensor
-    extras: dict[str, Tensor]
+    shown: Tensor  # (F, T): logp, kl, ref_logp, then the extras
     row: Tensor  # (WHOLE, T), for `cotangents`: tops, lse and gap of the whole; P_0, Q_0, p_y - q_y
 
 
@@ -206,8 +202,8 @@ def whole(others: Tensor, labels_2T: Tensor, extras: Extras, vocab: int) -> Whol
     at_label, elsewhere = _difference(p_y, q_y, Y_y), _difference(P_0, Q_0, Y_0)
     row = [*state[:4], gap, P_0, Q_0, torch.where(q_y > Q_0, -elsewhere, at_label)]
     logp, ref_logp = -losses
-    more = _extras(extras, others, z_y, logp, odds[0], vocab) if extras else {}
-    return Whole(logp, ref_logp, kl, more, torch.stack(row))
+    more = _extras(extras, others, z_y, logp, odds[0], vocab) if extras else ()
+    return Whole(torch.stack([logp, kl, ref_logp, *more]), torch.stack(row))
 
 
 def _against_label(others: Tensor, labels_2T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,18 +215,19 @@ def _against_label(others: Tensor, labels_2T: Tensor) -> tuple[Tensor, Tensor, T
     return x, torch.addcmul(mass_0, lost * mass_0, 1.0 - mass_0), torch.addcmul(_softplus(x), lost, mass_0)
 
 
-def with_infinities(found: Whole, ruled_out_2: Tensor) -> Whole:
-    """Return `found` with infinities where LOWEST stands for one, given the result of `logits.ruled_out`.
+def with_infinities(shown: Tensor, extras: Extras, ruled_out_2: Tensor) -> Tensor:
+    """Return `shown` with infinities where LOWEST stands for one, given the result of `logits.ruled_out`.
 
     A KL that must be inf is not found by its size: 1e30 times a tiny q looks finite. Only a bias rules a token out, so
     either all rows have an infinite KL or none has.
     """
     missed, any_out = ruled_out_2.unbind()
-    extras = dict(found.extras)
-    if "mean_logit" in extras:
-        extras["mean_logit"] = extras["mean_logit"].masked_fill(any_out, -math.inf)
-    logp, ref_logp = (x.masked_fill(is_lowest(x), -math.inf) for x in (found.logp, found.ref_logp))
-    return Whole(logp, ref_logp, found.kl.masked_fill(missed, math.inf), extras, found.row)
+    logp, kl, ref_logp, *more = shown
+    more = [
+        x.masked_fill(any_out, -math.inf) if name == "mean_logit" else x for name, x in zip(extras, more, strict=True)
+    ]
+    logp, ref_logp = (x.masked_fill(is_lowest(x), -math.inf) for x in (logp, ref_logp))
+    return torch.stack([logp, kl.masked_fill(missed, math.inf), ref_logp, *more])
 
 
 def _difference(p: Tensor, q: Tensor, y: Tensor) -> Tensor:
@@ -242,15 +239,14 @@ def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40)
 
 
-def _extras(wanted: Extras, others: Tensor, z_y: Tensor, logp: Tensor, x_z: Tensor, vocab: int) -> dict[str, Tensor]:
-    """Return the `wanted` extras, by name."""
+def _extras(wanted: Extras, others: Tensor, z_y: Tensor, logp: Tensor, x_z: Tensor, vocab: int) -> list[Tensor]:
     entropy_0, total = others[STATE:].unbind()
     found = {
         "entropy": torch.sigmoid(x_z) * (entropy_0 + _softplus(-x_z)) - torch.sigmoid(-x_z) * logp,
         "mean_logit": (total + z_y) / vocab,
         "is_argmax": (z_y >= others[0]).to(z_y.dtype),
     }
-    return {name: found[name] for name in wanted}
+    return [found[name] for name in wanted]
 
 
 def cotangents(row: Tensor, g_logp_T: Tensor | None, g_kl_T: Tensor | None, scale: float) -> Tensor:
@@ -274,21 +270,20 @@ def mostly_p(a: Tensor, c: Tensor) -> Tensor:
 # --- backward: dz of a tile by eq. (9), except at the label -----------------------------------------------------------
 
 
-def dz_from_p(z: Tensor, row: Tensor, work: Workspace) -> Tensor:
-    """Return ``b p``, for rows whose a is 0."""
+def dz_from_p_(z: Tensor, row: Tensor, out: Buffers) -> None:
+    """Set ``out.one = b p``, for rows whose a is 0."""
     top_z, _, lse_z, _, _, _, b, _, _ = row.unbind()
-    return _softmax(z, top_z, lse_z, Buffers.of(work, z).q).mul_(b[:, None])
+    _softmax(z, top_z, lse_z, out.one).mul_(b[:, None])
 
 
-def dz_from_q(r: Tensor, row: Tensor, work: Workspace) -> Tensor:
-    """Return ``b q``, for rows whose c is 0."""
+def dz_from_q_(r: Tensor, row: Tensor, out: Buffers) -> None:
+    """Set ``out.one = b q``, for rows whose c is 0."""
     _, top_r, _, lse_r, _, _, b, _, _ = row.unbind()
-    return _softmax(r, top_r, lse_r, Buffers.of(work, r).q).mul_(b[:, None])
+    _softmax(r, top_r, lse_r, out.one).mul_(b[:, None])
 
 
-def dz_from_both(z: Tensor, r: Tensor, row: Tensor, work: Workspace) -> Tensor:
-    """Return dz by eq. (9), for any row."""
-    out = Buffers.of(work, z)
+def dz_from_both_(z: Tensor, r: Tensor, row: Tensor, out: Buffers) -> None:
+    """Set ``out.one`` to dz by eq. (9), for any row."""
     top_z, top_r, lse_z, lse_r, gap, a, b, c, _ = row[..., None].unbind()
     y = exact_difference_(z, r, top_z, top_r, gap, out)
     q = _softmax(r, top_r[:, 0], lse_r[:, 0], out.q)
@@ -296,8 +291,7 @@ def dz_from_both(z: Tensor, r: Tensor, row: Tensor, work: Workspace) -> Tensor:
     dz = torch.expm1(torch.clamp(y, max=FAR, out=out.one) if far else y, out=out.one).mul_(c).add_(b).mul_(q)
     if far or rows.any():
         p = _softmax(z, top_z[:, 0], lse_z[:, 0], out.two)
-        dz = torch.where((y >= FAR) | rows, p.mul_(c).add_(q.mul_(a)), dz)
-    return dz
+        torch.where((y >= FAR) | rows, p.mul_(c).add_(q.mul_(a)), dz, out=out.one)
 
 
 def softcap_slope(x: Tensor, softcap: float) -> Tensor:

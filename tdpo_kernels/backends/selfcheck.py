@@ -16,10 +16,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..types import Inputs, Model, Part
+from ..types import Inputs, Model, Part, Workspace
 from ..version import __version__
 from . import rowmath
-from .grid import Grid, Workspace, size
+from .grid import Grid, size
 from .launch import Launch, precision
 from .logits import Operand, affine_, capped
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import exchanged, gathered, same, summed_, told
-from ..types import Backend, Gradients, Inputs, LMHead, Model, Needs, Part, VocabParallelHead
+from ..types import SUMMANDS, Backend, Gradients, Inputs, LMHead, Model, Needs, Part, VocabParallelHead
 from . import rowmath
 from .logits import ruled_out
 
@@ -34,19 +34,22 @@ def forward(inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor) -> tuple
     return Part(rowmath.merge(sent_WFT[:, :-2]), sent_WFT[:, -2:].sum(0)), out
 
 
-def backward(inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
+def backward(
+    inner: Backend, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, total: Gradients | None
+) -> Gradients:  # fmt: skip
     own, head, hidden = _own(inputs), inputs.policy.head, inputs.policy.hidden
     if head.weight.shape[0]:
-        dh, dw, db = inner.backward(own, needs, kept, row, True)
+        dh, dw, db = inner.backward(own, needs, kept, row, SUMMANDS if total is None else total)
     else:
         zero_TD = row.new_zeros(inputs.rows.count, hidden.shape[-1])
         dh, dw, db = zero_TD, torch.zeros_like(head.weight), None if head.bias is None else torch.zeros_like(head.bias)
     if not needs.hidden:
         return Gradients(None, dw, db)
     dh, index = summed_(dh, head.group), inputs.rows.hidden_T
-    if not partial:
-        dh = dh.to(hidden.dtype)
-    if not partial and index is not None:
+    if total is not None:
+        return Gradients(dh, dw, db)
+    dh = dh.to(hidden.dtype)
+    if index is not None:
         dh = dh.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1]).index_copy_(0, index, dh)
     return Gradients(dh, dw, db)
 
@@ -57,7 +60,7 @@ def _own(inputs: Inputs) -> Inputs:
     columns, labels_T = head.columns, inputs.rows.labels_T
     inside = (labels_T >= columns.start) & (labels_T < columns.stop)
     rows = replace(inputs.rows, labels_T=(labels_T - columns.start).masked_fill(~inside, -1))
-    policy = replace(inputs.policy, head=LMHead(head.weight, head.bias, head.logit_scale, head.softcap))
+    policy = inputs.policy._replace(head=LMHead(head.weight, head.bias, head.logit_scale, head.softcap))
     return replace(inputs, policy=policy, reference=_reference_part(inputs.reference, head), rows=rows)
 
 
@@ -89,7 +92,7 @@ def _reference_part(reference: Model, policy_head: VocabParallelHead) -> Model:
             None if x is None else exchanged(x.detach(), sent, received, policy_head.group)
             for x in (head.weight, head.bias)
         )
-    return replace(reference, head=LMHead(weight, bias, head.logit_scale, head.softcap))
+    return reference._replace(head=LMHead(weight, bias, head.logit_scale, head.softcap))
 
 
 def _common(a: slice, b: slice) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
 from ..types import Gradients, Inputs, Needs, Part
 from . import kerneltiles, rowmath, walk
-from .grid import Grid, Workspace, cut, padded, size, tile_of
+from .grid import Grid, cut, padded, size, tile_of
 from .logits import SIXTEEN_BIT, Side, affine_, block_of, capped, copied_bytes, sides_of
-from .rowmath import LOWEST
+from .rowmath import LOWEST, Buffers
 from .walk import Kind
 
+RUN = 32  # rows that are worth operations of their own
 PLANES = 10  # tensors of a tile's size: both models' logits, `rowmath.Buffers`, three more where a log-ratio is large
 
 
@@ -19,8 +22,8 @@ def forward(inputs: Inputs, kept: Tensor) -> Part:
     return walk.forward(_tiles(inputs), inputs, kept)
 
 
-def backward(inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
-    return walk.backward(_tiles(inputs), inputs, needs, kept, row, partial)
+def backward(inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, total: Gradients | None) -> Gradients:
+    return walk.backward(_tiles(inputs), inputs, needs, kept, row, total)
 
 
 def _tiles(inputs: Inputs) -> walk.Tiles:
@@ -28,12 +31,29 @@ def _tiles(inputs: Inputs) -> walk.Tiles:
     return kerneltiles.RowTiles(inputs) if by_kernels else TorchTiles(inputs)
 
 
+def _runs(kind: Kind, row_R: Tensor) -> list[tuple[slice, Kind]]:
+    """Return runs of a block's rows with the kind of each: chosen rows spare q beside rejected rows that need both.
+
+    Only where the few runs of a block can be read without waiting.
+    """
+    R = row_R.shape[1]
+    if kind is not Kind.BOTH or row_R.device.type != "cpu":
+        return [(slice(0, R), kind)]
+    no_q, no_p = row_R[5] == 0, row_R[7] == 0
+    kind_R = torch.where(no_q, Kind.ONLY_P.value, torch.where(no_p, Kind.ONLY_Q.value, Kind.BOTH.value))
+    kinds, counts = torch.unique_consecutive(kind_R, return_counts=True)
+    if len(kinds) * RUN > R:
+        return [(slice(0, R), kind)]
+    ends = list(accumulate(counts.tolist(), initial=0))
+    return [(slice(a, b), Kind(k)) for a, b, k in zip(ends, ends[1:], kinds.tolist(), strict=False)]
+
+
 class TorchTiles:
     """Make tiles by library products and reduce them in torch."""
 
     def __init__(self, inputs: Inputs, grid: Grid | None = None) -> None:
         self.dtype, self.extras, self.labels_T = inputs.stats_dtype, inputs.extras, inputs.rows.labels_T
-        self.work = Workspace(inputs.policy.hidden.device)
+        self.work = inputs.work
         self.sides = self.policy, self.reference = sides_of(inputs, self.work)
         caps = sum(side.head.softcap is not None for side in self.sides)
         per_entry = self.dtype.itemsize * (PLANES + 2 * caps)
@@ -55,17 +75,21 @@ class TorchTiles:
         return rowmath.part(*logits, self.extras, self.work)[None]
 
     def dz(self, rows: slice, cols: slice, kind: Kind, row_R: Tensor, kept: Tensor | None) -> Tensor:
-        softcap, x, make = self.policy.head.softcap, None, kept is None
+        softcap, x, z, r, make = self.policy.head.softcap, None, None, None, kept is None
         if kind is not Kind.ONLY_Q or softcap is not None:
             x, z = self._logits(0, rows, cols, kept, make)
         if kind is not Kind.ONLY_P:
             _, r = self._logits(1, rows, cols, kept, make)
-        if kind is Kind.BOTH:
-            dz = rowmath.dz_from_both(z, r, row_R, self.work)
-        elif kind is Kind.ONLY_P:
-            dz = rowmath.dz_from_p(z, row_R, self.work)
-        else:
-            dz = rowmath.dz_from_q(r, row_R, self.work)
+        out = Buffers.of(self.work, r if z is None else z)
+        for run, its_kind in _runs(kind, row_R):
+            its_row, its_out = row_R[:, run], Buffers(*(block_of(x, run) for x in out))
+            if its_kind is Kind.BOTH:
+                rowmath.dz_from_both_(block_of(z, run), block_of(r, run), its_row, its_out)
+            elif its_kind is Kind.ONLY_P:
+                rowmath.dz_from_p_(block_of(z, run), its_row, its_out)
+            else:
+                rowmath.dz_from_q_(block_of(r, run), its_row, its_out)
+        dz = out.one
         inside, index = self._label(rows, cols)
         dz.scatter_(1, index, torch.where(inside[:, None], row_R[8, :, None], dz.gather(1, index)))
         return dz if softcap is None else dz.mul_(rowmath.softcap_slope(x, softcap))

@@ -63,11 +63,13 @@ def _row_block(tiles: Tiles, rows: slice, labels_2R: Tensor, kept: Tensor) -> Te
     return rowmath.merge(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
-def backward(tiles: Tiles, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, partial: bool) -> Gradients:
+def backward(
+    tiles: Tiles, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, total: Gradients | None
+) -> Gradients:  # fmt: skip
     grid = tiles.grid
     kinds, scale = _read(grid, row, inputs.policy.dtype)
     row = torch.cat([row[:5], row[5:] * scale]) if scale != 1.0 else row
-    sums = Sums(inputs, grid, needs, tiles.policy, scale, partial)
+    sums = Sums(inputs, grid, needs, tiles.policy, scale, total)
     for rows, cols in sums.tiles():
         kind = kinds[rows.start]
         if kind is not Kind.NOTHING:
