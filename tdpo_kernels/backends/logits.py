@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,19 +21,38 @@ def block_of(x: Tensor, rows: slice) -> Tensor:
     return x if size(rows) == x.shape[0] else x[rows]
 
 
+@cache
+def mixed(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the call that multiplies 16 bits into fp32 on `device`: "addmm", which adds up too, "mm", or "" for none.
+
+    Whether torch has them depends on its version and on the device, so each is tried once.
+    """
+    x, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    for call, operands in ((torch.addmm, (total, x, x)), (torch.mm, (x, x))):
+        try:
+            call(*operands, out_dtype=total.dtype, out=total)
+        except (RuntimeError, TypeError):
+            continue
+        return call.__name__
+    return ""
+
+
 def operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype that operands are multiplied in: they are widened unless CUDA multiplies them into fp32."""
-    return compute if device.type == "cuda" and stats == torch.float32 else stats
+    """Return the dtype that operands are multiplied in: widened, unless the device multiplies them into fp32."""
+    as_is = compute in SIXTEEN_BIT and stats == torch.float32 and device.type != "cpu" and mixed(device, compute)
+    return compute if as_is else stats
 
 
 def multiply_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, add: bool = False) -> Tensor:
     """Set ``out = alpha a b``, or ``out + alpha a b``, accumulated in the dtype of out; alpha is a power of two."""
     if a.dtype != out.dtype:
+        if mixed(a.device, a.dtype) == "addmm":
+            return torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), alpha=alpha, out=out)
         part = torch.mm(a, b, out_dtype=out.dtype)
     elif onednn.takes(a, b):
         part = onednn.product(a, b)
     else:
-        return out.addmm_(a, b, alpha=alpha, beta=1 if add else 0)
+        return out.addmm_(a, b, alpha=alpha, beta=int(add))
     return out.add_(part, alpha=alpha) if add else torch.mul(part, alpha, out=out)
 
 
@@ -56,8 +76,6 @@ class Operand:
         return self.is_gathered or self.source.dtype != self.compute
 
     def block(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        if not self.needs_copy() and self.source.dtype == dtype:
-            return block_of(self.source, rows)
         have = self.loaded.get(dtype)
         if have is None or have[0] != rows:
             have = self.loaded[dtype] = (rows, self._load(rows, dtype))
