@@ -20,7 +20,7 @@ from math import log
 from pathlib import Path
 
 SWITCH, TABLES, INTERPRETER = "TDPO_KERNELS_TUNING", Path(__file__).parent / "tables", "interpreter"
-WIDTHS = (1024, 2048, 4096, 8192)  # of the tiles in memory that `tile_stats` and `tile_dz` have configurations for
+WIDTHS = (1024, 2048, 4096)  # of the tiles in memory that `tile_stats` and `tile_dz` have configurations for
 SMALL = 1024  # up to this hidden size two programs overlap, one's epilogue and the other's product
 
 
@@ -121,6 +121,7 @@ RULES = {
     "sm_80 fused_dz": (*[_C(128, 128, 32, 8, 4)] * 2, _C(64, 128, 32, 8, 4), _C(64, 64, 32, 8, 2)),
     "sm_90": (_C(128, 128, 64, 8, 4, True), _C(128, 64, 64, 8, 3, True, 128), _C(128, 64, 64, 8, 4, True),
               _C(64, 64, 32, 8, 2, True)),
+    "sm_100 fused_stats": (*[_C(128, 64, 64, 8, 4, True)] * 3, _C(64, 64, 32, 8, 2, True)),
     "sm_100": (*[_C(128, 128, 64, 8, 4, True)] * 2, _C(128, 64, 64, 8, 4, True), _C(64, 64, 32, 8, 2, True)),
     "gfx942": (*[_C(128, 128, 32, 8, 2)] * 3, _C(128, 64, 32, 8, 2)),
 }  # fmt: skip

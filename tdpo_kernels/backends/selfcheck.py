@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..types import Inputs, Model, Part
 from ..version import __version__
 from . import rowmath
 from .grid import Grid, Workspace, size
-from .launch import Launch, precision
+from .launch import Kernels, Launch, precision
 from .logits import Operand, affine_, capped
 
 SWITCH = "TDPO_KERNELS_SELF_CHECK"
@@ -32,18 +33,21 @@ _passed: set[tuple[Launch, int, int]] = set()  # with both hidden sizes
 class Check:
     """Check the launches of one call that are new to the process."""
 
-    def __init__(self, inputs: Inputs, grid: Grid) -> None:
-        self.inputs, self.grid, self.fresh = inputs, grid, dict[Launch, None]()
+    def __init__(self, inputs: Inputs, grid: Grid, kernels: Kernels) -> None:
+        self.inputs, self.grid, self.kernels, self.looked = inputs, grid, kernels, set[str]()
         capturing = inputs.policy.hidden.is_cuda and torch.cuda.is_current_stream_capturing()
         self.on = os.environ.get(SWITCH, "1") != "0" and not capturing
 
-    def seen(self, launch: Launch) -> None:
-        if self.on and self._key(launch) not in _passed:
-            self.fresh[launch] = None
+    def _fresh(self, names: Iterable[str]) -> list[Launch]:
+        """Return what was launched by these names and is new to the process, once in a call."""
+        names = [name for name in names if self.on and name not in self.looked]
+        self.looked.update(names)
+        return [launch for launch in map(self.kernels.launched.get, names) if self._key(launch) not in _passed]
 
     def forward(self, part: Part) -> Part:
         """Compare L, L', the KL and the labels' logits of sampled rows, if a launch is new, and return `part`."""
-        if self.fresh and self.grid.T:
+        fresh = self._fresh(self.kernels.launched) if self.grid.T else []
+        if fresh:
             rows = _spread(self.grid.T, part.state.device)
             truth, labels, slack = self._statistics(rows)
             state, unit = part.state[:6, rows].double(), slack.sum(0)
@@ -51,15 +55,15 @@ class Check:
             want = torch.stack([truth[0] + truth[2], truth[1] + truth[3], truth[4]])
             allowed = torch.stack([slack[0], slack[1], 4 * unit * (1 + want[2]) + unit * unit])
             found, want = torch.cat([apart, part.labels[:, rows].double()]), torch.cat([want, labels])
-            self._judge(list(self.fresh), found, want, torch.cat([allowed, slack]) + 1e-4 * (1 + want.abs()))
+            self._judge(fresh, found, want, torch.cat([allowed, slack]) + 1e-4 * (1 + want.abs()))
         return part
 
-    def dz(self, launch: Launch, rows: slice, cols: slice, row_R: Tensor, dz: Tensor) -> Tensor:
+    def dz(self, kernel: str, rows: slice, cols: slice, row_R: Tensor, dz: Tensor) -> Tensor:
         """Compare sampled entries of dz, if the launch is new, and return `dz`."""
-        if self.on and self._key(launch) not in _passed and size(rows):
+        if kernel not in self.looked and (fresh := self._fresh([kernel])):
             r, c = _spread(size(rows), dz.device), _spread(size(cols), dz.device)
             want, allowed = self._dz(r + rows.start, c + cols.start, row_R[:, r].double())
-            self._judge([launch], dz[r][:, c].double(), want, allowed + 4 * torch.finfo(dz.dtype).eps * want.abs())
+            self._judge(fresh, dz[r][:, c].double(), want, allowed + 4 * torch.finfo(dz.dtype).eps * want.abs())
         return dz
 
     def _key(self, launch: Launch) -> tuple[Launch, int, int]:

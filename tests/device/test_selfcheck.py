@@ -31,11 +31,9 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(selfcheck.SWITCH, raising=False)
     monkeypatch.setattr(selfcheck, "_passed", set())
     monkeypatch.setattr(launch, "choose", lambda case, *_: TileConfig(16, 128 if case.columns else 64, 32))
-    launch._config.cache_clear()
     monkeypatch.setitem(grid.TILE, "cpu", (32, 128))
     with np.errstate(over="ignore", invalid="ignore"):
         yield
-    launch._config.cache_clear()
 
 
 def problem(dtype: torch.dtype = F32) -> Problem:
@@ -48,15 +46,14 @@ def step(p: Problem, backend: str, budget: int = 0, kind: str = "general") -> No
 
 def broken(monkeypatch: pytest.MonkeyPatch, kernel: str, spoil: Callable) -> None:
     """`kernel` as a miscompiled one would be: its outputs are spoiled once it has run."""
-    sound = getattr(launch, kernel)
+    sound = launch.Kernels.launch
 
-    def run(*args):
-        made = sound(*args)
-        outputs = [x for x in args[-3:] if isinstance(x, torch.Tensor)]
-        spoil(outputs[-1] if kernel.endswith("dz") else next(x for x in args if getattr(x, "ndim", 0) == 3))
-        return made
+    def run(self, name, *args, **arguments):
+        sound(self, name, *args, **arguments)
+        if name == kernel:
+            spoil(arguments["dz" if name.endswith("dz") else "states"])
 
-    monkeypatch.setattr(launch, kernel, run)
+    monkeypatch.setattr(launch.Kernels, "launch", run)
 
 
 FAULTS = {
@@ -78,8 +75,12 @@ def test_garbage_raises_with_what_a_report_needs(monkeypatch, backend, kernel, f
 
 
 def test_a_wrong_label_is_garbage(monkeypatch):
-    sound = launch.fused_stats
-    monkeypatch.setattr(launch, "fused_stats", lambda *args: sound(*args[:3], args[3] + 1, *args[4:]))
+    sound = launch.Kernels.launch
+
+    def run(self, *args, labels, **arguments):
+        sound(self, *args, labels=labels + 1, **arguments)
+
+    monkeypatch.setattr(launch.Kernels, "launch", run)
     with pytest.raises(RuntimeError, match="fused_stats"):
         step(problem(), "fused")
 
@@ -110,7 +111,6 @@ def test_a_kernel_is_looked_at_once(monkeypatch, backend, kernel):
         patch.setattr(selfcheck.Check, "_judge", lambda *_: pytest.fail("looked again"))
         step(problem(), backend, KERNELS[backend, kernel])
     monkeypatch.setattr(launch, "choose", lambda *_: TileConfig(32, 128, 32))
-    launch._config.cache_clear()
     step(problem(), backend, KERNELS[backend, kernel])
     assert selfcheck._passed > seen
 
