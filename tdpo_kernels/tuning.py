@@ -131,7 +131,8 @@ def family_of(arch: str) -> str:
     """Return the family whose configurations `arch` is given, or raise ValueError."""
     if family := next((FAMILIES[start] for start in FAMILIES if arch.startswith(start)), ""):
         return family
-    raise ValueError(f"no configuration for {arch!r}: there are some for {sorted({*FAMILIES.values()})}; pass one")
+    have = f"there are some for {sorted({*FAMILIES.values()})}, since bf16 products want tensor cores of sm_80 or newer"
+    raise ValueError(f"no configuration for {arch!r}: {have}")
 
 
 def heuristic(case: Case, arch: str, width: int) -> TileConfig:

@@ -22,8 +22,6 @@ from torch import Tensor
 from ..tuning import Case, Device, TileConfig, choose, family_of
 from ..types import LMHead
 
-INTERPRETED = Device("interpreter", "interpreter")
-
 
 class Head(NamedTuple):
     """Hold what a kernel knows of a head besides its weight."""
@@ -52,11 +50,6 @@ class Launch:
     dtypes: tuple[torch.dtype, ...]
     flags: tuple[tuple[str, Any], ...]
     device: torch.device
-
-    def __str__(self) -> str:
-        flags = " ".join(f"{name}={value}" for name, value in self.flags)
-        dtypes = ", ".join(str(x).removeprefix("torch.") for x in self.dtypes)
-        return f"{self.kernel} with {self.config!r}, {dtypes}, {flags}, on {self.device}"
 
 
 @cache
@@ -103,7 +96,7 @@ def _cuda_lacks(device: torch.device) -> str:
 def device_of(device: torch.device) -> Device:
     """Return what the choice of a configuration knows of a device."""
     if device.type != "cuda":
-        return INTERPRETED
+        return Device("interpreter", "interpreter")
     properties = torch.cuda.get_device_properties(device)
     arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
     return Device(properties.name, arch)
@@ -111,13 +104,9 @@ def device_of(device: torch.device) -> Device:
 
 def precision(dtype: torch.dtype) -> str:
     """Return how fp32 is multiplied: as torch is told to. Other dtypes have only one way."""
-    return "tf32" if dtype == torch.float32 and tf32_is_allowed() and not torch.version.hip else "ieee"
-
-
-def tf32_is_allowed() -> bool:
-    """Return whether torch was told so, whichever way: the older getter raises once the newer setting was used."""
-    said = torch.backends.cuda.matmul.fp32_precision
-    return (torch.backends.fp32_precision if said == "none" else said) == "tf32"
+    said = torch.backends.cuda.matmul.fp32_precision  # its older getter raises once the newer setting was used
+    tf32 = (torch.backends.fp32_precision if said == "none" else said) == "tf32"
+    return "tf32" if dtype == torch.float32 and tf32 and not torch.version.hip else "ieee"
 
 
 class Kernels:

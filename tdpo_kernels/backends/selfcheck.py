@@ -4,15 +4,20 @@ The truth is float64, from the inputs alone. Rounding never exceeds the bounds, 
 garbage. A kernel that has passed costs a look into a set. Nothing is checked while a CUDA graph is captured, or on
 numbers that are not finite; the check is then made at a later call.
 
-``TDPO_KERNELS_SELF_CHECK=0`` in the environment turns it off, and ``=warn`` makes it warn where it would raise.
+``TDPO_KERNELS_SELF_CHECK=0`` in the environment turns it off, and ``=warn`` makes it warn and go on where it would
+raise. Either way what was found is written to a file, in the current directory or else a temporary one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import platform
+import tempfile
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -75,7 +80,8 @@ class Check:
         wrong = ~((found - want).abs() <= allowed)
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
-            report = _report(self.inputs, launches, found[at].item(), want[at].item(), int(wrong.sum()), wrong.numel())
+            numbers = dict(found=found[at].item(), expected=want[at].item(), wrong=int(wrong.sum()), of=wrong.numel())
+            report = _report(self.inputs, launches, numbers)
             if os.environ.get(SWITCH) != "warn":
                 raise RuntimeError(report)
             warnings.warn(report, RuntimeWarning, stacklevel=2)
@@ -133,22 +139,29 @@ def _spread(length: int, device: torch.device) -> Tensor:
     return torch.linspace(0, length - 1, min(SAMPLE, length), device=device).long()
 
 
-def _report(inputs: Inputs, launches: list[Launch], found: float, want: float, wrong: int, of: int) -> str:
+def _report(inputs: Inputs, launches: list[Launch], numbers: dict[str, float]) -> str:
+    """Write what a bug report needs to a file, and return it in words."""
     import triton
 
-    device = inputs.policy.hidden.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    shapes = [
-        f"{tuple(m.hidden.shape)} {m.hidden.dtype} x {tuple(m.head.weight.shape)}"
-        for m in (inputs.policy, inputs.reference)
-    ]
+    device, sides = inputs.policy.hidden.device, (inputs.policy, inputs.reference)
+    facts = numbers | dict(
+        kernels=[str(launch) for launch in launches],
+        inputs=[f"{x.dtype} {tuple(x.shape)}" for side in sides for x in (side.hidden, side.head.weight)],
+        rows=inputs.rows.count, extras=inputs.extras,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        tdpo_kernels=__version__, torch=torch.__version__, triton=triton.__version__,
+        cuda=torch.version.cuda or torch.version.hip, python=platform.python_version(),
+    )  # fmt: skip
+    name = f"tdpo-kernels-self-check-{os.getpid()}-{launches[0].kernel}.json"
+    for path in (Path(name).absolute(), Path(tempfile.gettempdir(), name)):
+        with contextlib.suppress(OSError):
+            path.write_text(json.dumps(facts, indent=1))
+            break
+    else:
+        path = "every line of it"
     return "\n".join([
         "tdpo_kernels: a kernel disagrees with float64 on the inputs of this call, the first of its kind here.",
-        f"  found {found:.9g}, expected {want:.9g}; {wrong} of {of} sampled numbers are wrong",
-        *(f"  kernel:   {launch}" for launch in launches),
-        f"  inputs:   {' and '.join(shapes)}, {inputs.rows.count} rows, extras {inputs.extras or 'none'}",
-        f"  versions: tdpo_kernels {__version__}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"cuda {torch.version.cuda or torch.version.hip}, python {platform.python_version()}, on {name}",
-        f'What to do: backend="naive" uses no kernels; {SWITCH}=warn warns instead, {SWITCH}=0 turns this check off.',
-        "Please report this text: it may be a compiler's bug, and others will meet it.",
+        *(f"  {key}: {value}" for key, value in facts.items()),
+        f'What to do: backend="naive" uses no kernels; {SWITCH}=warn warns and goes on, {SWITCH}=0 does not look.',
+        f"Please report this, with {path}: it may be a compiler's bug, and others will meet it.",
     ])  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import closeness
 import numpy as np
@@ -26,9 +28,10 @@ EVERY = pytest.mark.parametrize(("backend", "kernel"), KERNELS, ids=[" ".join(x)
 
 
 @pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch):
+def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Nothing checked yet, the switch at its default, and tiles so small that there are edges."""
     monkeypatch.delenv(selfcheck.SWITCH, raising=False)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(selfcheck, "_passed", set())
     monkeypatch.setattr(launch, "choose", lambda case, *_: TileConfig(16, 128 if case.columns else 64, 32))
     monkeypatch.setitem(grid.TILE, "cpu", (32, 128))
@@ -70,8 +73,27 @@ def test_garbage_raises_with_what_a_report_needs(monkeypatch, backend, kernel, f
     broken(monkeypatch, kernel, FAULTS[fault])
     with pytest.raises(RuntimeError) as error:
         step(problem(), backend, KERNELS[backend, kernel])
-    for said in (kernel, "TileConfig(R=16", "found", "expected", " rows, extras", "triton", selfcheck.SWITCH):
+    for said in (kernel, "TileConfig(R=16", "found", "expected", "rows: ", "triton", selfcheck.SWITCH):
         assert said in str(error.value), said
+
+
+def test_a_finding_is_a_file_that_can_be_attached(monkeypatch, tmp_path):
+    """Once more for each launch; elsewhere where the current directory takes no file."""
+    broken(monkeypatch, "fused_dz", FAULTS["doubled"])
+    monkeypatch.setenv(selfcheck.SWITCH, "warn")
+    with pytest.warns(RuntimeWarning, match="with .*self-check.*fused_dz.json") as caught:
+        step(problem(), "fused")
+    (path,) = tmp_path.iterdir()
+    facts = json.loads(path.read_text())
+    assert str(path) in str(caught[0].message) and "kernel='fused_dz'" in facts["kernels"][0]
+    assert facts["wrong"] <= facts["of"] and facts["torch"] == torch.__version__
+    monkeypatch.setattr(selfcheck.Path, "absolute", lambda _: tmp_path / "not there" / path.name)
+    monkeypatch.setattr(selfcheck.tempfile, "gettempdir", lambda: tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    selfcheck._passed.clear()
+    with pytest.warns(RuntimeWarning, match="elsewhere"):
+        step(problem(), "fused")
+    assert (tmp_path / "elsewhere" / path.name).read_text() == path.read_text()
 
 
 def test_a_wrong_label_is_garbage(monkeypatch):
