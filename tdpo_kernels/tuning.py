@@ -1,4 +1,4 @@
-"""Choose a kernel's configuration and, for `auto`, a backend: explicit > measured > heuristic, for any number of rows.
+"""Choose a kernel's configuration and, for `auto`, a backend: measured, else by heuristic, for any number of rows.
 
 What was measured on a device is in ``tables/<device>.json``, or in the file that TDPO_KERNELS_TUNING names:
 
@@ -69,14 +69,12 @@ class Case:
 
 
 @lru_cache(maxsize=4096)
-def choose(case: Case, device: Device, width: int, explicit: TileConfig | None = None) -> TileConfig:
-    """Return `explicit`, else the device's measured row of this case nearest in hidden size, else the heuristic.
+def choose(case: Case, device: Device, width: int) -> TileConfig:
+    """Return the device's measured row of this case nearest in hidden size, else the heuristic.
 
     `fused_dz` must make the bits that `fused_stats` made, so both step along D alike: rows with another K than the
     heuristic's are skipped. Raise ValueError where there is no configuration, or a table that cannot be read.
     """
-    if explicit is not None:
-        return explicit
     own = heuristic(case, device.arch, width)
     rows = [row for row in _table(device)["configs"] if row["case"].items() <= asdict(case).items()]
     rows = [row for row in rows if row["config"].K == own.K and (row["config"].C == own.C or not case.columns)]

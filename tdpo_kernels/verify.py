@@ -43,13 +43,8 @@ class Problem:
         def cast(head: LMHead) -> LMHead:
             return replace(head, weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
 
-        return replace(
-            self,
-            hidden=self.hidden.to(dtype),
-            head=cast(self.head),
-            ref_hidden=self.ref_hidden.to(dtype),
-            ref_head=cast(self.ref_head),
-        )
+        sides = {name: getattr(self, name).to(dtype) for name in ("hidden", "ref_hidden")}
+        return replace(self, head=cast(self.head), ref_head=cast(self.ref_head), **sides)
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
@@ -72,7 +67,7 @@ def _problem(
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
     hidden, weight = normal(T, D), normal(V, D) * spread * D**-0.5
     ref_hidden, ref_weight = normal(T, E), normal(V, E) * spread * E**-0.5
@@ -80,19 +75,12 @@ def _problem(
         ref_hidden, ref_weight = hidden + apart * ref_hidden, weight
     biases = (normal(V), normal(V)) if bias else (None, None)
     if offset or ruled_out:
-        out = torch.rand(V, generator=generator) < ruled_out
-        biases = tuple(torch.full((V,), c).double().masked_fill(out, -torch.inf) for c in (0.0, offset))
-    allowed = torch.arange(V) if biases[0] is None else torch.isfinite(biases[0]).nonzero()[:, 0]
-    labels = allowed[torch.randint(len(allowed), (T,), generator=generator)]
+        out = (torch.rand(V, generator=generator) < ruled_out).to(device)
+        biases = tuple(torch.full_like(weight[:, 0], c).masked_fill(out, -torch.inf) for c in (0.0, offset))
+    allowed = (weight[:, 0] if biases[0] is None else biases[0]).isfinite().nonzero()[:, 0]
+    labels = allowed[torch.randint(len(allowed), (T,), generator=generator).to(device)]
     heads = [LMHead(w, b, logit_scale, softcap) for w, b in zip((weight, ref_weight), biases, strict=True)]
-    parts = (hidden, heads[0], ref_hidden, heads[1], labels, normal(T), normal(T))
-    return Problem(name, *(_move(x, device) for x in parts))
-
-
-def _move(x: Tensor | LMHead, device: torch.device) -> Tensor | LMHead:
-    if isinstance(x, Tensor):
-        return x.to(device)
-    return replace(x, weight=x.weight.to(device), bias=None if x.bias is None else x.bias.to(device))
+    return Problem(name, hidden, heads[0], ref_hidden, heads[1], labels, normal(T), normal(T))
 
 
 Stats = Callable[[Problem], tuple[Tensor, Tensor, Tensor]]

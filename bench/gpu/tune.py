@@ -83,12 +83,12 @@ def choosing() -> Iterator[dict[str, tuple]]:
     """Stand in for `tuning.choose` wherever it was imported to: collect what is asked for, and answer as forced."""
     real, asked = tuning.choose, {}
 
-    def choose(case: tuning.Case, device: tuning.Device, width: int, explicit=None) -> tuning.TileConfig:
+    def choose(case: tuning.Case, device: tuning.Device, width: int) -> tuning.TileConfig:
         kernel, config = getattr(LOCAL, "forced", ("", None))
         if kernel == case.kernel and config is not None:
             LOCAL.used = True
             return config
-        config = real(case, device, width, explicit)
+        config = real(case, device, width)
         asked.setdefault(case.kernel, (case, device, config))
         return config
 

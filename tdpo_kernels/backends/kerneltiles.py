@@ -24,15 +24,18 @@ def runs_on(device: torch.device) -> bool:
 class RowTiles:
     """Make both models' tiles in memory by library products, and reduce them by one kernel each way."""
 
-    KERNELS = "tile_stats", "tile_dz"
+    KERNELS, PACKED = ("tile_stats", "tile_dz"), False
 
     def __init__(self, inputs: Inputs) -> None:
         device = inputs.policy.hidden.device
         self.work, self.labels_T = Workspace(device), inputs.rows.labels_T
         self.sides = self.policy, self.reference = sides_of(inputs, self.work)
+        matrices = [x for side in self.sides for x in (side.hidden, side.weight)]
+        for x in matrices:
+            x.packed = self.PACKED
         self.kernels = launch.Kernels(
             [side.head for side in self.sides], [side.model.dtype for side in self.sides], bool(inputs.extras), device,
-            all(_is_aligned(x) for side in self.sides for x in (side.hidden, side.weight)),
+            all(map(_is_aligned, matrices)),
         )  # fmt: skip
         self.states = STATE + 2 * bool(inputs.extras)
         self.grid = self._cut(inputs)
@@ -87,16 +90,13 @@ class RowTiles:
 class FusedTiles(RowTiles):
     """Make both models' logits in the registers of kernels: only dz and kept tiles reach memory."""
 
-    KERNELS = "fused_stats", "fused_dz", "tile_dz"
+    KERNELS, PACKED = ("fused_stats", "fused_dz", "tile_dz"), True
 
     def _cut(self, inputs: Inputs) -> Grid:
-        """Return the grid of tiles, which hold dz. The workspace also holds the states of a row block, and copies of
-        matrices whose elements do not lie side by side in a row."""
+        """Return the grid of tiles, which hold dz. The workspace also holds the states of a row block."""
         per_row, per_col = copied_bytes(self.sides)
         C = self.kernels.config("fused_stats").C
         per_row += 4 * self.states * -(-inputs.policy.head.weight.shape[0] // C)
-        per_row += sum(_unpacked_bytes(side.hidden) for side in self.sides)
-        per_col += sum(_unpacked_bytes(side.weight) for side in self.sides)
         R, width = tile_of(self.work.device) if self.work.device.type == "cpu" else FUSED_TILE
         width = max(width // (1 + (sum(side.hidden.source.shape[-1] for side in self.sides) > NARROW)), C)
         held = self.policy.operand_dtype.itemsize, per_row, per_col
@@ -117,18 +117,8 @@ class FusedTiles(RowTiles):
 
     def _matrices(self, rows: slice, cols: slice) -> list[Tensor]:
         pairs = ((x, side.model.dtype) for side in self.sides for x in ((side.hidden, rows), (side.weight, cols)))
-        return [_packed(operand.block(block, dtype)) for (operand, block), dtype in pairs]
-
-
-def _packed(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _unpacked_bytes(x: Operand) -> int:
-    """Return the bytes of a row that is copied because its elements do not lie side by side, else 0."""
-    return 0 if x.needs_copy() or x.source.stride(1) == 1 else x.source.shape[1] * x.source.itemsize
+        return [operand.block(block, dtype) for (operand, block), dtype in pairs]
 
 
 def _is_aligned(x: Operand) -> bool:
-    copied = x.needs_copy() or x.source.stride(-1) != 1
-    return launch.aligned(x.source.new_empty(0, x.source.shape[-1], dtype=x.compute) if copied else x.source)
+    return launch.aligned(x.source.new_empty(0, x.source.shape[-1], dtype=x.compute) if x.needs_copy() else x.source)

@@ -42,13 +42,13 @@ class Strides(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """Tell one compiled kernel from another. `flags`: names and values of the constexprs but the configuration's, and
-    which arguments are None or multiples of 16."""
+    """Tell one compiled kernel from another."""
 
     kernel: str
     config: TileConfig
-    dtypes: tuple[torch.dtype, ...]
-    flags: tuple[tuple[str, Any], ...]
+    case: Case
+    tensors: tuple[tuple[torch.dtype, bool, bool], ...]  # dtype; whether 16 divides the address, and the row stride
+    heads: tuple[tuple[bool, bool], ...]  # whether there is a bias, and a softcap
     device: torch.device
 
 
@@ -134,7 +134,7 @@ class Kernels:
         )
         self.device, self.width, self.columns = device_of(device), heads[0].weight.shape[1], 0
         self.launched: dict[str, Launch] = {}
-        self.prepared: dict[str, tuple[Any, TileConfig, dict[str, Any], dict[str, Any]]] = {}
+        self.prepared: dict[str, tuple[Any, TileConfig, dict[str, Any]]] = {}
         self.described: dict[str, tuple[int, torch.Size, Any]] = {}
 
     def config(self, kernel: str) -> TileConfig:
@@ -142,16 +142,14 @@ class Kernels:
         columns = 0 if kernel.startswith("fused") else self.columns
         return choose(replace(self.case, kernel=kernel, columns=columns), self.device, self.width)
 
-    def prepare(self, kernel: str) -> tuple[Any, TileConfig, dict[str, Any], dict[str, Any]]:
-        """Return a kernel, its configuration, its flags, and all constants and options of its launches."""
+    def prepare(self, kernel: str) -> tuple[Any, TileConfig, dict[str, Any]]:
+        """Return a kernel, its configuration, and the constants and options of its launches."""
         if kernel not in self.prepared:
-            config, flags = self.config(kernel), dict[str, Any]()
-            tile = dict(R=config.R, C=config.C)
-            if kernel.startswith("fused"):
-                tile["K"], flags["PRECISION"] = config.K, self.precision
-            if kernel.endswith("stats"):
-                flags["EXTRAS"] = self.case.extras
-            self.prepared[kernel] = _device_code(kernel), config, flags, tile | flags | config.options
+            config = self.config(kernel)
+            constants = dict(R=config.R, C=config.C) | config.options
+            constants |= dict(K=config.K, PRECISION=self.precision) if kernel.startswith("fused") else {}
+            constants |= dict(EXTRAS=self.case.extras) if kernel.endswith("stats") else {}
+            self.prepared[kernel] = _device_code(kernel), config, constants
         return self.prepared[kernel]
 
     def stats(
@@ -182,7 +180,7 @@ class Kernels:
     ) -> None:
         """Launch a kernel on T rows and V columns, and note the first time which binary that is: it is compiled for
         the dtypes and the alignment of `tensors` and of the heads."""
-        code, config, flags, constants = self.prepare(kernel)
+        code, config, constants = self.prepare(kernel)
         blocks = -(-T // config.R), -(-V // config.C)
         try:
             code[blocks](head=heads[0], ref_head=heads[1], T=T, V=V, **arguments, **constants)
@@ -192,14 +190,9 @@ class Kernels:
             raise RuntimeError(f"{kernel}: {config} is too large for {self.device}: {error}") from error
         if kernel not in self.launched:
             every = [*tensors, *(head.bias for head in heads if head.bias is not None)]
-            flags = flags | dict(
-                one_head=self.case.one_head,
-                bias=tuple(head.bias is not None for head in heads),
-                softcap=tuple(head.softcap is not None for head in heads),
-                divisible=tuple((x.data_ptr() % 16 == 0, x.stride(0) % 16 == 0) for x in every),
-            )
-            dtypes = tuple(x.dtype for x in every)
-            self.launched[kernel] = Launch(kernel, config, dtypes, tuple(flags.items()), every[0].device)
+            known = tuple((x.dtype, x.data_ptr() % 16 == 0, x.stride(0) % 16 == 0) for x in every)
+            has = tuple((head.bias is not None, head.softcap is not None) for head in heads)
+            self.launched[kernel] = Launch(kernel, config, self.case, known, has, every[0].device)
 
     def _given(self, what: str, operands: Sequence[Tensor]) -> tuple[str, int, dict[str, Any]]:
         """Return the kernel that takes these operands, their columns, and the operands by the kernel's names."""

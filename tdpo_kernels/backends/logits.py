@@ -67,13 +67,17 @@ class Operand:
         self.work, self.name, self.index, self.compute = work, name, index, compute
         self.axes, self.source = source.shape[:-1], _matrix(source)
         self.loaded: dict[torch.dtype, tuple[slice, Tensor]] = {}
+        self.packed = False  # whether a row's elements must lie side by side
 
     @property
     def is_gathered(self) -> bool:
         return self.index is not None or self.source.dim() > 2
 
     def needs_copy(self) -> bool:
-        return self.is_gathered or self.source.dtype != self.compute
+        return self.is_gathered or self.source.dtype != self.compute or self._spread()
+
+    def _spread(self) -> bool:
+        return self.packed and self.source.stride(-1) != 1
 
     def block(self, rows: slice, dtype: torch.dtype) -> Tensor:
         have = self.loaded.get(dtype)
@@ -86,7 +90,8 @@ class Operand:
         for step in dict.fromkeys((self.compute, dtype)):  # round first, then widen
             if x.dtype != step:
                 x = self.work.get(f"{self.name} {step}", step, *x.shape).copy_(x)
-        return x
+        apart = self.packed and x.stride(1) != 1
+        return self.work.get(f"{self.name} packed", x.dtype, *x.shape).copy_(x) if apart else x
 
     def _gathered(self, rows: slice) -> Tensor:
         index_R = None if self.index is None else self.index[rows]
@@ -150,7 +155,7 @@ def copied_bytes(sides: tuple[Side, Side]) -> tuple[int, int]:
 
 def _copies(x: Operand, dtype: torch.dtype) -> int:
     steps = [step for step in dict.fromkeys((x.compute, dtype)) if step != x.source.dtype or step != x.compute]
-    gathered = x.source.dtype.itemsize if x.is_gathered else 0
+    gathered = x.source.itemsize if x.is_gathered or x._spread() else 0
     return x.source.shape[-1] * (gathered + sum(step.itemsize for step in steps))
 
 
@@ -172,17 +177,12 @@ def capped(x: Tensor, head: LMHead, bias: Tensor | None, out: Tensor) -> Tensor:
 def ruled_out(policy: Model, reference: Model) -> Tensor | None:
     """Return two bools, ``(2,)``, or None where no head has a bias: whether the policy rules out a token that the
     reference allows, and whether it rules out any."""
-    out, ref_out = (_ruled_out(model) for model in (policy, reference))
-    if out is None and ref_out is None:
+    biases = [None if m.head.bias is None else m.head.bias.to(m.dtype) for m in (policy, reference)]
+    if all(bias is None for bias in biases):
         return None
-    none = torch.zeros_like(ref_out if out is None else out)
-    out, ref_out = (none if x is None else x for x in (out, ref_out))
+    zero = torch.zeros_like(next(bias for bias in biases if bias is not None))
+    out, ref_out = (is_lowest(zero if bias is None else bias) for bias in biases)
     return torch.stack([(out & ~ref_out).any(), out.any()])
-
-
-def _ruled_out(model: Model) -> Tensor | None:
-    bias = model.head.bias
-    return None if bias is None else is_lowest(bias.to(model.dtype))
 
 
 class Sum:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..types import Inputs, Model, Part
+from ..types import Inputs, Part
 from ..version import __version__
 from . import rowmath
 from .grid import Grid, Workspace, size
@@ -115,23 +115,19 @@ class Check:
 
     def _logits(self, rows: Tensor, cols: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return each model's logits after and before its softcap, and how far off they may be."""
-        return [
-            _logits(model, self.inputs.rows.hidden_T, rows, cols)
-            for model in (self.inputs.policy, self.inputs.reference)
-        ]
-
-
-def _logits(model: Model, index: Tensor | None, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    head, dtype = model.head, model.dtype
-    rows = rows if index is None else index[rows]
-    h = Operand(Workspace(rows.device), "", model.hidden, rows, dtype).block(slice(0, len(rows)), dtype).double()
-    w = head.weight.index_select(0, cols).to(dtype).double()
-    bias = None if head.bias is None else head.bias[cols].to(dtype).double()
-    rounded = 2.0**-9 if precision(dtype) == "tf32" else 0.0
-    sizes = h.norm(dim=1) * w.norm(dim=1).amax() * abs(head.logit_scale)
-    off = sizes * ((h.shape[1] / 16 + 8) * 2.0**-24 + rounded)
-    x = affine_(h @ w.T, head, bias)
-    return (x if head.softcap is None else capped(x, head, bias, torch.empty_like(x))), x, off
+        index, found = self.inputs.rows.hidden_T, []
+        rows, every = rows if index is None else index[rows], slice(0, len(rows))
+        for model in (self.inputs.policy, self.inputs.reference):
+            head, dtype = model.head, model.dtype
+            h = Operand(Workspace(rows.device), "", model.hidden, rows, dtype).block(every, dtype).double()
+            w = head.weight.index_select(0, cols).to(dtype).double()
+            bias = None if head.bias is None else head.bias[cols].to(dtype).double()
+            sizes = h.norm(dim=1) * w.norm(dim=1).amax() * abs(head.logit_scale)
+            rounded = 2.0**-9 if precision(dtype) == "tf32" else 0.0
+            x = affine_(h @ w.T, head, bias)
+            z = x if head.softcap is None else capped(x, head, bias, torch.empty_like(x))
+            found.append((z, x, sizes * ((h.shape[1] / 16 + 8) * 2.0**-24 + rounded)))
+        return found
 
 
 def _spread(length: int, device: torch.device) -> Tensor:
