@@ -12,7 +12,7 @@ import torch
 from torch import profiler
 
 from tdpo_kernels import verify as verification
-from tdpo_kernels.backends import BACKENDS, availability
+from tdpo_kernels.backends import BACKENDS, KERNELS, availability
 
 from .. import measure, memory, rows
 from ..conditions import Conditions, conditions
@@ -22,7 +22,7 @@ from ..run import run
 from ..shapes import Shape
 from .campaign import Facts, Finding, Item, Settings
 
-COMPILES = {"tiled": 2, "fused": 3}  # kernels of a backend, for forward and backward
+COMPILES = {name: len(kernels) for name, kernels in KERNELS.items()}
 OURS = tuple(f"{backend}@{kept}" for kept in ("0", "4GiB", "1GiB") for backend in ("tiled", "fused"))
 PASSES = {  # by value: what a trainer runs, then its parts. `compiled` is compiled for one of them
     "forward + backward": ({}, (*OURS, "eager", "compiled", "trl", "liger")),
@@ -65,7 +65,7 @@ def ceiling(device: torch.device, dtype: str) -> measure.Ceiling:
 def verify(settings: Settings) -> list[Item]:
     return [
         Item(f"{dtype} {name}", partial(_verify, settings, name, dtype), 8.0, 4 * COMPILES.get(name, 0), backend=name)
-        for dtype in ("bf16", "fp16", "fp32")
+        for dtype in (("bf16", "fp32") if settings.dry else ("bf16", "fp16", "fp32"))
         for name in BACKENDS
         if not (settings.dry and (dtype, name) == ("bf16", "fused"))  # the interpreter multiplies raw bits
     ]
