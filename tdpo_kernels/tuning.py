@@ -88,11 +88,6 @@ def winner(device: Device, itemsize: int, D: int, V: int) -> str | None:
     return nearest and min(nearest["ms"], key=nearest["ms"].__getitem__)
 
 
-def estimated_winner(D: int) -> str:
-    """Return the backend that a model of a GPU, not a measurement, expects to be the faster one."""
-    return "tiled" if D >= 2048 else "fused"
-
-
 @cache
 def _table(device: Device) -> dict[str, list[dict]]:
     path = Path(os.environ.get(SWITCH) or TABLES / f"{re.sub(r'[^a-z0-9]+', '-', device.name.lower()).strip('-')}.json")

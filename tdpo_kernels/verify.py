@@ -8,7 +8,7 @@ its error counts as 30 eps, so that no nan passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,19 +117,12 @@ def plain_torch(problem: Problem) -> list[Tensor]:
 def truth(problem: Problem) -> list[Tensor]:
     """Return `NAMES` by the specification, `reference.py`, in float64."""
 
-    def stats(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        z, r = logits(p.hidden, p.head, torch.float64), logits(p.ref_hidden, p.ref_head, torch.float64)
-        return statistics(z, r, p.labels)
-
-    return _with_gradients(problem.to(torch.float64), stats)
+    return _with_gradients(problem.to(torch.float64), lambda p: statistics(*_logits(p), p.labels))
 
 
 def _with_gradients(problem: Problem, stats: Stats) -> list[Tensor]:
-    leaves = [
-        x.detach().clone().requires_grad_()
-        for x in (problem.hidden, problem.head.weight, problem.head.bias)
-        if x is not None
-    ]
+    parts = problem.hidden, problem.head.weight, problem.head.bias
+    leaves = [x.detach().clone().requires_grad_() for x in parts if x is not None]
     head = replace(problem.head, weight=leaves[1], bias=leaves[2] if len(leaves) > 2 else None)
     logp, ref_logp, kl = stats(replace(problem, hidden=leaves[0], head=head))
     loss = (logp * problem.g_logp.to(logp.dtype)).sum() + (kl * problem.g_kl.to(kl.dtype)).sum()
@@ -142,11 +135,14 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
     return error if error == error else math.inf
 
 
+def _logits(p: Problem) -> list[Tensor]:
+    return [logits(x, head, torch.float64) for x, head in ((p.hidden, p.head), (p.ref_hidden, p.ref_head))]
+
+
 def _scales(problem: Problem, exact: list[Tensor]) -> list[float]:
     """Return how many times larger each result's terms are: a log-probability is a difference of larger logits."""
     scales = [1.0] * len(exact)
-    for i, (hidden, head) in enumerate(((problem.hidden, problem.head), (problem.ref_hidden, problem.ref_head))):
-        z = logits(hidden, head, torch.float64)
+    for i, z in enumerate(_logits(problem)):
         largest = z[torch.isfinite(z)].abs().amax() * exact[i].numel() ** 0.5
         scales[i] = max(1.0, (largest / torch.linalg.vector_norm(exact[i])).item())
     return scales
@@ -176,11 +172,9 @@ def skipped(device: torch.device) -> dict[str, str]:
 
 
 def verify(
-    device: torch.device,
-    report: Callable[[Line], None] = lambda line: None,
-    names: tuple[str, ...] = (),
-    dtypes: tuple[str, ...] = (),
-) -> list[Line]:
+    device: torch.device, report: Callable[[Line], None] = lambda line: None, names: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+) -> list[Line]:  # fmt: skip
     """Run all backends on `device`, on the problems and dtypes named (or all), and `report` each line as it comes."""
     lines, backends = [], [name for name in BACKENDS if name not in skipped(device)]
     for dtype in dtypes or DTYPES:
@@ -188,10 +182,8 @@ def verify(
             exact, plain = truth(problem), plain_torch(problem)
             for backend in (b for b in backends if not lacks(b, device, DTYPES[dtype])):
                 for budget, size in BUDGETS.items() if backend != "naive" else [("-", 0)]:
-                    found = evaluate(problem, backend, size)
-                    lines.append(
-                        _worst((backend, dtype, problem.name, budget), found, exact, plain, _scales(problem, exact))
-                    )
+                    what, found = (backend, dtype, problem.name, budget), evaluate(problem, backend, size)
+                    lines.append(_worst(what, found, exact, plain, _scales(problem, exact)))
                     report(lines[-1])
     return lines
 

@@ -15,6 +15,7 @@ from batches import batch
 from tdpo_kernels import __main__ as command
 from tdpo_kernels import backends, fused_tdpo_loss
 from tdpo_kernels.backends import availability, choose, launch
+from tdpo_kernels.types import LMHead, Model
 
 GPU = torch.device("cuda", 0)
 
@@ -89,7 +90,6 @@ def test_an_interpreter_older_than_its_numpy(machine, monkeypatch, triton: str, 
 
 def test_a_triton_that_cannot_be_imported(machine, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda _: object())
     assert launch.unavailable(GPU).startswith("triton cannot be imported: ")
 
 
@@ -103,6 +103,13 @@ def test_auto_warns_once_and_a_named_backend_says_why(machine, monkeypatch):
     assert "no C compiler" in str(warning.message)
     with pytest.raises(ValueError, match="backend: got 'fused', which does not run here: .* no C compiler"):
         choose("fused", GPU)
+
+
+@pytest.mark.parametrize("D, wanted", [(896, "fused"), (2047, "fused"), (2048, "tiled"), (8192, "tiled")])
+def test_where_nothing_was_measured_auto_takes_the_estimated_winner(machine, D: int, wanted: str):
+    side = Model(torch.empty(1, D), LMHead(torch.empty(16, D)), torch.bfloat16)
+    assert choose("auto", GPU, (side, side))[0] == wanted
+    assert backends.auto_says(GPU).endswith("estimated, not measured")
 
 
 def test_a_cpu_is_not_warned_of():
@@ -119,7 +126,7 @@ def test_a_configuration_that_is_too_large_is_named(machine, monkeypatch):
         raise OutOfResources("shared memory, Required: 131072, Hardware limit: 101376")
 
     monkeypatch.setattr(launch, "_device_code", lambda _: {(1, 1): runs_out})
-    head = backends.kerneltiles.launch.LMHead(torch.zeros(16, 16))
+    head = LMHead(torch.zeros(16, 16))
     kernels = launch.Kernels((head, head), (torch.float32,) * 2, False, torch.device("cpu"))
     pair = torch.zeros(2, 1, 16)
     with pytest.raises(RuntimeError, match="tile_stats: TileConfig.*too large for .*Required: 131072"):

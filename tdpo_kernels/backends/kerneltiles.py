@@ -9,16 +9,12 @@ from ..types import Inputs, Part
 from . import launch, selfcheck
 from .grid import ALIGNED, Grid, Workspace, cut, padded, size, tile_of
 from .launch import Head
-from .logits import Operand, block_of, copied_bytes, sides_of
+from .logits import block_of, copied_bytes, sides_of
 from .rowmath import STATE
 from .walk import Kind
 
 FUSED_TILE = 16384, 4096  # rows and columns of a tile of `fused`, of which only dz lies in memory
 NARROW = 4096  # D + E above which it has half as many columns, so that few rows and many have tiles of one width
-
-
-def runs_on(device: torch.device) -> bool:
-    return not launch.unavailable(device)
 
 
 class RowTiles:
@@ -29,20 +25,16 @@ class RowTiles:
     def __init__(self, inputs: Inputs) -> None:
         device = inputs.policy.hidden.device
         self.work, self.labels_T = Workspace(device), inputs.rows.labels_T
-        self.sides = self.policy, self.reference = sides_of(inputs, self.work)
-        matrices = [x for side in self.sides for x in (side.hidden, side.weight)]
-        for x in matrices:
-            x.packed = self.PACKED
+        self.sides = self.policy, self.reference = sides_of(inputs, self.work, self.PACKED)
         self.kernels = launch.Kernels(
             [side.head for side in self.sides], [side.model.dtype for side in self.sides], bool(inputs.extras), device,
-            all(map(_is_aligned, matrices)),
+            all(x.is_aligned for side in self.sides for x in (side.hidden, side.weight)),
         )  # fmt: skip
         self.states = STATE + 2 * bool(inputs.extras)
         self.grid = self._cut(inputs)
         self.kernels.columns = self.grid.C
         self.check = selfcheck.Check(inputs, self.grid, self.kernels)
-        self.heads: dict[int, list[Head]] = {}
-        self.rooms: dict[tuple[str, int, int], Tensor] = {}
+        self.heads, self.rooms = dict[int, list[Head]](), dict[tuple[str, int, int], Tensor]()
 
     def _cut(self, inputs: Inputs) -> Grid:
         """Return the grid of tiles, which hold both models' fp32 products and dz."""
@@ -50,15 +42,15 @@ class RowTiles:
         return cut(inputs, tile, (per_entry, *copied_bytes(self.sides)), widest=tile[1])
 
     def part(self, rows: slice, cols: slice, labels_2R: Tensor, kept: Tensor | None) -> Tensor:
-        tiles, states = [self._products(m, rows, cols, kept) for m in (0, 1)], self._states(1, size(rows))
+        tiles, states = [self._products(m, rows, cols, kept) for m in (0, 1)], self._states(rows, cols, self.grid.C)
         self.kernels.stats(tiles, *self._where(rows, cols), states, labels_2R)
         return states
 
     def dz(self, rows: slice, cols: slice, kind: Kind, row_R: Tensor, kept: Tensor | None) -> Tensor:
-        needed = kind is not Kind.ONLY_Q or self.policy.head.softcap is not None, kind is not Kind.ONLY_P
-        if kept is None:
-            z, r = (self._products(m, rows, cols, None) if need else None for m, need in enumerate(needed))
-            kept = r if z is None else z, z if r is None else r  # the kernel does not read what no row needs
+        if kept is None:  # what no row needs is not read, and only stands for a tile
+            only_r = kind is Kind.ONLY_Q and self.policy.head.softcap is None
+            made = {m: self._products(m, rows, cols, None) for m in (0, 1) if not (only_r, kind is Kind.ONLY_P)[m]}
+            kept = made.get(0, made.get(1)), made.get(1, made.get(0))
         out = self._room("dz", self.policy.operand_dtype, rows, cols)
         self.kernels.dz(kept, *self._where(rows, cols), row_R, out)
         return self.check.dz("tile_dz", rows, cols, row_R, out)
@@ -77,8 +69,8 @@ class RowTiles:
             self.rooms[name, R, C] = self.work.get(name, dtype, R, padded(C))[:, :C]
         return self.rooms[name, R, C]
 
-    def _states(self, parts: int, rows: int) -> Tensor:
-        return torch.empty(parts, self.states, rows, dtype=torch.float32, device=self.work.device)
+    def _states(self, rows: slice, cols: slice, width: int) -> Tensor:
+        return torch.empty(-(-size(cols) // width), self.states, size(rows), device=self.work.device)
 
     def _where(self, rows: slice, cols: slice) -> tuple[list[Head], Tensor, int]:
         """Return what kernels know of a tile's columns and rows: the heads, the labels, and the first column."""
@@ -103,7 +95,7 @@ class FusedTiles(RowTiles):
         return cut(inputs, (R, width), held, multiple=max(C, ALIGNED), widest=width)
 
     def part(self, rows: slice, cols: slice, labels_2R: Tensor, kept: Tensor | None) -> Tensor:
-        states = self._states(-(-size(cols) // self.kernels.prepare("fused_stats")[1].C), size(rows))
+        states = self._states(rows, cols, self.kernels.prepare("fused_stats")[1].C)
         self.kernels.stats(self._matrices(rows, cols), *self._where(rows, cols), states, labels_2R, kept)
         return states
 
@@ -118,7 +110,3 @@ class FusedTiles(RowTiles):
     def _matrices(self, rows: slice, cols: slice) -> list[Tensor]:
         pairs = ((x, side.model.dtype) for side in self.sides for x in ((side.hidden, rows), (side.weight, cols)))
         return [operand.block(block, dtype) for (operand, block), dtype in pairs]
-
-
-def _is_aligned(x: Operand) -> bool:
-    return launch.aligned(x.source.new_empty(0, x.source.shape[-1], dtype=x.compute) if x.needs_copy() else x.source)

@@ -8,7 +8,6 @@ vocabulary's first column, which lies `col` before the block's; one outside of t
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 from collections.abc import Sequence
@@ -42,9 +41,10 @@ class Strides(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """Tell one compiled kernel from another."""
+    """Tell one compiled kernel from another, and for which hidden sizes D and E it was launched."""
 
     kernel: str
+    widths: tuple[int, ...]
     config: TileConfig
     case: Case
     tensors: tuple[tuple[torch.dtype, bool, bool], ...]  # dtype; whether 16 divides the address, and the row stride
@@ -55,21 +55,16 @@ class Launch:
 @cache
 def unavailable(device: torch.device) -> str:
     """Return why no kernel runs on `device`, or "". It is settled at the first call, as Triton does at its import."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        return f"Triton has no compiler for {device.type} here; TRITON_INTERPRET=1 runs kernels on a CPU, for tests"
     try:
         import triton
     except ImportError as error:
         return f"triton cannot be imported: {error}"
     if device.type == "cuda":
         return _cuda_lacks(device)
-    if not (os.environ.get("TRITON_INTERPRET") and triton.knobs.runtime.interpret):
-        return (
-            f"Triton has no compiler for {device.type} here; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for "
-            "tests"
-        )
-    if device.type != "cpu":
-        return f"the interpreter runs on a CPU, not on {device.type}"
+    if device.type != "cpu" or not triton.knobs.runtime.interpret:
+        return f"Triton's interpreter runs on a CPU, not on {device.type}, and where it was asked for before Triton"
     numpy = importlib.metadata.version("numpy")
     too_new = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4)
     return f"the interpreter of Triton 3.6 wants numpy < 2.4, this is {numpy}" if too_new else ""
@@ -97,9 +92,8 @@ def device_of(device: torch.device) -> Device:
     """Return what the choice of a configuration knows of a device."""
     if device.type != "cuda":
         return Device("interpreter", "interpreter")
-    properties = torch.cuda.get_device_properties(device)
-    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return Device(properties.name, arch)
+    has = torch.cuda.get_device_properties(device)
+    return Device(has.name, has.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{has.major}{has.minor}")
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -116,11 +110,7 @@ class Kernels:
         self, heads: Sequence[LMHead], dtypes: Sequence[torch.dtype], extras: bool, device: torch.device,
         aligned: bool = True,
     ) -> None:  # fmt: skip
-        """Take the policy's and the reference's head, multiplied in `dtypes`.
-
-        Args:
-            aligned: base and row stride of all four matrices that kernels are given are multiples of 16 bytes.
-        """
+        """Take the policy's and the reference's head, multiplied in `dtypes`; `aligned` is of all four matrices."""
         weights = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (head.weight for head in heads)]
         self.precision = precision(dtypes[0])
         self.case = Case(
@@ -129,18 +119,16 @@ class Kernels:
             one_head=weights[0] == weights[1] and dtypes[0] == dtypes[1],
             bias=any(head.bias is not None for head in heads),
             softcap=any(head.softcap is not None for head in heads),
-            extras=extras,
-            aligned=aligned,
-        )
-        self.device, self.width, self.columns = device_of(device), heads[0].weight.shape[1], 0
-        self.launched: dict[str, Launch] = {}
-        self.prepared: dict[str, tuple[Any, TileConfig, dict[str, Any]]] = {}
-        self.described: dict[str, tuple[int, torch.Size, Any]] = {}
+            extras=extras, aligned=aligned,
+        )  # fmt: skip
+        self.device, self.widths, self.columns = device_of(device), tuple(x.weight.shape[1] for x in heads), 0
+        self.launched, self.prepared = dict[str, Launch](), dict[str, tuple[Any, TileConfig, dict[str, Any]]]()
+        self.described = dict[str, tuple[int, torch.Size, Any]]()
 
     def config(self, kernel: str) -> TileConfig:
         """Return a kernel's configuration; `columns` is the width of tiles in memory."""
         columns = 0 if kernel.startswith("fused") else self.columns
-        return choose(replace(self.case, kernel=kernel, columns=columns), self.device, self.width)
+        return choose(replace(self.case, kernel=kernel, columns=columns), self.device, self.widths[0])
 
     def prepare(self, kernel: str) -> tuple[Any, TileConfig, dict[str, Any]]:
         """Return a kernel, its configuration, and the constants and options of its launches."""
@@ -192,7 +180,7 @@ class Kernels:
             every = [*tensors, *(head.bias for head in heads if head.bias is not None)]
             known = tuple((x.dtype, x.data_ptr() % 16 == 0, x.stride(0) % 16 == 0) for x in every)
             has = tuple((head.bias is not None, head.softcap is not None) for head in heads)
-            self.launched[kernel] = Launch(kernel, config, self.case, known, has, every[0].device)
+            self.launched[kernel] = Launch(kernel, self.widths, config, self.case, known, has, every[0].device)
 
     def _given(self, what: str, operands: Sequence[Tensor]) -> tuple[str, int, dict[str, Any]]:
         """Return the kernel that takes these operands, their columns, and the operands by the kernel's names."""
@@ -223,13 +211,6 @@ def _device_code(kernel: str) -> Any:
     from ..device import dlogits, rows, stats
 
     return next(vars(module)[kernel] for module in (stats, dlogits, rows) if kernel in vars(module))
-
-
-def aligned(x: Tensor) -> bool:
-    """Return whether TMA takes x and every block of its rows: base and row stride in multiples of 16 bytes, rows apart.
-    A packed copy of x, where kernels are given that, is to be asked about as ``x.new_empty(0, D)`` of its dtype."""
-    apart = x.stride(0)
-    return x.stride(1) == 1 and apart >= x.shape[1] and (x.data_ptr() | apart * x.element_size()) % 16 == 0
 
 
 def head_of(head: LMHead, bias_C: Tensor | None) -> Head:

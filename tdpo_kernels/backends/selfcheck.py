@@ -10,7 +10,6 @@ raise. Either way what was found is written to a file, in the current directory 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -32,7 +31,7 @@ from .logits import Operand, affine_, capped
 SWITCH = "TDPO_KERNELS_SELF_CHECK"
 SAMPLE = 64
 CHUNK = 2**14  # columns of float64 logits at once
-_passed: set[tuple[Launch, int, int]] = set()  # with both hidden sizes
+_passed: set[Launch] = set()
 
 
 class Check:
@@ -47,7 +46,7 @@ class Check:
         """Return what was launched by these names and is new to the process, once in a call."""
         names = [name for name in names if self.on and name not in self.looked]
         self.looked.update(names)
-        return [launch for launch in map(self.kernels.launched.get, names) if self._key(launch) not in _passed]
+        return [launch for launch in map(self.kernels.launched.get, names) if launch not in _passed]
 
     def forward(self, part: Part) -> Part:
         """Compare L, L', the KL and the labels' logits of sampled rows, if a launch is new, and return `part`."""
@@ -71,9 +70,6 @@ class Check:
             self._judge(fresh, dz[r][:, c].double(), want, allowed + 4 * torch.finfo(dz.dtype).eps * want.abs())
         return dz
 
-    def _key(self, launch: Launch) -> tuple[Launch, int, int]:
-        return launch, self.inputs.policy.hidden.shape[-1], self.inputs.reference.hidden.shape[-1]
-
     def _judge(self, launches: list[Launch], found: Tensor, want: Tensor, allowed: Tensor) -> None:
         if not (torch.isfinite(want) & torch.isfinite(allowed)).all():
             return
@@ -85,7 +81,7 @@ class Check:
             if os.environ.get(SWITCH) != "warn":
                 raise RuntimeError(report)
             warnings.warn(report, RuntimeWarning, stacklevel=2)
-        _passed.update(self._key(launch) for launch in launches)
+        _passed.update(launches)
 
     def _statistics(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the true states of `rows`, their labels' logits, and how far off each model's logits may be."""
@@ -148,13 +144,9 @@ def _report(inputs: Inputs, launches: list[Launch], numbers: dict[str, float]) -
         tdpo_kernels=__version__, torch=torch.__version__, triton=triton.__version__,
         cuda=torch.version.cuda or torch.version.hip, python=platform.python_version(),
     )  # fmt: skip
-    name = f"tdpo-kernels-self-check-{os.getpid()}-{launches[0].kernel}.json"
-    for path in (Path(name).absolute(), Path(tempfile.gettempdir(), name)):
-        with contextlib.suppress(OSError):
-            path.write_text(json.dumps(facts, indent=1))
-            break
-    else:
-        path = "every line of it"
+    folder = os.getcwd() if os.access(".", os.W_OK) else tempfile.gettempdir()
+    path = Path(folder, f"tdpo-kernels-self-check-{os.getpid()}-{launches[0].kernel}.json")
+    path.write_text(json.dumps(facts, indent=1))
     return "\n".join([
         "tdpo_kernels: a kernel disagrees with float64 on the inputs of this call, the first of its kind here.",
         *(f"  {key}: {value}" for key, value in facts.items()),

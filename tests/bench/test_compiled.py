@@ -205,7 +205,13 @@ def launch_all(
     policy = operands(64)
     reference = policy if one_head else operands(96)
     (head, of_columns, hw), (ref_head, ref_of_columns, gu) = policy, reference
-    kernels = launch.Kernels((head, ref_head), (dtype, dtype), heavy, cpu, launch.aligned(hw[0]))
+    kernels = launch.Kernels(
+        (head, ref_head),
+        (dtype, dtype),
+        heavy,
+        cpu,
+        logits.Operand(grid.Workspace(cpu), "", hw[0], None, dtype).is_aligned,
+    )
     kernels.columns = V
     labels, label_logits, row_values = torch.arange(row + T)[row:], torch.zeros(2, row + T)[:, row:], torch.zeros(9, T)
     kept, dz = torch.zeros(2, T, 1008)[..., :V], torch.zeros(T, 1008, dtype=dtype)[:, :V]
