@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -120,6 +121,17 @@ print([jobs.attempt(job).faults for job in jobs.core(binary.TARGETS["gfx942"])[2
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout == "[(), ()] None\n", done.stderr
+
+
+def test_the_docs_have_the_report_s_seconds():
+    """Of what a backend compiles on sm_90 in bf16 at D = 4,096, whose tiles are 2,048 columns wide."""
+    root = Path(__file__).parents[2]
+    lines = (root / "bench" / "results" / "compiled.txt").read_text().splitlines()
+    said = (root / "docs" / "gpu.md").read_text()
+    for names in KERNELS.values():
+        cases = [f"{name} 16bit{' 2048' if name.startswith('tile') else ''} " for name in names]
+        found = [line for line in lines for case in cases if re.match(f"sm_90 +{case} ", line)]
+        assert len(found) == len(names) and f"{sum(float(line.split()[-1]) for line in found):.1f} s" in said
 
 
 def test_where_nothing_can_be_compiled_the_command_says_why(monkeypatch, capfd):
