@@ -142,5 +142,5 @@ def heuristic(case: Case, arch: str, width: int) -> TileConfig:
     rules, heavy = RULES.get(f"{family} {case.kernel}", RULES[family]), case.softcap or case.extras or not case.aligned
     config = rules[3 if case.product == "ieee" else 2 if heavy else width <= SMALL]
     if not case.aligned:  # no descriptors, and no copies that run ahead of the products
-        config = replace(config, K=min(config.K, 32), stages=2, tma=False)
+        config = replace(config, C=min(config.C, 64), K=min(config.K, 32), stages=2, tma=False)
     return config if case.product == "16bit" else replace(config, K=config.K // 2)
