@@ -187,6 +187,7 @@ def _work(settings: Settings) -> None:
         print("no CUDA device; --dry goes through the motions on a CPU", flush=True)
         os._exit(NO_DEVICE)
     notes, items = Notes(settings), settings.plan()
+    gc.freeze()  # what was imported is never garbage, and looking through it behind each item takes long
     for stage in settings.stages:
         mine = [item for item in items if item.stage == stage]
         if todo := notes.left(mine):

@@ -30,7 +30,7 @@ PASSES = {  # by value: what a trainer runs, then its parts. `compiled` is compi
     "frozen head": (dict(trainable=False), ("tiled@0", "fused@0", "eager", "trl", "liger")),
 }
 SIZES = {"8b": (8192, 128256, 4096), "0.5b": (8192, 151936, 896)}  # T, V, D
-DRY_SIZES = {"dry-8b": (16, 203, 32), "dry-0.5b": (16, 203, 16)}
+DRY_SIZES = {"dry": (16, 203, 32)}
 SECONDS = {"eager": 6.0, "compiled": 45.0, "trl": 10.0, "liger": 15.0}  # others: 4
 DRIVER = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
 
@@ -72,7 +72,7 @@ def verify(settings: Settings) -> list[Item]:
 
 
 def _verify(settings: Settings, backend: str, dtype: str) -> Facts:
-    names = (("one token",) if backend == "fused" else ("one token", "flat")) if settings.dry else ()
+    names = ("one token",) if settings.dry else ()
     with patch.object(verification, "BACKENDS", {backend: BACKENDS[backend]}):
         lines = verification.verify(settings.device, names=names, dtypes=(dtype,))
     worst = max(lines, key=lambda line: line.error / line.allowed)
