@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo test interpreted trainer frameworks parallel families lint verify kernels kernels-versions bench report reproduce gpu clean help
+.PHONY: demo test interpreted trainer frameworks parallel families lint verify kernels kernels-versions matrix bench report reproduce gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -75,6 +75,24 @@ kernels-versions:  ## the same under the oldest and the newest Triton
 		test -x $$there/bin/python || $(PYTHON) -m venv $$there; \
 		$$there/bin/python -m pip install -q "triton==$$version" "numpy<2.4"; \
 		$$there/bin/python -m bench.compiled $(ARGS); \
+	done
+
+# A plain torch is a CUDA build that fetches gigabytes of libraries: TORCH_INDEX names an index of CPU builds, which are asked for
+# first. A Python that is not there is left out, saying so.
+MATRIX := pinned:3.12 oldest:3.10 newest:3.13
+CORE := tests/test_exactness.py tests/test_bits.py tests/test_compile.py tests/test_mixed_products.py tests/test_availability.py
+
+matrix:  ## the core laws in other Pythons and versions, CPU only; TORCH_INDEX= is an index of CPU builds of torch
+	@set -e; for entry in $(MATRIX); do \
+		name=$${entry%%:*}; python=python$${entry##*:}; there=$(VENV)/matrix-$$name; wanted=tests/matrix/$$name.txt; \
+		$$python -c pass 2> /dev/null || { echo "$$name is left out: there is no $$python"; continue; }; \
+		test -x $$there/bin/python || $$python -m venv $$there; \
+		$$there/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch' $$wanted)"; \
+		$$there/bin/python -m pip install -q -r $$wanted pytest pytest-timeout hypothesis; \
+		echo "$$name:"; PYTHONPATH=. $$there/bin/python -m tdpo_kernels env; \
+		PYTHONPATH=. $$there/bin/python -m tdpo_kernels verify flat near-equal; \
+		$$there/bin/python -m pytest $(CORE); \
+		TRITON_INTERPRET=1 $$there/bin/python -m pytest -m "not long" tests/device; \
 	done
 
 bench: $(READY)  ## everything that a CPU can be measured by (20 minutes); rows go to bench/results/

@@ -38,10 +38,10 @@ def _env() -> int:
         print(f"{package:13}{_version(package)}")
     print(f"{'python':13}{platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"{'cpu threads':13}{torch.get_num_threads()}")
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    for device in devices:
-        cuda = device.type == "cuda"
-        print(f"\n{device}: {torch.cuda.get_device_name(device) if cuda else platform.processor() or 'cpu'}")
+    kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    for device in [torch.device("cpu"), *(torch.device(kind.type, i) for i in range(count))]:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+        print(f"\n{device}: {name or device.type}")
         for name, reason in availability(device).items():
             print(f"  {name:9}{reason}")
         print(f"  auto     {auto_says(device)}")

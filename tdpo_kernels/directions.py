@@ -21,13 +21,16 @@ from .types import SUMMANDS, Inputs, Needs
 LEAST = {"cpu": 256, "cuda": 1024}  # rows that are worth the launches of a block
 
 
-def run(inputs: Inputs, ratio_T: Tensor, kept: Tensor, backend: str, needs: Needs) -> tuple[Tensor, Tensor]:
+def run(
+    inputs: Inputs, ratio_T: Tensor, kept: Tensor, room: int, backend: str, needs: Needs
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the statistics of all rows ``(F, T)``, and u ``(N, D)`` in the dtype of the hidden states.
 
-    kept: room for the logits of a block.
+    kept: for the logits of a block; room: how many logits the budget holds, alike on all ranks of a split vocabulary,
+    which cut rows alike.
     """
     hidden, head, T = inputs.policy.hidden, inputs.policy.head, inputs.rows.count
-    each = max(least_rows(hidden.device), kept.numel() // max(2 * grid.padded(head.widest), 1))
+    each = max(least_rows(hidden.device), room // max(2 * grid.padded(head.widest), 1))
     u_ND = hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
     found = []
     for a in range(0, max(T, 1), each):

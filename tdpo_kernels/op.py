@@ -116,7 +116,7 @@ def statistics(call: Call, ratios: tuple[float, ...] = ()) -> TokenStats:
 def _room(call: Call) -> int:
     """Return how many logits may be kept if every row counts, because a graph has shapes before it sees a label."""
     N, itemsize = call.labels.numel(), stats_dtype(call.policy, call.reference).itemsize
-    return grid.room(N, call.policy.head.weight.shape[0], itemsize, call.memory_budget)
+    return grid.room(N, call.policy.head.widest, itemsize, call.memory_budget)
 
 
 class _TokenStats(torch.autograd.Function):
@@ -218,7 +218,7 @@ def _forward(*args: Any, fixed: bool = False) -> tuple[Tensor, ...]:
         count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         sequence_T = pack.sequences(rows, labels.shape, cu_seqlens)
         ratio_T = directions.ratio_of(sequence_T, count, ratios, inputs.stats_dtype)
-        found_FT, u = directions.run(inputs, ratio_T, kept, backend, needs)
+        found_FT, u = directions.run(inputs, ratio_T, kept, room[1], backend, needs)
         u, kept = u.view(policy.hidden.shape), kept[:0].clone()
         counts = pack.spread(torch.ones_like(found_FT[0]), rows, labels.shape).view(1, -1)
         saved = counts, rows.labels_T.new_zeros(2, labels.numel()), torch.tensor(rows.count, device="cpu")

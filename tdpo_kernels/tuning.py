@@ -1,4 +1,4 @@
-"""Choose a kernel's configuration and, for `auto`, a backend: explicit > measured > heuristic, for any number of rows.
+"""Choose a kernel's configuration and, for `auto`, a backend: measured, else by heuristic, for any number of rows.
 
 What was measured on a device is in ``tables/<device>.json``, or in the file that TDPO_KERNELS_TUNING names:
 
@@ -20,7 +20,7 @@ from math import log
 from pathlib import Path
 
 SWITCH, TABLES, INTERPRETER = "TDPO_KERNELS_TUNING", Path(__file__).parent / "tables", "interpreter"
-WIDTHS = (1024, 2048, 4096, 8192)  # of the tiles in memory that `tile_stats` and `tile_dz` have configurations for
+WIDTHS = (1024, 2048, 4096)  # of the tiles in memory that `tile_stats` and `tile_dz` have configurations for
 SMALL = 1024  # up to this hidden size two programs overlap, one's epilogue and the other's product
 
 
@@ -69,14 +69,12 @@ class Case:
 
 
 @lru_cache(maxsize=4096)
-def choose(case: Case, device: Device, width: int, explicit: TileConfig | None = None) -> TileConfig:
-    """Return `explicit`, else the device's measured row of this case nearest in hidden size, else the heuristic.
+def choose(case: Case, device: Device, width: int) -> TileConfig:
+    """Return the device's measured row of this case nearest in hidden size, else the heuristic.
 
     `fused_dz` must make the bits that `fused_stats` made, so both step along D alike: rows with another K than the
     heuristic's are skipped. Raise ValueError where there is no configuration, or a table that cannot be read.
     """
-    if explicit is not None:
-        return explicit
     own = heuristic(case, device.arch, width)
     rows = [row for row in _table(device)["configs"] if row["case"].items() <= asdict(case).items()]
     rows = [row for row in rows if row["config"].K == own.K and (row["config"].C == own.C or not case.columns)]
@@ -88,11 +86,6 @@ def winner(device: Device, itemsize: int, D: int, V: int) -> str | None:
     rows = [row for row in _table(device)["winners"] if row["itemsize"] == itemsize]
     nearest = min(rows, key=lambda row: abs(log(row["D"] / D)) + abs(log(row["V"] / V)), default=None)
     return nearest and min(nearest["ms"], key=nearest["ms"].__getitem__)
-
-
-def estimated_winner(D: int) -> str:
-    """Return the backend that a model of a GPU, not a measurement, expects to be the faster one."""
-    return "tiled" if D >= 2048 else "fused"
 
 
 @cache
@@ -121,7 +114,9 @@ RULES = {
     "sm_80 fused_dz": (*[_C(128, 128, 32, 8, 4)] * 2, _C(64, 128, 32, 8, 4), _C(64, 64, 32, 8, 2)),
     "sm_90": (_C(128, 128, 64, 8, 4, True), _C(128, 64, 64, 8, 3, True, 128), _C(128, 64, 64, 8, 4, True),
               _C(64, 64, 32, 8, 2, True)),
+    "sm_100 fused_stats": (*[_C(128, 64, 64, 8, 4, True)] * 3, _C(64, 64, 32, 8, 2, True)),
     "sm_100": (*[_C(128, 128, 64, 8, 4, True)] * 2, _C(128, 64, 64, 8, 4, True), _C(64, 64, 32, 8, 2, True)),
+    "gfx942 fused_dz": (*[_C(128, 128, 32, 8, 2)] * 2, *[_C(128, 64, 32, 8, 2)] * 2),
     "gfx942": (*[_C(128, 128, 32, 8, 2)] * 3, _C(128, 64, 32, 8, 2)),
 }  # fmt: skip
 
@@ -130,7 +125,8 @@ def family_of(arch: str) -> str:
     """Return the family whose configurations `arch` is given, or raise ValueError."""
     if family := next((FAMILIES[start] for start in FAMILIES if arch.startswith(start)), ""):
         return family
-    raise ValueError(f"no configuration for {arch!r}: there are some for {sorted({*FAMILIES.values()})}; pass one")
+    have = f"there are some for {sorted({*FAMILIES.values()})}, since bf16 products want tensor cores of sm_80 or newer"
+    raise ValueError(f"no configuration for {arch!r}: {have}")
 
 
 def heuristic(case: Case, arch: str, width: int) -> TileConfig:
@@ -146,5 +142,5 @@ def heuristic(case: Case, arch: str, width: int) -> TileConfig:
     rules, heavy = RULES.get(f"{family} {case.kernel}", RULES[family]), case.softcap or case.extras or not case.aligned
     config = rules[3 if case.product == "ieee" else 2 if heavy else width <= SMALL]
     if not case.aligned:  # no descriptors, and no copies that run ahead of the products
-        config = replace(config, K=min(config.K, 32), stages=2, tma=False)
+        config = replace(config, C=min(config.C, 64), K=min(config.K, 32), stages=2, tma=False)
     return config if case.product == "16bit" else replace(config, K=config.K // 2)

@@ -8,7 +8,7 @@ its error counts as 30 eps, so that no nan passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,13 +43,8 @@ class Problem:
         def cast(head: LMHead) -> LMHead:
             return replace(head, weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
 
-        return replace(
-            self,
-            hidden=self.hidden.to(dtype),
-            head=cast(self.head),
-            ref_hidden=self.ref_hidden.to(dtype),
-            ref_head=cast(self.ref_head),
-        )
+        sides = {name: getattr(self, name).to(dtype) for name in ("hidden", "ref_hidden")}
+        return replace(self, head=cast(self.head), ref_head=cast(self.ref_head), **sides)
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
@@ -72,7 +67,7 @@ def _problem(
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
     hidden, weight = normal(T, D), normal(V, D) * spread * D**-0.5
     ref_hidden, ref_weight = normal(T, E), normal(V, E) * spread * E**-0.5
@@ -80,19 +75,12 @@ def _problem(
         ref_hidden, ref_weight = hidden + apart * ref_hidden, weight
     biases = (normal(V), normal(V)) if bias else (None, None)
     if offset or ruled_out:
-        out = torch.rand(V, generator=generator) < ruled_out
-        biases = tuple(torch.full((V,), c).double().masked_fill(out, -torch.inf) for c in (0.0, offset))
-    allowed = torch.arange(V) if biases[0] is None else torch.isfinite(biases[0]).nonzero()[:, 0]
-    labels = allowed[torch.randint(len(allowed), (T,), generator=generator)]
+        out = (torch.rand(V, generator=generator) < ruled_out).to(device)
+        biases = tuple(torch.full_like(weight[:, 0], c).masked_fill(out, -torch.inf) for c in (0.0, offset))
+    allowed = (weight[:, 0] if biases[0] is None else biases[0]).isfinite().nonzero()[:, 0]
+    labels = allowed[torch.randint(len(allowed), (T,), generator=generator).to(device)]
     heads = [LMHead(w, b, logit_scale, softcap) for w, b in zip((weight, ref_weight), biases, strict=True)]
-    parts = (hidden, heads[0], ref_hidden, heads[1], labels, normal(T), normal(T))
-    return Problem(name, *(_move(x, device) for x in parts))
-
-
-def _move(x: Tensor | LMHead, device: torch.device) -> Tensor | LMHead:
-    if isinstance(x, Tensor):
-        return x.to(device)
-    return replace(x, weight=x.weight.to(device), bias=None if x.bias is None else x.bias.to(device))
+    return Problem(name, hidden, heads[0], ref_hidden, heads[1], labels, normal(T), normal(T))
 
 
 Stats = Callable[[Problem], tuple[Tensor, Tensor, Tensor]]
@@ -129,19 +117,12 @@ def plain_torch(problem: Problem) -> list[Tensor]:
 def truth(problem: Problem) -> list[Tensor]:
     """Return `NAMES` by the specification, `reference.py`, in float64."""
 
-    def stats(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        z, r = logits(p.hidden, p.head, torch.float64), logits(p.ref_hidden, p.ref_head, torch.float64)
-        return statistics(z, r, p.labels)
-
-    return _with_gradients(problem.to(torch.float64), stats)
+    return _with_gradients(problem.to(torch.float64), lambda p: statistics(*_logits(p), p.labels))
 
 
 def _with_gradients(problem: Problem, stats: Stats) -> list[Tensor]:
-    leaves = [
-        x.detach().clone().requires_grad_()
-        for x in (problem.hidden, problem.head.weight, problem.head.bias)
-        if x is not None
-    ]
+    parts = problem.hidden, problem.head.weight, problem.head.bias
+    leaves = [x.detach().clone().requires_grad_() for x in parts if x is not None]
     head = replace(problem.head, weight=leaves[1], bias=leaves[2] if len(leaves) > 2 else None)
     logp, ref_logp, kl = stats(replace(problem, hidden=leaves[0], head=head))
     loss = (logp * problem.g_logp.to(logp.dtype)).sum() + (kl * problem.g_kl.to(kl.dtype)).sum()
@@ -154,11 +135,14 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
     return error if error == error else math.inf
 
 
+def _logits(p: Problem) -> list[Tensor]:
+    return [logits(x, head, torch.float64) for x, head in ((p.hidden, p.head), (p.ref_hidden, p.ref_head))]
+
+
 def _scales(problem: Problem, exact: list[Tensor]) -> list[float]:
     """Return how many times larger each result's terms are: a log-probability is a difference of larger logits."""
     scales = [1.0] * len(exact)
-    for i, (hidden, head) in enumerate(((problem.hidden, problem.head), (problem.ref_hidden, problem.ref_head))):
-        z = logits(hidden, head, torch.float64)
+    for i, z in enumerate(_logits(problem)):
         largest = z[torch.isfinite(z)].abs().amax() * exact[i].numel() ** 0.5
         scales[i] = max(1.0, (largest / torch.linalg.vector_norm(exact[i])).item())
     return scales
@@ -188,11 +172,9 @@ def skipped(device: torch.device) -> dict[str, str]:
 
 
 def verify(
-    device: torch.device,
-    report: Callable[[Line], None] = lambda line: None,
-    names: tuple[str, ...] = (),
-    dtypes: tuple[str, ...] = (),
-) -> list[Line]:
+    device: torch.device, report: Callable[[Line], None] = lambda line: None, names: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+) -> list[Line]:  # fmt: skip
     """Run all backends on `device`, on the problems and dtypes named (or all), and `report` each line as it comes."""
     lines, backends = [], [name for name in BACKENDS if name not in skipped(device)]
     for dtype in dtypes or DTYPES:
@@ -200,10 +182,8 @@ def verify(
             exact, plain = truth(problem), plain_torch(problem)
             for backend in (b for b in backends if not lacks(b, device, DTYPES[dtype])):
                 for budget, size in BUDGETS.items() if backend != "naive" else [("-", 0)]:
-                    found = evaluate(problem, backend, size)
-                    lines.append(
-                        _worst((backend, dtype, problem.name, budget), found, exact, plain, _scales(problem, exact))
-                    )
+                    what, found = (backend, dtype, problem.name, budget), evaluate(problem, backend, size)
+                    lines.append(_worst(what, found, exact, plain, _scales(problem, exact)))
                     report(lines[-1])
     return lines
 

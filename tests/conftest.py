@@ -28,9 +28,9 @@ settings.load_profile("laws")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "long" in item.keywords and not config.option.markexpr and WAIT & set(item.path.parts):
+        if item.get_closest_marker("long") and not config.option.markexpr and WAIT & set(item.path.parts):
             item.add_marker(pytest.mark.skip(reason="long: -m long runs it"))
     items[:] = [item for item in items if _can_run(item)]
 

@@ -39,9 +39,11 @@ TARGETS = {
     target.name: target
     for target in (
         Target("sm_80", "cuda", 80, 32, 163 * KIB),
+        Target("sm_86", "cuda", 86, 32, 99 * KIB),
         Target("sm_89", "cuda", 89, 32, 99 * KIB),
         Target("sm_90", "cuda", 90, 32, 227 * KIB, wide=r"[HIQB]GMMA\b"),
         Target("sm_100", "cuda", 100, 32, 227 * KIB, 512, wide=r"UTC[HIQO]MMA\b"),
+        Target("sm_120", "cuda", 120, 32, 99 * KIB),
         Target("gfx942", "hip", "gfx942", 64, 64 * KIB),
     )
 }

@@ -26,58 +26,50 @@ OF_MATRICES = ("h", "w", "g", "u", "strides", "D", "E")
 
 @dataclass(frozen=True)
 class Job:
-    """One binary: a case at a configuration, for a target. `kept` says that `fused_stats` stores its products, `tiles`
-    which of the policy's and the reference's products `tile_dz` is given, `note` what else there is to say."""
+    """One binary: a case at a configuration, for a target, and what else there is to say."""
 
     case: Case
     config: TileConfig
     target: Target
-    kept: bool = False
-    tiles: tuple[bool, bool] = (True, True)
     note: str = ""
 
     def __str__(self) -> str:
         flags = [name for name, value in asdict(self.case).items() if value is True and name != "aligned"]
         words = [self.case.kernel, self.case.product, *flags, *["unaligned"] * (not self.case.aligned)]
-        words += ["kept"] * self.kept + {(True, False): ["p"], (False, True): ["q"]}.get(self.tiles, [])
         return " ".join([*words, *[str(self.case.columns)] * (self.case.columns > 0), self.note]).strip()
 
 
 def jobs(target: Target, tables: Path = TABLES) -> list[Job]:
     """Return every case at its heuristic, and the rows of the tables of the target's devices."""
-    of_matrices = [Job(case, heuristic(case, target.name, LARGE), target, kept) for case, kept in _cases(target)]
+    of_matrices = [Job(case, heuristic(case, target.name, LARGE), target) for case in _cases(target)]
     small = [replace(job, config=heuristic(job.case, target.name, SMALL), note="small D") for job in of_matrices]
     out = of_matrices + [job for job, large in zip(small, of_matrices, strict=True) if job.config != large.config]
-    for case, tiles in _row_cases():
-        out.append(Job(case, heuristic(case, target.name, LARGE), target, tiles=tiles))
+    out += [Job(case, heuristic(case, target.name, LARGE), target) for case in _row_cases()]
     for table in (json.loads(path.read_text()) for path in sorted(tables.glob("*.json"))):
         rows = table["configs"] if table["arch"] == target.name else []
         out += [Job(Case(**row["case"]), TileConfig(**row["config"]), target, note=table["device"]) for row in rows]
     return out
 
 
-def _cases(target: Target) -> Iterator[tuple[Case, bool]]:
-    """Yield each product plain and at its heaviest, one head and two, kept and not, aligned and not."""
+def _cases(target: Target) -> Iterator[Case]:
+    """Yield each product plain and at its heaviest, one head and two, aligned and not."""
     for kind in ("16bit", "ieee") if target.backend == "hip" else ("16bit", "tf32", "ieee"):
         stats, dz = Case("fused_stats", kind), Case("fused_dz", kind)
         heavy = replace(stats, **HEAVY, extras=True)
-        yield from ((replace(case, one_head=one), True) for case, one in product((stats, heavy), (False, True)))
-        yield from ((case, False) for case in (stats, dz, replace(dz, **HEAVY), replace(dz, **HEAVY, aligned=False)))
-        yield replace(heavy, aligned=False), True
+        yield from (replace(case, one_head=one) for case, one in product((stats, heavy), (False, True)))
+        yield from (dz, replace(dz, **HEAVY), replace(dz, **HEAVY, aligned=False), replace(heavy, aligned=False))
 
 
-def _row_cases() -> Iterator[tuple[Case, tuple[bool, bool]]]:
+def _row_cases() -> Iterator[Case]:
     for columns in WIDTHS:
         stats, dz = Case("tile_stats", columns=columns), Case("tile_dz", columns=columns)
-        for case in (stats, replace(stats, **HEAVY, extras=True), dz, replace(dz, **HEAVY)):
-            yield case, (True, True)
-        yield from ((dz, tiles) for tiles in ((True, False), (False, True)))
+        yield from (stats, replace(stats, **HEAVY, extras=True), dz, replace(dz, **HEAVY))
 
 
 def core(target: Target) -> list[Job]:
     """Return what `make test` compiles: one case of each kernel."""
-    kept, extras = "fused_stats 16bit kept", "tile_stats 16bit bias softcap extras 2048"
-    return [job for job in jobs(target) if str(job) in (kept, "fused_dz 16bit", extras, "tile_dz 16bit 2048")]
+    names = "fused_stats 16bit", "fused_dz 16bit", "tile_stats 16bit bias softcap extras 2048", "tile_dz 16bit 2048"
+    return [job for job in jobs(target) if str(job) in names]
 
 
 def attempt(job: Job) -> Report:
@@ -94,11 +86,10 @@ def build_of(job: Job) -> Build:
     head = Head(operand if case.bias else None, "fp32", "fp32" if case.softcap else None)
     u = None if case.one_head and case.kernel == "fused_stats" else w
     strides = Strides(*[None if config.tma else "i32"] * 4)
-    z_tile, r_tile = ("*fp32" if given else None for given in job.tiles)
     arguments = dict(
         h=h, w=w, g=h, u=u, strides=strides, head=head, ref_head=head, labels="*i64",
-        states="*fp32", label_logits="*fp32", kept="*fp32" if job.kept else None, row_values="*fp32", dz=operand,
-        z_tile=z_tile, r_tile=r_tile, R=config.R, C=config.C, K=config.K, EXTRAS=case.extras,
+        states="*fp32", label_logits="*fp32", kept="*fp32", row_values="*fp32", dz=operand,
+        z_tile="*fp32", r_tile="*fp32", R=config.R, C=config.C, K=config.K, EXTRAS=case.extras,
         PRECISION="tf32" if case.product == "tf32" else "ieee",
     )  # fmt: skip
     wide = case.kernel.startswith("fused") and case.product != "ieee"

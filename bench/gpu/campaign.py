@@ -33,7 +33,7 @@ from ..report.tables import Table, markdown
 from . import summary
 
 ROOT = Path(__file__).resolve().parents[2]
-OFFLINE = ROOT / "bench" / "results" / "offline-sm_90.txt"
+OFFLINE = ROOT / "bench" / "results" / "compiled.txt"
 MODULES = dict.fromkeys(("env", "verify", "headline", "profile"), "stages") | {"tune": "tune"}  # others: kernels
 NO_DEVICE = 2  # an exit status
 Facts = dict[str, Any]
@@ -175,7 +175,7 @@ def _plan(items: list[Item], settings: Settings) -> str:
 
 def compile_seconds() -> float:
     """Return the mean seconds of a kernel in the report of what kernels compile to; 0.0 there was a cache's."""
-    found = re.findall(r" sm_90 .* (\d+\.\d+)$", OFFLINE.read_text() if OFFLINE.exists() else "", re.MULTILINE)
+    found = re.findall(r"^sm_90 .* (\d+\.\d+)$", OFFLINE.read_text() if OFFLINE.exists() else "", re.MULTILINE)
     return mean([float(seconds) for seconds in found if float(seconds)] or [1.0])
 
 
@@ -187,6 +187,7 @@ def _work(settings: Settings) -> None:
         print("no CUDA device; --dry goes through the motions on a CPU", flush=True)
         os._exit(NO_DEVICE)
     notes, items = Notes(settings), settings.plan()
+    gc.freeze()  # what was imported is never garbage, and looking through it behind each item takes long
     for stage in settings.stages:
         mine = [item for item in items if item.stage == stage]
         if todo := notes.left(mine):

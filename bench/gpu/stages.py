@@ -12,7 +12,7 @@ import torch
 from torch import profiler
 
 from tdpo_kernels import verify as verification
-from tdpo_kernels.backends import BACKENDS, availability
+from tdpo_kernels.backends import BACKENDS, KERNELS, availability
 
 from .. import measure, memory, rows
 from ..conditions import Conditions, conditions
@@ -22,7 +22,7 @@ from ..run import run
 from ..shapes import Shape
 from .campaign import Facts, Finding, Item, Settings
 
-COMPILES = {"tiled": 2, "fused": 3}  # kernels of a backend, for forward and backward
+COMPILES = {name: len(kernels) for name, kernels in KERNELS.items()}
 OURS = tuple(f"{backend}@{kept}" for kept in ("0", "4GiB", "1GiB") for backend in ("tiled", "fused"))
 PASSES = {  # by value: what a trainer runs, then its parts. `compiled` is compiled for one of them
     "forward + backward": ({}, (*OURS, "eager", "compiled", "trl", "liger")),
@@ -30,7 +30,7 @@ PASSES = {  # by value: what a trainer runs, then its parts. `compiled` is compi
     "frozen head": (dict(trainable=False), ("tiled@0", "fused@0", "eager", "trl", "liger")),
 }
 SIZES = {"8b": (8192, 128256, 4096), "0.5b": (8192, 151936, 896)}  # T, V, D
-DRY_SIZES = {"dry-8b": (16, 203, 32), "dry-0.5b": (16, 203, 16)}
+DRY_SIZES = {"dry": (16, 203, 32)}
 SECONDS = {"eager": 6.0, "compiled": 45.0, "trl": 10.0, "liger": 15.0}  # others: 4
 DRIVER = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
 
@@ -65,14 +65,14 @@ def ceiling(device: torch.device, dtype: str) -> measure.Ceiling:
 def verify(settings: Settings) -> list[Item]:
     return [
         Item(f"{dtype} {name}", partial(_verify, settings, name, dtype), 8.0, 4 * COMPILES.get(name, 0), backend=name)
-        for dtype in ("bf16", "fp16", "fp32")
+        for dtype in (("bf16", "fp32") if settings.dry else ("bf16", "fp16", "fp32"))
         for name in BACKENDS
         if not (settings.dry and (dtype, name) == ("bf16", "fused"))  # the interpreter multiplies raw bits
     ]
 
 
 def _verify(settings: Settings, backend: str, dtype: str) -> Facts:
-    names = (("one token",) if backend == "fused" else ("one token", "flat")) if settings.dry else ()
+    names = ("one token",) if settings.dry else ()
     with patch.object(verification, "BACKENDS", {backend: BACKENDS[backend]}):
         lines = verification.verify(settings.device, names=names, dtypes=(dtype,))
     worst = max(lines, key=lambda line: line.error / line.allowed)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from tdpo_kernels import tuning
-from tdpo_kernels.backends import launch
 
 from .. import measure, rows
 from ..gate import relative
@@ -84,17 +83,16 @@ def choosing() -> Iterator[dict[str, tuple]]:
     """Stand in for `tuning.choose` wherever it was imported to: collect what is asked for, and answer as forced."""
     real, asked = tuning.choose, {}
 
-    def choose(case: tuning.Case, device: tuning.Device, width: int, explicit=None) -> tuning.TileConfig:
+    def choose(case: tuning.Case, device: tuning.Device, width: int) -> tuning.TileConfig:
         kernel, config = getattr(LOCAL, "forced", ("", None))
         if kernel == case.kernel and config is not None:
             LOCAL.used = True
             return config
-        config = real(case, device, width, explicit)
+        config = real(case, device, width)
         asked.setdefault(case.kernel, (case, device, config))
         return config
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(launch, "_config", launch._config.__wrapped__))  # without its cache
         ours = [module for name, module in list(sys.modules.items()) if name.startswith("tdpo_kernels")]
         for module in [m for m in ours if getattr(m, "choose", None) is real]:
             stack.enter_context(patch.object(module, "choose", choose))

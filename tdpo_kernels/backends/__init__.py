@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
 from ..checks import check_backend
-from ..tuning import estimated_winner, winner
+from ..tuning import winner
 from ..types import Backend, Model
 from . import fused, kerneltiles, launch, naive, tiled
 
 BACKENDS: dict[str, Backend] = {"fused": fused, "tiled": tiled, "naive": naive}
+TILED_FROM = 2048  # the hidden size from which a model of a GPU, not a measurement, expects `tiled` to be faster
+KERNELS = {"fused": kerneltiles.FusedTiles.KERNELS, "tiled": kerneltiles.RowTiles.KERNELS}
 
 
 def availability(device: torch.device) -> dict[str, str]:
     """Return each backend and whether it can run on `device`: ``"available: ..."`` or the reason why not."""
-    missing, rows = (
-        launch.unavailable(device),
-        "Triton row kernels" if kerneltiles.runs_on(device) else "torch operations",
-    )
-    fused_says = f"available: Triton kernels that make logits in registers, on {device.type}"
-    return {
-        "fused": fused_says if not missing else f"unavailable: {missing}",
-        "tiled": f"available: library GEMMs make logits in cache-sized tiles, {rows} reduce them, on {device.type}",
-        "naive": f"available: keeps [T, V] logits; a baseline and debugging switch, on {device.type}",
+    missing, on = launch.unavailable(device), f"on {device.type}"
+    by = "torch operations" if missing else "Triton row kernels"
+    said = {
+        "fused": f"Triton kernels that make logits in registers, {on}",
+        "tiled": f"library GEMMs make logits in cache-sized tiles, {by} reduce them, {on}",
+        "naive": f"keeps [T, V] logits; a baseline and debugging switch, {on}",
     }
+    for name, made_by in KERNELS.items() if not missing else ():
+        said[name] += f"; the first steps compile {len(made_by)} kernels"
+    found = {name: f"available: {words}" for name, words in said.items()}
+    return found | ({"fused": f"unavailable: {missing}"} if missing else {})
+
+
+@cache
+def _warn_once(device: torch.device, missing: str) -> None:
+    warnings.warn(
+        f"tdpo_kernels: no kernel runs on {device}, torch operations do their work, slower: {missing}", RuntimeWarning,
+        stacklevel=2,
+    )  # fmt: skip
 
 
 def lacks(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -43,12 +56,15 @@ def choose(backend: str, device: torch.device, sides: Sequence[Model] = ()) -> t
     """Return a backend's name and module, or raise ValueError if the one that is named does not run.
 
     ``"auto"`` takes the backend measured to be the fastest at such sizes on such a GPU, or the one estimated to be
-    where nothing was measured. Elsewhere it takes `tiled`. `sides` are policy and reference, if they are known.
+    where nothing was measured. Elsewhere it takes `tiled`, which warns once where it must do without kernels on an
+    accelerator. `sides` are policy and reference, if they are known.
     """
     check_backend(backend, BACKENDS)
     name = _auto(device, sides) if backend == "auto" else backend
     if reason := _refusal(name, device, sides):
         raise ValueError(f"backend: got {name!r}, which does not run here: {reason}; wanted 'auto', 'tiled' or 'naive'")
+    if name == "tiled" and device.type not in ("cpu", "meta") and (missing := launch.unavailable(device)):
+        _warn_once(device, missing)
     return name, BACKENDS[name]
 
 
@@ -58,7 +74,7 @@ def auto_says(device: torch.device) -> str:
         return "tiled"
     if winner(launch.device_of(device), 2, 4096, 128256):
         return "the faster of fused and tiled at the measured sizes nearest to a call's"
-    return "tiled where D >= 2048, fused below; estimated, not measured"
+    return f"tiled where D >= {TILED_FROM}, fused below; estimated, not measured"
 
 
 def _refusal(name: str, device: torch.device, sides: Sequence[Model]) -> str:
@@ -69,9 +85,7 @@ def _refusal(name: str, device: torch.device, sides: Sequence[Model]) -> str:
 
 
 def _auto(device: torch.device, sides: Sequence[Model]) -> str:
-    if device.type != "cuda" or _refusal("fused", device, sides):
-        return "tiled"
-    if not sides:
+    if not sides or device.type != "cuda" or _refusal("fused", device, sides):
         return "tiled"
     V, D = sides[0].head.weight.shape
-    return winner(launch.device_of(device), sides[0].dtype.itemsize, D, V) or estimated_winner(D)
+    return winner(launch.device_of(device), sides[0].dtype.itemsize, D, V) or ("tiled" if D >= TILED_FROM else "fused")

@@ -1,13 +1,15 @@
-"""Host side of the device code: what runs where, pointers or descriptors, grids; one function per kernel.
+"""Host side of the device code: what runs where, and launches by pointers or descriptors.
 
-Operands are blocks already cut to the rows and columns at hand. Labels count from the vocabulary's first column, which
-lies `col` before the block's; one outside of the block is not in it.
+Operands are blocks already cut to the rows and columns at hand: two tiles of products for the kernels that reduce them,
+or for those that multiply four matrices h, w, g, u, both models' hidden states and weights. Labels count from the
+vocabulary's first column, which lies `col` before the block's; one outside of the block is not in it.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -18,9 +20,6 @@ from torch import Tensor
 
 from ..tuning import Case, Device, TileConfig, choose, family_of
 from ..types import LMHead
-
-STATE, EXTRAS, ROWS = 6, 2, 9  # rows of a part's state, of its extras, of what backward knows of a row
-INTERPRETED = Device("interpreter", "interpreter")
 
 
 class Head(NamedTuple):
@@ -40,231 +39,180 @@ class Strides(NamedTuple):
     u: int | None
 
 
-@dataclass(frozen=True, eq=False)
-class Operands:
-    """One model's share of a tile: hidden states ``(R, D)``, weight rows ``(C, D)``, and its head."""
-
-    hidden: Tensor
-    weight: Tensor
-    head: Head
-
-
 @dataclass(frozen=True)
 class Launch:
-    """Tell one compiled kernel from another. `flags`: names and values of the constexprs but the tile's, and
-    which arguments are None or multiples of 16."""
+    """Tell one compiled kernel from another, and for which hidden sizes D and E it was launched."""
 
     kernel: str
+    widths: tuple[int, ...]
     config: TileConfig
-    dtypes: tuple[torch.dtype, ...]
-    flags: tuple[tuple[str, Any], ...]
+    case: Case
+    tensors: tuple[tuple[torch.dtype, bool, bool], ...]  # dtype; whether 16 divides the address, and the row stride
+    heads: tuple[tuple[bool, bool], ...]  # whether there is a bias, and a softcap
     device: torch.device
-
-    def __str__(self) -> str:
-        flags = " ".join(f"{name}={value}" for name, value in self.flags)
-        dtypes = ", ".join(str(x).removeprefix("torch.") for x in self.dtypes)
-        return f"{self.kernel} with {self.config!r}, {dtypes}, {flags}, on {self.device}"
 
 
 @cache
 def unavailable(device: torch.device) -> str:
     """Return why no kernel runs on `device`, or "". It is settled at the first call, as Triton does at its import."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        return f"Triton has no compiler for {device.type} here; TRITON_INTERPRET=1 runs kernels on a CPU, for tests"
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
     if device.type == "cuda":
-        try:
-            family_of(device_of(device).arch)
-        except ValueError as error:
-            return str(error)
-        return ""
-    if os.environ.get("TRITON_INTERPRET") and _interpreting():
-        return "" if device.type == "cpu" else f"the interpreter runs on a CPU, not on {device.type}"
-    return f"Triton has no compiler for {device.type}; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests"
+        return _cuda_lacks(device)
+    if device.type != "cpu" or not triton.knobs.runtime.interpret:
+        return f"Triton's interpreter runs on a CPU, not on {device.type}, and where it was asked for before Triton"
+    numpy = importlib.metadata.version("numpy")
+    too_new = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4)
+    return f"the interpreter of Triton 3.6 wants numpy < 2.4, this is {numpy}" if too_new else ""
 
 
-def _interpreting() -> bool:
+def _cuda_lacks(device: torch.device) -> str:
+    """Return what Triton misses to compile and launch on `device`, or ""."""
     import triton
 
-    return triton.knobs.runtime.interpret
+    try:
+        family_of(device_of(device).arch)
+    except ValueError as error:
+        return str(error)
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or triton.knobs.build.impl):
+        return "Triton launches through code that it compiles, and finds no C compiler: install gcc, or name one in CC"
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # such as Python's headers or the driver's library not being there
+        return f"Triton does not start: {type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 @lru_cache
 def device_of(device: torch.device) -> Device:
     """Return what the choice of a configuration knows of a device."""
     if device.type != "cuda":
-        return INTERPRETED
-    properties = torch.cuda.get_device_properties(device)
-    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return Device(properties.name, arch)
+        return Device("interpreter", "interpreter")
+    has = torch.cuda.get_device_properties(device)
+    return Device(has.name, has.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{has.major}{has.minor}")
 
 
 def precision(dtype: torch.dtype) -> str:
     """Return how fp32 is multiplied: as torch is told to. Other dtypes have only one way."""
-    return "tf32" if dtype == torch.float32 and tf32_is_allowed() and not torch.version.hip else "ieee"
+    said = torch.backends.cuda.matmul.fp32_precision  # its older getter raises once the newer setting was used
+    tf32 = (torch.backends.fp32_precision if said == "none" else said) == "tf32"
+    return "tf32" if dtype == torch.float32 and tf32 and not torch.version.hip else "ieee"
 
 
-def tf32_is_allowed() -> bool:
-    """Return whether torch was told so, whichever way: the older getter raises once the newer setting was used."""
-    said = torch.backends.cuda.matmul.fp32_precision
-    return (torch.backends.fp32_precision if said == "none" else said) == "tf32"
+class Kernels:
+    """Launch the kernels of one call. A configuration, which never depends on the number of rows, is chosen once."""
+
+    def __init__(
+        self, heads: Sequence[LMHead], dtypes: Sequence[torch.dtype], extras: bool, device: torch.device,
+        aligned: bool = True,
+    ) -> None:  # fmt: skip
+        """Take the policy's and the reference's head, multiplied in `dtypes`; `aligned` is of all four matrices."""
+        weights = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (head.weight for head in heads)]
+        self.precision = precision(dtypes[0])
+        self.case = Case(
+            kernel="",
+            product="16bit" if max(dtype.itemsize for dtype in dtypes) == 2 else self.precision,
+            one_head=weights[0] == weights[1] and dtypes[0] == dtypes[1],
+            bias=any(head.bias is not None for head in heads),
+            softcap=any(head.softcap is not None for head in heads),
+            extras=extras, aligned=aligned,
+        )  # fmt: skip
+        self.device, self.widths, self.columns = device_of(device), tuple(x.weight.shape[1] for x in heads), 0
+        self.launched, self.prepared = dict[str, Launch](), dict[str, tuple[Any, TileConfig, dict[str, Any]]]()
+        self.described = dict[str, tuple[int, torch.Size, Any]]()
+
+    def config(self, kernel: str) -> TileConfig:
+        """Return a kernel's configuration; `columns` is the width of tiles in memory."""
+        columns = 0 if kernel.startswith("fused") else self.columns
+        return choose(replace(self.case, kernel=kernel, columns=columns), self.device, self.widths[0])
+
+    def prepare(self, kernel: str) -> tuple[Any, TileConfig, dict[str, Any]]:
+        """Return a kernel, its configuration, and the constants and options of its launches."""
+        if kernel not in self.prepared:
+            config = self.config(kernel)
+            constants = dict(R=config.R, C=config.C) | config.options
+            constants |= dict(K=config.K, PRECISION=self.precision) if kernel.startswith("fused") else {}
+            constants |= dict(EXTRAS=self.case.extras) if kernel.endswith("stats") else {}
+            self.prepared[kernel] = _device_code(kernel), config, constants
+        return self.prepared[kernel]
+
+    def stats(
+        self, operands: Sequence[Tensor], heads: Sequence[Head], labels_R: Tensor, col: int,
+        states: Tensor, label_logits: Tensor, kept: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Fill `states` ``(parts, STATE (+ 2), R)``, contiguous, `label_logits` ``(2, R)`` of labels that are here, and
+        `kept` ``(2, R, C)`` with both products, if these are made here."""
+        kernel, V, given = self._given("stats", operands)
+        if len(operands) == 4:
+            plane, stride = (0, 0) if kept is None else kept.stride()[:2]
+            given |= dict(kept=states.new_empty(0) if kept is None else kept, stride_kept=stride, plane=plane)
+            given |= dict(u=None) if self.case.one_head else {}
+        given |= dict(states=states, label_logits=label_logits, stride_labels=label_logits.stride(0))
+        self.launch(kernel, len(labels_R), V, operands, heads, labels=labels_R, col=col, **given)
+
+    def dz(
+        self, operands: Sequence[Tensor], heads: Sequence[Head], labels_R: Tensor, col: int, row_R: Tensor, out: Tensor
+    ) -> None:
+        """Fill `out` ``(R, C)`` with dz from `row_R` ``(ROW, R)``, a view of rows with one stride. A tile that no row
+        needs is not read; the policy's is needed where it has a softcap."""
+        kernel, V, given = self._given("dz", operands)
+        given |= dict(row_values=row_R, stride_rows=row_R.stride(0), dz=out, stride_dz=out.stride(0))
+        self.launch(kernel, len(labels_R), V, (*operands, out), heads, labels=labels_R, col=col, **given)
+
+    def launch(
+        self, kernel: str, T: int, V: int, tensors: Sequence[Tensor], heads: Sequence[Head], **arguments: Any
+    ) -> None:
+        """Launch a kernel on T rows and V columns, and note the first time which binary that is: it is compiled for
+        the dtypes and the alignment of `tensors` and of the heads."""
+        code, config, constants = self.prepare(kernel)
+        blocks = -(-T // config.R), -(-V // config.C)
+        try:
+            code[blocks](head=heads[0], ref_head=heads[1], T=T, V=V, **arguments, **constants)
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources":
+                raise
+            raise RuntimeError(f"{kernel}: {config} is too large for {self.device}: {error}") from error
+        if kernel not in self.launched:
+            every = [*tensors, *(head.bias for head in heads if head.bias is not None)]
+            known = tuple((x.dtype, x.data_ptr() % 16 == 0, x.stride(0) % 16 == 0) for x in every)
+            has = tuple((head.bias is not None, head.softcap is not None) for head in heads)
+            self.launched[kernel] = Launch(kernel, self.widths, config, self.case, known, has, every[0].device)
+
+    def _given(self, what: str, operands: Sequence[Tensor]) -> tuple[str, int, dict[str, Any]]:
+        """Return the kernel that takes these operands, their columns, and the operands by the kernel's names."""
+        if len(operands) == 2:
+            z, r = operands
+            return f"tile_{what}", z.shape[1], dict(z_tile=z, r_tile=r, stride=z.stride(0))
+        kernel, (h, w, g, u) = f"fused_{what}", operands
+        config, strides = self.prepare(kernel)[1], Strides(None, None, None, None)
+        given = dict(h=h, w=w, g=g, u=u)
+        if config.tma:
+            given = {name: self._described(name, x, config) for name, x in given.items()}
+        else:
+            strides = Strides(*(x.stride(0) for x in operands))
+        return kernel, len(w), given | dict(D=h.shape[1], E=g.shape[1], strides=strides)
+
+    def _described(self, name: str, x: Tensor, config: TileConfig) -> Any:
+        """Return a descriptor of x, the last one of this name if that will do."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        have, box = self.described.get(name), [config.R if name in "hg" else config.C, config.K]
+        if have is None or have[:2] != (x.data_ptr(), x.shape) or have[2].block_shape != box:
+            have = self.described[name] = x.data_ptr(), x.shape, TensorDescriptor.from_tensor(x, box)
+        return have[2]
 
 
-@dataclass(frozen=True)
-class Traits:
-    """Hold what the configurations of one call depend on, which is never the number of rows."""
+@cache
+def _device_code(kernel: str) -> Any:
+    from ..device import dlogits, rows, stats
 
-    case: Case  # of any kernel
-    device: Device
-    width: int
-
-    def config(self, kernel: str, columns: int = 0) -> TileConfig:
-        """Return a kernel's configuration; `columns` is the width of a tile in memory."""
-        return _config(self, kernel, columns)
-
-
-@lru_cache(maxsize=4096)
-def _config(traits: Traits, kernel: str, columns: int) -> TileConfig:
-    return choose(replace(traits.case, kernel=kernel, columns=columns), traits.device, traits.width)
-
-
-def traits_of(
-    heads: Sequence[LMHead], dtypes: Sequence[torch.dtype], extras: bool, device: torch.device, aligned: bool = True
-) -> Traits:
-    """Return the traits of a call on the policy's and the reference's head, multiplied in `dtypes`.
-
-    Args:
-        aligned: base and row stride of all four matrices that kernels are given are multiples of 16 bytes (`aligned`).
-    """
-    itemsize = max(dtype.itemsize for dtype in dtypes)
-    weights = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (head.weight for head in heads)]
-    case = Case(
-        kernel="fused_stats",
-        product="16bit" if itemsize == 2 else precision(torch.float32),
-        one_head=weights[0] == weights[1] and dtypes[0] == dtypes[1],
-        bias=any(head.bias is not None for head in heads),
-        softcap=any(head.softcap is not None for head in heads),
-        extras=extras,
-        aligned=aligned,
-    )
-    return Traits(case, device_of(device), heads[0].weight.shape[1])
-
-
-def aligned(x: Tensor) -> bool:
-    """Return whether TMA takes x and every block of its rows: base and row stride in multiples of 16 bytes, rows apart.
-    A packed copy of x, where kernels are given that, is to be asked about as ``x.new_empty(0, D)`` of its dtype."""
-    apart = x.stride(0)
-    return x.stride(1) == 1 and apart >= x.shape[1] and (x.data_ptr() | apart * x.element_size()) % 16 == 0
+    return next(vars(module)[kernel] for module in (stats, dlogits, rows) if kernel in vars(module))
 
 
 def head_of(head: LMHead, bias_C: Tensor | None) -> Head:
     """Return what kernels know of `head`; `bias_C`: of the columns at hand, contiguous, in the products' dtype."""
     return Head(bias_C, float(head.logit_scale), None if head.softcap is None else float(head.softcap))
-
-
-def fused_stats(
-    traits: Traits, policy: Operands, reference: Operands, labels_R: Tensor, col: int,
-    states: Tensor, label_logits: Tensor, kept: Tensor | None,
-) -> Launch:  # fmt: skip
-    """Fill `states` ``(parts, STATE (+ EXTRAS), R)``, contiguous, `label_logits` ``(2, R)`` of labels that are here,
-    and `kept` ``(2, R, C)`` if given, with both products."""
-    from ..device.stats import fused_stats as kernel
-
-    config = traits.config("fused_stats")
-    operands = _operands(policy, reference, config)
-    parts = _blocks(operands["V"], config.C)
-    if parts != states.shape[0]:
-        raise ValueError(f"fused_stats: {config} makes {parts} parts of {operands['V']} columns, not {states.shape[0]}")
-    if traits.case.one_head:
-        operands["u"] = None
-    flags = dict(PRECISION=precision(policy.hidden.dtype), EXTRAS=traits.case.extras)
-    kernel[_blocks(operands["T"], config.R), parts](
-        **operands, labels=labels_R, col=col, states=states, label_logits=label_logits, kept=kept,
-        stride_labels=label_logits.stride(0), stride_kept=0 if kept is None else kept.stride(1),
-        plane=0 if kept is None else kept.stride(0), R=config.R, C=config.C, K=config.K, **flags, **config.options,
-    )  # fmt: skip
-    flags["one_head"], flags["kept"] = traits.case.one_head, kept is not None
-    return _launched("fused_stats", config, flags, policy, reference)
-
-
-def fused_dz(
-    traits: Traits, policy: Operands, reference: Operands, labels_R: Tensor, col: int, row_values: Tensor, dz: Tensor
-) -> Launch:
-    """Fill dz ``(R, C)`` from the operands and `row_values` ``(ROWS, R)``, a view of rows with one stride."""
-    from ..device.dlogits import fused_dz as kernel
-
-    config = traits.config("fused_dz")
-    operands, flags = _operands(policy, reference, config), dict(PRECISION=precision(policy.hidden.dtype))
-    kernel[_blocks(operands["T"], config.R), _blocks(operands["V"], config.C)](
-        **operands, labels=labels_R, col=col, row_values=row_values, dz=dz,
-        stride_rows=row_values.stride(0), stride_dz=dz.stride(0), R=config.R, C=config.C, K=config.K, **flags,
-        **config.options,
-    )  # fmt: skip
-    return _launched("fused_dz", config, flags, policy, reference, dz)
-
-
-def tile_stats(
-    traits: Traits, tiles: Sequence[Tensor], heads: Sequence[Head], labels_R: Tensor, col: int,
-    states: Tensor, label_logits: Tensor,
-) -> Launch:  # fmt: skip
-    """Fill `states` ``(1, STATE (+ EXTRAS), R)``, contiguous, and `label_logits` from both models' products ``(R, C)``,
-    fp32 and of one stride."""
-    from ..device.rows import tile_stats as kernel
-
-    z, r = tiles
-    (T, V), config = z.shape, traits.config("tile_stats", z.shape[1])
-    flags = dict(EXTRAS=traits.case.extras)
-    kernel[(_blocks(T, config.R),)](
-        z_tile=z, r_tile=r, head=heads[0], ref_head=heads[1], labels=labels_R, states=states,
-        label_logits=label_logits, T=T, V=V, col=col, stride=z.stride(0), stride_labels=label_logits.stride(0),
-        R=config.R, C=config.C, **flags, **config.options,
-    )  # fmt: skip
-    return _launched("tile_stats", config, flags, *heads, z)
-
-
-def tile_dz(
-    traits: Traits, tiles: Sequence[Tensor | None], heads: Sequence[Head], labels_R: Tensor, col: int,
-    row_values: Tensor, dz: Tensor,
-) -> Launch:  # fmt: skip
-    """Fill dz ``(R, C)`` from products ``(R, C)`` and `row_values` ``(ROWS, R)``. None stands for the products that no
-    row needs; the policy's are needed where it has a softcap."""
-    from ..device.rows import tile_dz as kernel
-
-    z, r = tiles
-    (T, V), config = dz.shape, traits.config("tile_dz", dz.shape[1])
-    kernel[(_blocks(T, config.R),)](
-        z_tile=z, r_tile=r, head=heads[0], ref_head=heads[1], labels=labels_R, row_values=row_values, dz=dz,
-        T=T, V=V, col=col, stride=(r if z is None else z).stride(0), stride_rows=row_values.stride(0),
-        stride_dz=dz.stride(0), R=config.R, C=config.C, **config.options,
-    )  # fmt: skip
-    return _launched("tile_dz", config, dict(z=z is not None, r=r is not None), *heads, r if z is None else z, dz)
-
-
-def _blocks(length: int, step: int) -> int:
-    return -(-length // step)
-
-
-def _operands(policy: Operands, reference: Operands, config: TileConfig) -> dict[str, Any]:
-    """Return what the kernels that multiply know of both models, by the names that it has there."""
-    shared = dict(
-        T=policy.hidden.shape[0], V=policy.weight.shape[0], D=policy.hidden.shape[1], E=reference.hidden.shape[1],
-        head=policy.head, ref_head=reference.head,
-    )  # fmt: skip
-    matrices = dict(h=policy.hidden, w=policy.weight, g=reference.hidden, u=reference.weight)
-    if not config.tma:
-        return matrices | shared | dict(strides=Strides(*(x.stride(0) for x in matrices.values())))
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    boxes = dict(h=config.R, w=config.C, g=config.R, u=config.C)
-    described = {name: TensorDescriptor.from_tensor(x, [boxes[name], config.K]) for name, x in matrices.items()}
-    return described | shared | dict(strides=Strides(None, None, None, None))
-
-
-def _launched(kernel: str, config: TileConfig, flags: dict[str, Any], *given: Operands | Head | Tensor) -> Launch:
-    """Return what was launched; a binary is compiled for the dtype and the alignment of whatever is `given`."""
-    heads = [x.head if isinstance(x, Operands) else x for x in given if not isinstance(x, Tensor)]
-    tensors = [x for x in given if isinstance(x, Tensor)] + [head.bias for head in heads if head.bias is not None]
-    tensors += [x for side in given if isinstance(side, Operands) for x in (side.hidden, side.weight)]
-    flags["bias"] = tuple(head.bias is not None for head in heads)
-    flags["softcap"] = tuple(head.softcap is not None for head in heads)
-    flags["divisible"] = tuple((x.data_ptr() % 16 == 0, x.stride(0) % 16 == 0) for x in tensors)
-    return Launch(kernel, config, tuple(x.dtype for x in tensors), tuple(flags.items()), tensors[0].device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,44 +21,74 @@ def block_of(x: Tensor, rows: slice) -> Tensor:
     return x if size(rows) == x.shape[0] else x[rows]
 
 
+@cache
+def mixed(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the call that multiplies 16 bits into fp32 on `device`: "addmm", which adds up too, "mm", or "" for none.
+
+    Whether torch has them depends on its version and on the device, so each is tried once.
+    """
+    x, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    for call, operands in ((torch.addmm, (total, x, x)), (torch.mm, (x, x))):
+        try:
+            call(*operands, out_dtype=total.dtype, out=total)
+        except (RuntimeError, TypeError):
+            continue
+        return call.__name__
+    return ""
+
+
 def operand_dtype(compute: torch.dtype, stats: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype that operands are multiplied in: they are widened unless CUDA multiplies them into fp32."""
-    return compute if device.type == "cuda" and stats == torch.float32 else stats
+    """Return the dtype that operands are multiplied in: widened, unless the device multiplies them into fp32."""
+    as_is = compute in SIXTEEN_BIT and stats == torch.float32 and device.type != "cpu" and mixed(device, compute)
+    return compute if as_is else stats
 
 
 def multiply_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, add: bool = False) -> Tensor:
     """Set ``out = alpha a b``, or ``out + alpha a b``, accumulated in the dtype of out; alpha is a power of two."""
     if a.dtype != out.dtype:
+        if mixed(a.device, a.dtype) == "addmm":
+            return torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), alpha=alpha, out=out)
         part = torch.mm(a, b, out_dtype=out.dtype)
     elif onednn.takes(a, b):
         part = onednn.product(a, b)
     else:
-        return out.addmm_(a, b, alpha=alpha, beta=1 if add else 0)
+        return out.addmm_(a, b, alpha=alpha, beta=int(add))
     return out.add_(part, alpha=alpha) if add else torch.mul(part, alpha, out=out)
 
 
 class Operand:
-    """Hand out blocks of rows of a matrix: gathered, rounded to the compute dtype, widened to a product's dtype.
+    """Hand out blocks of rows of a matrix: gathered, rounded to the compute dtype, widened to a product's dtype, and
+    where `packed` with the elements of a row side by side.
 
     Hidden states of more than two axes are viewed as a matrix. Where no view is one, rows are gathered by all axes, so
     that the whole is never copied.
     """
 
-    def __init__(self, work: Workspace, name: str, source: Tensor, index: Tensor | None, compute: torch.dtype) -> None:
-        self.work, self.name, self.index, self.compute = work, name, index, compute
+    def __init__(
+        self, work: Workspace, name: str, source: Tensor, index: Tensor | None, compute: torch.dtype,
+        packed: bool = False,
+    ) -> None:  # fmt: skip
+        self.work, self.name, self.index, self.compute, self.packed = work, name, index, compute, packed
         self.axes, self.source = source.shape[:-1], _matrix(source)
+        self.is_gathered = index is not None or self.source.dim() > 2
+        self.is_spread = packed and self.source.stride(-1) != 1
         self.loaded: dict[torch.dtype, tuple[slice, Tensor]] = {}
 
     @property
-    def is_gathered(self) -> bool:
-        return self.index is not None or self.source.dim() > 2
+    def is_aligned(self) -> bool:
+        """Return whether TMA takes blocks: base and row stride are multiples of 16 bytes, and rows lie apart."""
+        x, apart = self.source, self.source.stride(0)
+        if self.is_gathered or x.dtype != self.compute or self.is_spread:  # a copy
+            return x.shape[-1] * self.compute.itemsize % 16 == 0
+        return x.stride(1) == 1 and apart >= x.shape[1] and (x.data_ptr() | apart * x.itemsize) % 16 == 0
 
-    def needs_copy(self) -> bool:
-        return self.is_gathered or self.source.dtype != self.compute
+    def copied_bytes(self, dtype: torch.dtype) -> int:
+        """Return how many bytes of copies a row of a block takes: gathered or packed, rounded, widened to `dtype`."""
+        steps = [step for step in dict.fromkeys((self.compute, dtype)) if {step, self.compute} != {self.source.dtype}]
+        first = self.source.itemsize if self.is_gathered or self.is_spread else 0
+        return self.source.shape[-1] * (first + sum(step.itemsize for step in steps))
 
     def block(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        if not self.needs_copy() and self.source.dtype == dtype:
-            return block_of(self.source, rows)
         have = self.loaded.get(dtype)
         if have is None or have[0] != rows:
             have = self.loaded[dtype] = (rows, self._load(rows, dtype))
@@ -65,10 +96,9 @@ class Operand:
 
     def _load(self, rows: slice, dtype: torch.dtype) -> Tensor:
         x = self._gathered(rows) if self.is_gathered else block_of(self.source, rows)
-        for step in dict.fromkeys((self.compute, dtype)):  # round first, then widen
-            if x.dtype != step:
-                x = self.work.get(f"{self.name} {step}", step, *x.shape).copy_(x)
-        return x
+        x = _rounded(x, self.compute, dtype, self.work, self.name)
+        apart = self.packed and x.stride(1) != 1
+        return self.work.get(f"{self.name} packed", x.dtype, *x.shape).copy_(x) if apart else x
 
     def _gathered(self, rows: slice) -> Tensor:
         index_R = None if self.index is None else self.index[rows]
@@ -78,6 +108,14 @@ class Operand:
         if index_R is None:
             index_R = torch.arange(rows.start, rows.stop, device=self.source.device)
         return self.source[torch.unravel_index(index_R, self.axes)]
+
+
+def _rounded(x: Tensor, compute: torch.dtype, dtype: torch.dtype, work: Workspace, name: str) -> Tensor:
+    """Return x rounded to `compute`, then widened to `dtype`."""
+    for step in dict.fromkeys((compute, dtype)):
+        if x.dtype != step:
+            x = work.get(f"{name} {step}", step, *x.shape).copy_(x)
+    return x
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -92,11 +130,12 @@ def _matrix(x: Tensor) -> Tensor:
 class Side:
     """Hand out tiles of one model's logits, and the operands of its gradient products."""
 
-    def __init__(self, model: Model, index_T: Tensor | None, work: Workspace, name: str, stats: torch.dtype) -> None:
-        self.model, self.head, self.name, self.work, self.stats = model, model.head, name, work, stats
-        self.hidden = Operand(work, f"{name} hidden", model.hidden, index_T, model.dtype)
-        self.weight = Operand(work, f"{name} weight", model.head.weight, None, model.dtype)
-        self.operand_dtype = operand_dtype(model.dtype, stats, model.hidden.device)
+    def __init__(self, model: Model, inputs: Inputs, work: Workspace, name: str, packed: bool) -> None:
+        self.model, self.head, self.work, self.stats = model, model.head, work, inputs.stats_dtype
+        index = inputs.rows.hidden_T
+        self.hidden = Operand(work, f"{name} hidden", model.hidden, index, model.dtype, packed)
+        self.weight = Operand(work, f"{name} weight", model.head.weight, None, model.dtype, packed)
+        self.operand_dtype = operand_dtype(model.dtype, self.stats, model.hidden.device)
 
     def products(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
         """Return ``h W^T`` of one tile in `out`, in the statistics' dtype."""
@@ -109,31 +148,19 @@ class Side:
     def gradient_operand(self, dz_RC: Tensor) -> Tensor:
         """Return dz rounded to the compute dtype, on every device alike, in the dtype its products are taken in."""
         rounded = self.model.dtype if self.model.dtype in SIXTEEN_BIT else dz_RC.dtype
-        for step in dict.fromkeys((rounded, self.operand_dtype)):
-            if dz_RC.dtype != step:
-                dz_RC = self.work.get(f"dz {step}", step, *dz_RC.shape).copy_(dz_RC)
-        return dz_RC
+        return _rounded(dz_RC, rounded, self.operand_dtype, self.work, "dz")
 
 
-def sides_of(inputs: Inputs, work: Workspace) -> tuple[Side, Side]:
-    index, stats = inputs.rows.hidden_T, inputs.stats_dtype
-    return Side(inputs.policy, index, work, "z", stats), Side(inputs.reference, index, work, "r", stats)
+def sides_of(inputs: Inputs, work: Workspace, packed: bool = False) -> tuple[Side, Side]:
+    return Side(inputs.policy, inputs, work, "z", packed), Side(inputs.reference, inputs, work, "r", packed)
 
 
 def copied_bytes(sides: tuple[Side, Side]) -> tuple[int, int]:
     """Return how many bytes of copied operands and partial gradients each row and each column of a tile takes."""
-    per_row, per_col = (
-        sum(_copies(operand, side.operand_dtype) for side, operand in zip(sides, operands, strict=True))
-        for operands in ([side.hidden for side in sides], [side.weight for side in sides])
-    )
+    per_row = sum(side.hidden.copied_bytes(side.operand_dtype) for side in sides)
+    per_col = sum(side.weight.copied_bytes(side.operand_dtype) for side in sides)
     partial = sides[0].hidden.source.shape[-1] * sides[0].stats.itemsize
     return per_row + 2 * partial, per_col + partial
-
-
-def _copies(x: Operand, dtype: torch.dtype) -> int:
-    steps = [step for step in dict.fromkeys((x.compute, dtype)) if step != x.source.dtype or step != x.compute]
-    gathered = x.source.dtype.itemsize if x.is_gathered else 0
-    return x.source.shape[-1] * (gathered + sum(step.itemsize for step in steps))
 
 
 def affine_(x: Tensor, head: LMHead, bias: Tensor | None) -> Tensor:
@@ -154,17 +181,12 @@ def capped(x: Tensor, head: LMHead, bias: Tensor | None, out: Tensor) -> Tensor:
 def ruled_out(policy: Model, reference: Model) -> Tensor | None:
     """Return two bools, ``(2,)``, or None where no head has a bias: whether the policy rules out a token that the
     reference allows, and whether it rules out any."""
-    out, ref_out = (_ruled_out(model) for model in (policy, reference))
-    if out is None and ref_out is None:
+    biases = [None if m.head.bias is None else m.head.bias.to(m.dtype) for m in (policy, reference)]
+    if all(bias is None for bias in biases):
         return None
-    none = torch.zeros_like(ref_out if out is None else out)
-    out, ref_out = (none if x is None else x for x in (out, ref_out))
+    zero = torch.zeros_like(next(bias for bias in biases if bias is not None))
+    out, ref_out = (is_lowest(zero if bias is None else bias) for bias in biases)
     return torch.stack([(out & ~ref_out).any(), out.any()])
-
-
-def _ruled_out(model: Model) -> Tensor | None:
-    bias = model.head.bias
-    return None if bias is None else is_lowest(bias.to(model.dtype))
 
 
 class Sum:
@@ -186,13 +208,12 @@ class Sum:
     def add(self, block: slice, a: Tensor, b: Tensor, alpha: float) -> None:
         again = block.start in self.begun
         self.begun.add(block.start)
-        if self.acc is not None:
-            multiply_(self.acc[self._within(block)], a, b, alpha, again)
-        elif self.index is None:
-            multiply_(block_of(self.grad, block), a, b, alpha, again)
-        else:
+        if self.acc is None and self.index is not None:
             partial = self.grad.new_empty(a.shape[0], b.shape[1])
             self.grad.index_add_(0, self.index[block], multiply_(partial, a, b, alpha))
+        else:
+            out = block_of(self.grad, block) if self.acc is None else self.acc[self._within(block)]
+            multiply_(out, a, b, alpha, again)
 
     def close(self, block: slice) -> None:
         """Round a complete block into the gradient, or zero it where nothing was added."""
@@ -252,9 +273,9 @@ class Sums:
             self.hidden.close(rows)
 
     def finish(self) -> Gradients:
-        inner, every = (
-            (self.hidden, self.grid.row_blocks()) if self.columns_outer else (self.weight, self.grid.col_blocks())
-        )
+        inner, every = self.weight, self.grid.col_blocks()
+        if self.columns_outer:
+            inner, every = self.hidden, self.grid.row_blocks()
         for block in every if inner is not None else ():
             inner.close(block)
         bias = self.bias

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..types import Gradients, Inputs, Needs, Part
-from . import kerneltiles, rowmath, walk
+from . import kerneltiles, launch, rowmath, walk
 from .grid import Grid, cut, padded, size, tile_of
 from .logits import SIXTEEN_BIT, Side, affine_, block_of, capped, copied_bytes, sides_of
 from .rowmath import LOWEST, Buffers
@@ -27,7 +27,7 @@ def backward(inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, total: Gra
 
 
 def _tiles(inputs: Inputs) -> walk.Tiles:
-    by_kernels = inputs.stats_dtype == torch.float32 and kerneltiles.runs_on(inputs.policy.hidden.device)
+    by_kernels = inputs.stats_dtype == torch.float32 and not launch.unavailable(inputs.policy.hidden.device)
     return kerneltiles.RowTiles(inputs) if by_kernels else TorchTiles(inputs)
 
 
@@ -98,12 +98,9 @@ class TorchTiles:
         """Return one model's logits before and after its softcap; those before it are kept."""
         side: Side = self.sides[m]
         shape, bias = (size(rows), size(cols)), side.bias(cols)
-        # as far apart as kept rows are: a library's product may depend on it
-        x = (
-            self.work.get(f"tile {m}", self.dtype, size(rows), padded(size(cols)))[:, : size(cols)]
-            if kept is None
-            else kept[m]
-        )
+        x = kept[m] if kept is not None else None
+        if x is None:  # rows as far apart as kept ones: a library's product may depend on it
+            x = self.work.get(f"tile {m}", self.dtype, shape[0], padded(shape[1]))[:, : shape[1]]
         if make:
             affine_(side.products(rows, cols, x), side.head, bias)
         if side.head.softcap is None:

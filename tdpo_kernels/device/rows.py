@@ -4,8 +4,7 @@ multiplied, or what `stats.fused_stats` kept. A program takes whole rows of the 
 import triton
 import triton.language as tl
 
-from .dlogits import finish, load_row, load_state
-from .math import dz_of_both, dz_of_one
+from .dlogits import finish, needed
 from .stats import reduce
 from .tile import ROWS, VARYING, load_tile, through_head
 
@@ -27,18 +26,15 @@ def tile_dz(
     z_tile, r_tile, head, ref_head, labels, row_values, dz, T, V, col, stride, stride_rows, stride_dz,
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Fill dz ``(T, V)``; a tile that no row needs is None."""
+    """Fill dz ``(T, V)``. A tile that none of a program's rows needs is not read."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    top_z, top_r, lse_z, lse_r, gap = load_state(row_values, rows, T, stride_rows)
-    b = load_row(row_values, 6, rows, T, stride_rows)
-    x = tl.zeros((R, C), tl.float32)
-    if z_tile is not None:
-        x, z = through_head(load_tile(z_tile, rows, 0, T, V, stride, C), head, 0, V, C)
-        out = dz_of_one(z, top_z, lse_z, b)
-    if r_tile is not None:
-        _, r = through_head(load_tile(r_tile, rows, 0, T, V, stride, C), ref_head, 0, V, C)
-        out = dz_of_one(r, top_r, lse_r, b)
-    if z_tile is not None and r_tile is not None:
-        a, c = load_row(row_values, 5, rows, T, stride_rows), load_row(row_values, 7, rows, T, stride_rows)
-        out = dz_of_both(z, r, top_z, top_r, lse_z, lse_r, gap, a, b, c)
-    finish(dz, out, x, head.softcap, labels, row_values, rows, 0, T, V, col, stride_rows, stride_dz, C)
+    needs_z, needs_r = needed(row_values, rows, T, stride_rows, head.softcap)
+    z = tl.zeros((R, C), tl.float32)
+    r = tl.zeros((R, C), tl.float32)
+    if needs_z:
+        z = load_tile(z_tile, rows, 0, T, V, stride, C)
+    if needs_r:
+        r = load_tile(r_tile, rows, 0, T, V, stride, C)
+    finish(
+        dz, z, r, needs_z, needs_r, head, ref_head, labels, row_values, rows, 0, T, V, col, stride_rows, stride_dz, C
+    )  # fmt: skip

@@ -22,8 +22,8 @@ def fused_stats(
 
     A program takes R rows of a part of C columns; rows vary fastest, so that tiles in the making share their columns.
     u is None where both heads are one tensor. `strides` are those of h, w, g and u, None where these are descriptors.
-    `kept`, unless it is None, is filled with both products, `plane` elements apart. Labels count from column `col`
-    before the first one here.
+    `kept` is filled with both products, `plane` elements apart, unless that is 0. Labels count from column `col` before
+    the first one here.
     """
     row, first = tl.program_id(0) * R, tl.program_id(1) * C
     if u is None:
@@ -32,7 +32,7 @@ def fused_stats(
         z = product(h, w, row, first, T, V, D, strides.h, strides.w, R, C, K, PRECISION)
         r = product(g, u, row, first, T, V, E, strides.g, strides.u, R, C, K, PRECISION)
     rows = row + tl.arange(0, R)
-    if kept is not None:
+    if plane > 0:
         store_tile(kept, z, rows, first, T, V, stride_kept, C)
         store_tile(kept + plane, r, rows, first, T, V, stride_kept, C)
     _, z = through_head(z, head, first, V, C)

@@ -84,12 +84,18 @@ def test_no_table_invalidates_what_does_not_depend_on_it(tmp_path, monkeypatch):
 
 def test_the_plan_says_seconds_and_counts_compiling(tmp_path, monkeypatch):
     report = tmp_path / "offline.txt"
-    line = "  {}/3  fused_stats 16bit  128x128x64 w8 s3 tma  sm_90  128  0  98328  0  8  8  12  0  0  {}\n"
-    report.write_text("".join(line.format(i, s) for i, s in ((1, "3.0"), (2, "0.0"), (3, "1.0"))))
+    line = "{}  fused_stats 16bit  128x128x64 w8 s3 tma  128  0  98328  0  8  8  12  {}\n"
+    of = ("sm_90", "3.0"), ("sm_90", "0.0"), ("sm_90", "1.0"), ("sm_80", "9.0")
+    report.write_text("".join(line.format(*words) for words in of))
     monkeypatch.setattr(campaign, "OFFLINE", report)
     text = campaign._plan([Item("a", dict, 10.0, 5, stage="s")], settings(tmp_path))
     cells = [cell.strip() for cell in text.splitlines()[4].split("|")[1:-1]]
     assert cells == ["s", "1", "20", "10", "0.3"]
+
+
+def test_the_seconds_of_a_kernel_are_those_of_the_committed_report():
+    """Where it cannot be read they would be said to be 1.0."""
+    assert campaign.OFFLINE.exists() and campaign.compile_seconds() != 1.0
 
 
 def test_nine_minutes_reach_the_second_head(tmp_path):

@@ -14,7 +14,7 @@ from harness import F32, F64, launch, poisoned
 from torch import Tensor
 from truth import exact
 
-from tdpo_kernels.backends import launch as host
+from tdpo_kernels.backends import rowmath as host
 from tdpo_kernels.device import math as device
 
 EPS = torch.finfo(F32).eps
@@ -107,4 +107,5 @@ def test_exact_difference_has_all_its_digits(offset):
 
 def test_constants_are_those_of_the_host():
     assert (device.LOWEST.value, device.RULED_OUT.value) == (LOWEST, -1e29)
-    assert (host.STATE, host.EXTRAS, host.ROWS) == (6, 2, 9)
+    assert (device.NEAR.value, device.FAR.value) == (host.NEAR, host.FAR)
+    assert (host.LOWEST, host.STATE, host.ROW) == (LOWEST, 6, 9)

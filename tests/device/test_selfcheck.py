@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import closeness
 import numpy as np
@@ -26,16 +28,15 @@ EVERY = pytest.mark.parametrize(("backend", "kernel"), KERNELS, ids=[" ".join(x)
 
 
 @pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch):
+def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Nothing checked yet, the switch at its default, and tiles so small that there are edges."""
     monkeypatch.delenv(selfcheck.SWITCH, raising=False)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(selfcheck, "_passed", set())
     monkeypatch.setattr(launch, "choose", lambda case, *_: TileConfig(16, 128 if case.columns else 64, 32))
-    launch._config.cache_clear()
     monkeypatch.setitem(grid.TILE, "cpu", (32, 128))
     with np.errstate(over="ignore", invalid="ignore"):
         yield
-    launch._config.cache_clear()
 
 
 def problem(dtype: torch.dtype = F32) -> Problem:
@@ -48,15 +49,14 @@ def step(p: Problem, backend: str, budget: int = 0, kind: str = "general") -> No
 
 def broken(monkeypatch: pytest.MonkeyPatch, kernel: str, spoil: Callable) -> None:
     """`kernel` as a miscompiled one would be: its outputs are spoiled once it has run."""
-    sound = getattr(launch, kernel)
+    sound = launch.Kernels.launch
 
-    def run(*args):
-        made = sound(*args)
-        outputs = [x for x in args[-3:] if isinstance(x, torch.Tensor)]
-        spoil(outputs[-1] if kernel.endswith("dz") else next(x for x in args if getattr(x, "ndim", 0) == 3))
-        return made
+    def run(self, name, *args, **arguments):
+        sound(self, name, *args, **arguments)
+        if name == kernel:
+            spoil(arguments["dz" if name.endswith("dz") else "states"])
 
-    monkeypatch.setattr(launch, kernel, run)
+    monkeypatch.setattr(launch.Kernels, "launch", run)
 
 
 FAULTS = {
@@ -73,13 +73,37 @@ def test_garbage_raises_with_what_a_report_needs(monkeypatch, backend, kernel, f
     broken(monkeypatch, kernel, FAULTS[fault])
     with pytest.raises(RuntimeError) as error:
         step(problem(), backend, KERNELS[backend, kernel])
-    for said in (kernel, "TileConfig(R=16", "found", "expected", " rows, extras", "triton", selfcheck.SWITCH):
+    for said in (kernel, "TileConfig(R=16", "found", "expected", "rows: ", "triton", selfcheck.SWITCH):
         assert said in str(error.value), said
 
 
+def test_a_finding_is_a_file_that_can_be_attached(monkeypatch, tmp_path):
+    """Once more for each launch; elsewhere where the current directory takes no file."""
+    broken(monkeypatch, "fused_dz", FAULTS["doubled"])
+    monkeypatch.setenv(selfcheck.SWITCH, "warn")
+    with pytest.warns(RuntimeWarning, match="with .*self-check.*fused_dz.json") as caught:
+        step(problem(), "fused")
+    (path,) = tmp_path.iterdir()
+    facts = json.loads(path.read_text())
+    said = next(str(warning.message) for warning in caught if "self-check" in str(warning.message))
+    assert str(path) in said and "kernel='fused_dz'" in facts["kernels"][0]
+    assert facts["wrong"] <= facts["of"] and facts["torch"] == torch.__version__
+    monkeypatch.setattr(selfcheck.os, "access", lambda *_: False)
+    monkeypatch.setattr(selfcheck.tempfile, "gettempdir", lambda: tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    selfcheck._passed.clear()
+    with pytest.warns(RuntimeWarning, match="elsewhere"):
+        step(problem(), "fused")
+    assert (tmp_path / "elsewhere" / path.name).read_text() == path.read_text()
+
+
 def test_a_wrong_label_is_garbage(monkeypatch):
-    sound = launch.fused_stats
-    monkeypatch.setattr(launch, "fused_stats", lambda *args: sound(*args[:3], args[3] + 1, *args[4:]))
+    sound = launch.Kernels.launch
+
+    def run(self, *args, labels, **arguments):
+        sound(self, *args, labels=labels + 1, **arguments)
+
+    monkeypatch.setattr(launch.Kernels, "launch", run)
     with pytest.raises(RuntimeError, match="fused_stats"):
         step(problem(), "fused")
 
@@ -105,12 +129,11 @@ def test_a_kernel_is_looked_at_once(monkeypatch, backend, kernel):
     """And again with another configuration, which is another kernel."""
     step(problem(), backend, KERNELS[backend, kernel])
     seen = set(selfcheck._passed)
-    assert kernel in {key[0].kernel for key in seen}
+    assert kernel in {made.kernel for made in seen}
     with monkeypatch.context() as patch:
         patch.setattr(selfcheck.Check, "_judge", lambda *_: pytest.fail("looked again"))
         step(problem(), backend, KERNELS[backend, kernel])
     monkeypatch.setattr(launch, "choose", lambda *_: TileConfig(32, 128, 32))
-    launch._config.cache_clear()
     step(problem(), backend, KERNELS[backend, kernel])
     assert selfcheck._passed > seen
 

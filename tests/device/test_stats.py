@@ -127,12 +127,12 @@ def test_descriptors_and_what_is_kept_change_no_bit(dtype):
 
 def test_one_weight_for_both_heads_is_loaded_once_and_is_the_same():
     p = problem("general", T=16, V=70)
-    policy, reference = operands(p, whole(p), one_head=True)
-    products = tuple((x.hidden.double() @ x.weight.double().T).float() for x in (policy, reference))
+    h, w, g, u = operands(p, whole(p), one_head=True)
+    products = tuple((x.double() @ y.double().T).float() for x, y in ((h, w), (g, u)))
     found = fused_stats(p, one_head=True)
     state = with_label(found.states, found.label_logits)
     want = truth(*(exact(x) for x in products)).kl
-    assert policy.weight.data_ptr() != reference.weight.data_ptr()  # only `u` tells them to be one
+    assert w.data_ptr() != u.data_ptr()  # only `u` tells them to be one
     assert (np.abs(state[4] - want) <= 1e-4 * want + 1e-7).all()
 
 

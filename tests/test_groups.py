@@ -1,0 +1,283 @@
+"""A trained head's loss a group of pairs at a time: the numbers of all rows as one, for 4 products at little memory.
+
+`WAYS` are the three ways of `fused_tdpo_loss`: all rows as one, directions of a frozen head, groups of pairs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import EVERYTHING, reference_loss
+from closeness import same_bits
+from packed import pack, ragged_batch
+from processes import run
+from seeing import Products
+from splitting import CUTS, cut, rows_of
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from tdpo_kernels import LMHead, api, directions, fused_tdpo_loss, groups
+from tdpo_kernels.parallel import vocab_parallel
+
+OPTIONS = {"tdpo1": dict(variant="tdpo1"), "tdpo2": dict(alpha=0.7), "dpo": dict(alpha=0.0)}
+LENGTHS = [9, 0, 4, 1, 7, 6]
+ROW = 2 * 48 * 8  # bytes of a row's float64 logits, of 37 columns
+WAYS = {"as one": (EVERYTHING, False), "directions": (15 * ROW, True), "groups": (15 * ROW, False)}
+
+
+@pytest.fixture(autouse=True)
+def short_groups(monkeypatch: pytest.MonkeyPatch, small_tiles):
+    small_tiles(5, 16)
+    monkeypatch.setitem(directions.LEAST, "cpu", 7)
+
+
+def call_of(dtype: torch.dtype = torch.float64, packed: bool = False) -> dict:
+    call = ragged_batch(dtype, rows=6)
+    bias = torch.linspace(-1, 1, len(call["head"]), dtype=torch.float64).to(dtype)
+    call["head"] = LMHead(call["head"].detach(), bias, 1.3, 20.0)
+    return pack(call, LENGTHS) if packed else call
+
+
+def trained(call: dict, frozen: bool = False) -> tuple[dict, list[Tensor]]:
+    """Return the call with fresh leaves, and the leaves."""
+    head, hidden = call["head"], call["hidden"].detach().clone().requires_grad_()
+    weight, bias = (x.detach().clone().requires_grad_(not frozen) for x in (head.weight, head.bias))
+    head = LMHead(weight, bias, head.logit_scale, head.softcap)
+    return call | {"hidden": hidden, "head": head}, [hidden] if frozen else [hidden, weight, bias]
+
+
+def grouped(call: dict, budget: int, expected: bool = True, **options):
+    """Return output and leaves of a call that is known to go by groups, or not to."""
+    call, leaves = trained(call)
+    seen = []
+    real = groups.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api.groups, "run", lambda *a: seen.append(a[1]) or real(*a))
+        out = fused_tdpo_loss(**call, memory_budget=budget, **options)
+    assert bool(seen) == expected
+    return out, leaves, seen
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_groups_are_all_rows_as_one(dtype: torch.dtype, options: dict, packed: bool, backend: str):
+    if backend == "naive":
+        pytest.skip("naive keeps everything")
+    call, eps = call_of(dtype, packed), torch.finfo(dtype).eps
+    apart = 4 * 37 * 8 if dtype == torch.bfloat16 else 0  # bytes of a sum of dW
+    budget = 15 * ROW // (1 if dtype == torch.float64 else 2) + apart
+    out, leaves, _ = grouped(call, budget, backend=backend, **options)
+    want, want_leaves, _ = grouped(call, EVERYTHING, expected=False, backend=backend, **options)
+    torch.testing.assert_close(out.loss, want.loss, rtol=8 * torch.finfo(out.loss.dtype).eps, atol=0)
+    for name in ("logp", "ref_logp", "kl"):
+        torch.testing.assert_close(getattr(out.tokens, name), getattr(want.tokens, name), rtol=1e-4, atol=1e-5)
+    for x, y in zip(torch.autograd.grad(out.loss, leaves), torch.autograd.grad(want.loss, want_leaves), strict=True):
+        assert x.dtype == dtype and (x - y).double().norm() <= 16 * eps * y.double().norm()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("upstream", [1.0, 1e-6, 3.7, 65536.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_way_is_less_accurate_than_plain_torch(way: str, upstream: float, reduction: str):
+    """Law 1, in fp32 against the same numbers in float64."""
+    call = ragged_batch(torch.float32, rows=6)
+    budget, frozen = WAYS[way]
+    hidden, weight = call["hidden"].detach(), call["head"].detach()
+
+    def gradients(dtype: torch.dtype, loss) -> list[Tensor]:
+        x, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(not frozen)
+        given = call | {"hidden": x, "head": w} | {n: call[n].to(dtype) for n in ("ref_hidden", "ref_head")}
+        return list(torch.autograd.grad(loss(given) * upstream, [x] if frozen else [x, w]))
+
+    def plain(given: dict) -> Tensor:
+        return getattr(reference_loss(given).loss, reduction)()
+
+    truth, yardstick = gradients(torch.float64, plain), gradients(torch.float32, plain)
+    ours = gradients(
+        torch.float32, lambda given: fused_tdpo_loss(**given, reduction=reduction, memory_budget=budget // 2).loss
+    )
+    for x, y, z in zip(ours, yardstick, truth, strict=True):
+        allowed = 2 * (y - z).norm() + 4 * torch.finfo(torch.float32).eps * z.norm()
+        assert (x - z).norm() <= allowed
+
+
+def test_groups_make_no_logits_twice_and_a_pair_that_does_not_fit_only_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(directions.LEAST, "cpu", 3)
+    call = call_of()
+    D, E, V = call["hidden"].shape[-1], call["ref_hidden"].shape[-1], len(call["head"].weight)
+    counts = (call["labels"][:, 1:] != -100).sum(1)
+    pairs = counts[:3] + counts[3:]
+
+    def flops(budget: int) -> float:
+        with Products() as products:
+            out, leaves, _ = grouped(call, budget)
+            torch.autograd.grad(out.loss, leaves)
+        return products.flops / (2 * V)
+
+    once = int(counts.sum()) * (3 * D + E)
+    assert flops(int(pairs.max()) * ROW) == once
+    call["labels"][[1, 2, 4, 5], 5:] = -100
+    counts = (call["labels"][:, 1:] != -100).sum(1)
+    small, large = sorted((counts[:3] + counts[3:]).tolist())[1:]
+    once = int(counts.sum()) * (3 * D + E)
+    assert small < large and once < flops(small * ROW) <= once + large * (D + E)
+
+
+@pytest.mark.parametrize("budget, why", [(6 * ROW, "too few rows"), (EVERYTHING, "everything is kept")])
+def test_all_rows_go_as_one_where(budget: int, why: str):
+    assert grouped(call_of(), budget, expected=False)[0].loss.isfinite(), why
+
+
+def test_losses_per_pair_fp16_frozen_heads_and_forwards_without_grad_are_not_grouped():
+    grouped(call_of(), 15 * ROW, expected=False, reduction="none")
+    grouped(call_of(torch.float16), 15 * ROW, expected=False)
+    with torch.no_grad():
+        grouped(call_of(), 15 * ROW, expected=False)
+
+
+def test_many_tiny_pairs_make_groups_of_many_rows():
+    counts = [8] * 1024
+    for most in (256, 546, 4096):
+        sizes = [sum(counts[g]) + sum(counts[g.start + 512 : g.stop + 512]) for g in groups._groups(counts, most)]
+        assert sum(sizes) == 8192 and all(most - 16 < n <= most for n in sizes[:-1])
+
+
+def test_a_retained_graph_gives_the_same_gradients_twice_and_a_changed_weight_does_not_matter():
+    out, leaves, _ = grouped(call_of(), 15 * ROW)
+    with torch.no_grad():
+        leaves[1].zero_()
+    first = torch.autograd.grad(out.loss * 3, leaves, retain_graph=True)
+    second = torch.autograd.grad(out.loss * 3, leaves)
+    assert same_bits(first, second) and all(x.any() for x in first)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.loss, leaves)
+
+
+def test_what_is_not_finite_stays_in_its_pair():
+    call = call_of()
+    call["hidden"] = call["hidden"].detach().clone()
+    call["hidden"][1] = torch.nan
+    out, leaves, _ = grouped(call, 15 * ROW)
+    (dh,) = torch.autograd.grad(out.loss, leaves[:1])
+    assert dh[1].isnan().any() and dh[[0, 2, 3, 5]].isfinite().all() and out.chosen_logps[[0, 2]].isfinite().all()
+
+
+# --- how graphs are used ----------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A model whose head is its embedding."""
+
+    def __init__(self, way: str, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        call = ragged_batch(torch.float64, rows=6)
+        self.budget, self.frozen = WAYS[way]
+        self.embedding = nn.Parameter(call["head"].detach().clone(), requires_grad=not (self.frozen and tied))
+        self.body = nn.Linear(8, 8).double()
+        self.head = self.embedding if tied else nn.Parameter(call["head"].detach(), requires_grad=not self.frozen)
+        self.reference = {n: call[n] for n in ("ref_hidden", "ref_head")}
+
+    def hidden(self, labels: Tensor) -> Tensor:
+        return self.body(self.embedding[labels.clamp(min=0)]).tanh()
+
+    def forward(self, labels: Tensor, rows: Tensor, wrap=lambda f, *x: f(*x)) -> Tensor:
+        reference = self.reference["ref_hidden"][rows], self.reference["ref_head"]
+        budget = {"memory_budget": self.budget}
+        return wrap(
+            lambda h, w: fused_tdpo_loss(h, w, *reference, labels, reduction="sum", **budget).loss,
+            self.hidden(labels), self.head,
+        )  # fmt: skip
+
+
+def on_cpu(f, *x):
+    with torch.autograd.graph.save_on_cpu():
+        return f(*x)
+
+
+WRAPS = {
+    "reentrant": lambda f, *x: checkpoint(f, *x, use_reentrant=True),
+    "not reentrant": lambda f, *x: checkpoint(f, *x, use_reentrant=False),
+    "save on cpu": on_cpu,
+}
+ROWS = torch.arange(6)
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("way", WAYS)
+def test_checkpointing_and_offloading(way: str, tied: bool, wrap: str):
+    labels = ragged_batch(rows=6)["labels"]
+    plain, wrapped = Tied(way, tied), Tied(way, tied)
+    plain(labels, ROWS).backward()
+    wrapped(labels, ROWS, WRAPS[wrap]).backward()
+    assert same_bits(gradients_of(plain), gradients_of(wrapped))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("way", WAYS)
+def test_accumulated_gradients_are_the_sum(way: str, tied: bool):
+    labels = ragged_batch(rows=6)["labels"]
+    whole, parts = Tied("as one", tied), Tied(way, tied)
+    whole(labels, ROWS).backward()
+    for rows in (torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4])):
+        parts(labels[rows], rows).backward()
+    by_name = dict(whole.named_parameters())
+    for name, p in parts.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, by_name[name].grad if not (parts.frozen and tied) else p.grad)
+    assert len(gradients_of(parts)) >= 2
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def over_ranks(rank: int) -> None:
+    directions.LEAST["cpu"] = 7
+    _under_ddp(rank)
+    for how in CUTS:
+        _with_a_split_head(rank, how)
+
+
+def _under_ddp(rank: int) -> None:
+    labels = ragged_batch(rows=6)["labels"]
+    rows = torch.tensor([[0, 2, 3, 5], [1, 4]][rank])
+    for way in WAYS:
+        whole = Tied(way, False)
+        whole(labels, ROWS).backward()
+        wrapped = DistributedDataParallel(Tied(way, False))
+        (2 * wrapped(labels[rows], rows)).backward()
+        torch.testing.assert_close(gradients_of(wrapped), gradients_of(whole))
+
+
+def _with_a_split_head(rank: int, how: str) -> None:
+    """Ranks of one column, or of none, cut rows into the blocks and groups of the one with the most."""
+    call = call_of()
+    columns = rows_of(37, 2, how)[rank]
+    for frozen in (False, True):
+        (alone, wants), (own, leaves) = trained(call, frozen), trained(call, frozen)
+        own["head"] = vocab_parallel(cut(own["head"], columns))
+        out = fused_tdpo_loss(**own, memory_budget=15 * ROW)
+        want = fused_tdpo_loss(**alone, memory_budget=EVERYTHING)
+        grads, exact = (torch.autograd.grad(x.loss, y) for x, y in ((out, leaves), (want, wants)))
+        torch.testing.assert_close(grads[0], exact[0])
+        for got, wanted in zip(grads[1:], exact[1:], strict=True):
+            torch.testing.assert_close(got[columns], wanted[columns])
+            assert not replace_rows(got, columns).any()
+
+
+def replace_rows(x: Tensor, rows: slice) -> Tensor:
+    """Return x with zeros in these rows."""
+    x = x.clone()
+    x[rows] = 0
+    return x
+
+
+def test_ranks():
+    run(over_ranks)
