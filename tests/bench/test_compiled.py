@@ -286,7 +286,7 @@ def call(T: int, V: int = 5000, D: int = 64, ratio: float = 0.3, backend: str = 
     kept, row = torch.zeros(budget), torch.zeros(9, T)
     row[5:] = torch.randn(4, T) * (torch.rand(4, T) < ratio)
     BACKENDS[backend].forward(inputs, kept)
-    BACKENDS[backend].backward(inputs, Needs(True, True, False), kept, row, False)
+    BACKENDS[backend].backward(inputs, Needs(True, True, False), kept, row, None)
 
 
 @pytest.fixture
