@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from . import reference
 from .forward import Reference, pair_outputs
@@ -73,8 +73,8 @@ class PlainTDPOTrainer(Trainer):
         tokenizer = kwargs.get("processing_class")
         if getattr(tokenizer, "pad_token_id", None) is None:
             raise ValueError(f"processing_class: got {type(tokenizer).__name__}, wanted a tokenizer with a pad token")
-        if args is not None:
-            args.remove_unused_columns = False
+        args = TrainingArguments("tmp_trainer") if args is None else args  # transformers' own default
+        args.remove_unused_columns = False
         kwargs.setdefault("data_collator", partial(collate, pad=tokenizer.pad_token_id, max_length=max_length))
         super().__init__(model=model, args=args, **kwargs)
         check_parallelism(self.accelerator.parallelism_config, model, ref_model)

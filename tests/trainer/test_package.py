@@ -1,0 +1,26 @@
+"""The trainers by the package's own name, and the plain one with nothing but what it needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import llama, text_pairs, tokenizer
+
+
+def test_the_plain_trainer_is_had_without_trl():
+    code = "import sys; sys.modules['trl'] = None; from tdpo_trainer import PlainTDPOTrainer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_plain_trainer_keeps_its_columns_without_args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from tdpo_trainer.plain import PlainTDPOTrainer, tokenize
+
+    monkeypatch.chdir(tmp_path)
+    rows = tokenize(tokenizer(), text_pairs())
+    trainer = PlainTDPOTrainer(llama(), llama(1), train_dataset=rows, processing_class=tokenizer())
+    assert "completion_mask" in next(iter(trainer.get_train_dataloader()))
+    assert not trainer.args.remove_unused_columns
