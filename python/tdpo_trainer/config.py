@@ -51,7 +51,7 @@ class TDPOConfig(DPOConfig):
         default=None, metadata={"help": "weight of TDPO2's KL difference, 0.5 if unset; 0 is DPO; TDPO1 has none"}
     )
     backend: str = field(default="auto", metadata={"help": "backend of tdpo_kernels: auto, fused, tiled or naive"})
-    memory_budget: int = field(default=512 * 2**20, metadata={"help": "bytes kept from forward to backward"})
+    memory_budget: int = field(default=2**30, metadata={"help": "bytes kept from forward to backward"})
     reference_cache: str | None = field(
         default=None, metadata={"help": "directory of the reference's hidden states, written where it is incomplete"}
     )

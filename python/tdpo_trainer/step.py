@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .forward import Loss
-from .kernels import LMHead, TDPOLoss, explain_backend, loss_of, token_stats
+from .kernels import LMHead, TDPOLoss, explain_backend, fused_tdpo_loss
 from .metrics import EXTRAS, pair_sums
 
 IGNORED = -100
@@ -26,7 +26,7 @@ class LossOptions:
     alpha: float | None = None
     variant: str = "tdpo2"
     backend: str = "auto"
-    memory_budget: int = 512 * 2**20
+    memory_budget: int = 2**30
 
     def __post_init__(self) -> None:
         TDPOLoss(**vars(self))
@@ -61,12 +61,10 @@ def pair_loss(batch: Batch, options: LossOptions) -> Loss:
     labels = labels_of(batch)
 
     def loss(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead) -> dict[str, Tensor]:
-        stats = token_stats(
-            hidden, head, ref_hidden, ref_head, labels, ignore_index=IGNORED, extras=EXTRAS,
-            backend=options.backend, memory_budget=options.memory_budget,
-        )  # fmt: skip
-        out = loss_of(stats, options.beta, options.alpha, options.variant)
-        return {"loss": out.loss, "sums": pair_sums(out, stats, labels != IGNORED, batch["attention_mask"])}
+        out = fused_tdpo_loss(
+            hidden, head, ref_hidden, ref_head, labels, ignore_index=IGNORED, extras=EXTRAS, **vars(options)
+        )
+        return {"loss": out.loss, "sums": pair_sums(out, out.tokens, labels != IGNORED, batch["attention_mask"])}
 
     return loss
 
