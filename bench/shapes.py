@@ -161,6 +161,18 @@ def _narrow() -> list[Shape]:
     ]
 
 
+def _pairs() -> list[Shape]:
+    """Return batches whose logits do not fit: what blocks of rows (frozen) and groups of pairs (trained) cost."""
+    asks, both = "140 MB kept, beside everything kept", ("float32", "bfloat16")
+    who = ("floor", "eager", "ours@0", "ours@140MB", "ours@all")
+    size = dict(V=32000, D=1024, rounds=5, family="pairs", device="")
+    return [
+        Shape("pairs-4", 2048, asks=asks, contenders=who, dtypes=both, pairs=4, **size),
+        Shape("pairs-4-frozen", 2048, asks=asks, contenders=who, dtypes=both, pairs=4, trainable=False, **size),
+        Shape("pairs-16", 8192, asks=asks, contenders=("floor", "ours@140MB"), pairs=16, **size),
+    ]  # fmt: skip
+
+
 _V, _D = MODELS["llama-3.1-8b"].V // 16, MODELS["llama-3.1-8b"].D // 16
 SHAPES = {
     shape.name: shape
@@ -174,6 +186,7 @@ SHAPES = {
         *_settings(),
         *_strided(),
         *_narrow(),
+        *_pairs(),
         *_drift(),
         *_steps(),
         Shape("budget", 4096, _V, _D, "llama-3.1-8b/16, time against memory", BUDGETS, 4, family="budget"),

@@ -37,10 +37,12 @@ def plan(call: Call) -> Plan | None:
     """Return how pairs are grouped, or None where all rows are better computed as one.
 
     They are where the head is not trained, where the budget holds all logits anyway or those of too few rows, where a
-    graph is traced, and in fp16, which could lose what the upstream gradient is there to scale up.
+    graph is traced or captured, and in fp16, which could lose what the upstream gradient is there to scale up.
     """
     policy, dtype = call.policy, stats_dtype(call.policy, call.reference)
     if not (call.needs.weight or call.needs.bias) or policy.dtype == torch.float16 or torch.compiler.is_compiling():
+        return None
+    if policy.hidden.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     head, budget = policy.head, call.memory_budget
     if call.needs.weight and head.weight.dtype != dtype:  # its gradient is summed apart
