@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import EVERYTHING, reference_loss
+from batches import EVERYTHING, batch, reference_loss
 from closeness import same_bits
 from packed import pack, ragged_batch
 from processes import run
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from tdpo_kernels import LMHead, api, directions, fused_tdpo_loss, groups
+from tdpo_kernels import LMHead, api, directions, fused_tdpo_loss, groups, token_stats
+from tdpo_kernels.backends import rowmath, tiled
 from tdpo_kernels.parallel import vocab_parallel
 
 OPTIONS = {"tdpo1": dict(variant="tdpo1"), "tdpo2": dict(alpha=0.7), "dpo": dict(alpha=0.0)}
@@ -162,6 +163,24 @@ def test_what_is_not_finite_stays_in_its_pair():
     out, leaves, _ = grouped(call, 15 * ROW)
     (dh,) = torch.autograd.grad(out.loss, leaves[:1])
     assert dh[1].isnan().any() and dh[[0, 2, 3, 5]].isfinite().all() and out.chosen_logps[[0, 2]].isfinite().all()
+
+
+def test_rows_of_a_block_that_spare_a_softmax_have_the_bits_they_would_have(
+    monkeypatch: pytest.MonkeyPatch, small_tiles
+):
+    small_tiles(128, 64)
+    call = batch(torch.float32, rows=4, length=32, D=8, V=97)
+    g_logp, g_kl = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
+    g_kl[:40], g_kl[40:80] = 0.0, g_logp[40:80]  # DPO's rows, TDPO1's, and others
+    spared, real = [], rowmath.dz_from_p_
+    monkeypatch.setattr(rowmath, "dz_from_p_", lambda z, *x: (spared.append(len(z)), real(z, *x)))
+    found = []
+    for run_of in (32, 1000):
+        monkeypatch.setattr(tiled, "RUN", run_of)
+        stats = token_stats(**call, backend="tiled")
+        values = stats.logp.flatten(), stats.kl.flatten()
+        found.append(torch.autograd.grad(values, (call["hidden"], call["head"]), (g_logp, g_kl)))
+    assert spared == [40, 40] and same_bits(*found)
 
 
 # --- how graphs are used ----------------------------------------------------------------------------------------------
