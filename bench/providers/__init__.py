@@ -9,7 +9,7 @@ __all__ = ["BUDGETS", "FLOOR", "PROVIDERS", "Provider"]
 
 FLOOR = "floor"
 BUDGETS = {"0": 0, "all": 2**40, "1GiB": 2**30, "4GiB": 2**32}
-BUDGETS |= {f"{n}MB": n * 10**6 for n in (32, 64, 128, 192, 256, 300, 512)}
+BUDGETS |= {f"{n}MB": n * 10**6 for n in (32, 64, 128, 140, 192, 256, 300, 512)}
 BACKENDS = {"ours": "auto", "fused": "fused", "tiled": "tiled", "naive": "naive"}
 PROVIDERS: dict[str, Provider] = {
     FLOOR: floor.PROVIDER,
