@@ -36,8 +36,8 @@ class Plan(NamedTuple):
 def plan(call: Call) -> Plan | None:
     """Return how pairs are grouped, or None where all rows are better computed as one.
 
-    They are where the head is not trained, where the budget holds all logits anyway or those of too few rows, where a
-    graph is traced or captured, and in fp16, which could lose what the upstream gradient is there to scale up.
+    That is so where the head is not trained, where there is one pair, where the budget holds all logits anyway or those
+    of too few rows, where a graph is traced or captured, and in fp16, in which gradients want a scaled loss.
     """
     policy, dtype = call.policy, stats_dtype(call.policy, call.reference)
     if not (call.needs.weight or call.needs.bias) or policy.dtype == torch.float16 or torch.compiler.is_compiling():
@@ -48,12 +48,12 @@ def plan(call: Call) -> Plan | None:
     if call.needs.weight and head.weight.dtype != dtype:  # its gradient is summed apart
         budget -= head.widest * head.weight.shape[1] * dtype.itemsize
     most = budget // (2 * grid.padded(head.widest) * dtype.itemsize)
-    if not least_rows(policy.hidden.device) <= most < call.labels.numel():
+    S = call.labels.shape[0] if call.cu_seqlens is None else call.cu_seqlens.numel() - 1
+    if S == 2 or not least_rows(policy.hidden.device) <= most < call.labels.numel():
         return None
     rows = pack.pack(call.labels, call.cu_seqlens, head.vocab, ignore_index=call.ignore_index, shift=call.shift)
     counts_S = pack.counts(rows, call.labels.shape, call.cu_seqlens).tolist()
-    groups = _groups(counts_S, most)
-    return Plan(rows, counts_S, groups, budget // dtype.itemsize) if len(groups) > 1 else None
+    return Plan(rows, counts_S, _groups(counts_S, most), budget // dtype.itemsize)
 
 
 def _groups(counts_S: list[int], most: int) -> list[slice]:

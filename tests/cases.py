@@ -367,7 +367,7 @@ def _general(shape: torch.Size, seed: str) -> tuple[Tensor, Tensor]:
 
 
 def _mixed(a: Tensor, b: Tensor) -> Cotangents:
-    """In blocks of 16 rows: nothing, kl unused, both equal, general; then rows of every kind in one block."""
+    """Return blocks of 16 rows: nothing, kl unused, both equal, general; then rows of every kind in one block."""
     n = torch.arange(a.numel()).view_as(a)
     kind = torch.where(n < 64, n // 16, n % 4)
     a = torch.where(kind == 0, 0.0, a)

@@ -1,4 +1,4 @@
-"""How close is close enough: no tolerance picked by hand, torch's own error is the yardstick.
+"""Say how close is close enough: no tolerance is picked by hand, torch's own error is the yardstick.
 
 The truth is `truth.py`'s, from the *rounded* inputs. The yardstick is `plain`: what a user writes, in the same dtype
 (F.linear, float(), log_softmax, gather, sum of q (log q - log p), autograd). On a peaked row its max-norm is the
@@ -121,7 +121,7 @@ def _three(grads: list[Tensor]) -> tuple[Array, Array, Array | None]:
 
 
 def plain(problem: Problem, cotangents: Cotangents, seed: int = 0) -> Result:
-    """With rows in another order for each seed but 0."""
+    """Return plain torch's numbers, with rows in another order for each seed but 0."""
     at, by = (x.to(problem.hidden.device) for x in problem.rows())
     order = torch.randperm(len(at), generator=torch.Generator().manual_seed(seed)) if seed else torch.arange(len(at))
     at, by, back = at[order], by[order], order.argsort()

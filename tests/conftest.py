@@ -1,4 +1,4 @@
-"""What every test of the laws shares: hypothesis settings, the seed, the `gpu` marker, small tiles."""
+"""Set what every test of the laws shares: hypothesis settings, the seed, the `gpu` marker, small tiles."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from runnable import grid, interpreting, runnable, set_tiles, takes
+
+from tdpo_kernels import directions
 
 if interpreting():
     interpreted.round_bf16()
@@ -72,3 +74,10 @@ def small_tiles():
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs here, by name: a later one joins by itself."""
     return request.param
+
+
+@pytest.fixture
+def short_blocks(monkeypatch: pytest.MonkeyPatch, small_tiles) -> None:
+    """Cut a call's rows into several blocks or groups, the last of them short."""
+    small_tiles(5, 16)
+    monkeypatch.setitem(directions.LEAST, "cpu", 7)

@@ -10,7 +10,7 @@ import torch
 
 
 def round_bf16() -> None:
-    """From here on, in this process."""
+    """Round bf16 as a device does, from here on, in this process."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

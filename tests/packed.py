@@ -7,9 +7,10 @@ from dataclasses import fields
 import torch
 from batches import batch, close
 
-from tdpo_kernels import TDPOOutput, TokenStats
+from tdpo_kernels import LMHead, TDPOOutput, TokenStats
 
 P, L, D, E, V = 2, 9, 8, 6, 37
+VARIANTS = {"tdpo1": dict(variant="tdpo1"), "tdpo2": dict(alpha=0.7), "dpo": dict(alpha=0.0)}
 
 
 def ragged_batch(dtype: torch.dtype = torch.float64, rows: int = 2 * P, seed: int = 0) -> dict:
@@ -20,6 +21,14 @@ def ragged_batch(dtype: torch.dtype = torch.float64, rows: int = 2 * P, seed: in
         row[: s % 3 + 1] = -100
         row[L - s % 2 :] = -100
     return call
+
+
+def headed(dtype: torch.dtype = torch.float64, packed: bool = False) -> dict:
+    """Return three ragged pairs whose head has a bias, a scale and a softcap."""
+    call = ragged_batch(dtype, rows=6)
+    bias = torch.linspace(-1, 1, V, dtype=torch.float64).to(dtype)
+    call["head"] = LMHead(call["head"].detach(), bias, 1.3, 20.0)
+    return pack(call, [9, 0, 4, 1, 7, 6]) if packed else call
 
 
 def pack(call: dict, lengths: list[int]) -> dict:

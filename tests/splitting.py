@@ -1,4 +1,4 @@
-"""How tests split a vocabulary over ranks, and a call to split."""
+"""Split a vocabulary over ranks, for tests, and make a call to split."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def leaf(head: LMHead) -> LMHead:
 
 
 def near(got: Tensor, want: Tensor, what: str) -> None:
-    """In float64, within some roundings of the largest entry."""
+    """Assert that float64 numbers agree within some roundings of the largest entry."""
     assert got.dtype == want.dtype == torch.float64 and got.shape == want.shape, what
     finite = torch.isfinite(want)
     assert torch.equal(got[~finite], want[~finite]), what

@@ -19,7 +19,7 @@ CORE = ("scaled", "near_equal_offset", "ruled_out", "softcap")
 
 
 def length_of(run: tuple[str, str]) -> list[pytest.MarkDecorator]:
-    """Where kernels are interpreted, `CORE` with cotangents of every kind at once is enough to look at each time."""
+    """Mark all but `CORE` as long, for interpreted kernels are looked at with `CORE` each time."""
     return [] if run[0] in CORE and run[1] == "general" else [pytest.mark.long]
 
 
@@ -37,7 +37,7 @@ def judge_of(case: str, dtype: torch.dtype, cotangent: str, device: str = "cpu")
 
 
 def law_1_faults(backend: str, dtype: torch.dtype, case: str, cotangent: str, device: str = "cpu") -> list[str]:
-    """At a budget that keeps some tiles and not others: by law 3 no bit depends on it."""
+    """Return faults at a budget that keeps some tiles and not others. By law 3 no bit depends on it."""
     problem, law = judge_of(case, dtype, cotangent, device)
     found, zeros = ours(problem, cotangents(cotangent, case_of(case).labels), backend, budget_of(problem, 0.5))
     faults = law.faults(found)

@@ -1,4 +1,5 @@
-"""What autograd may ask: right gradients, however the graph is used, and values that belong to who asked for them.
+"""Hold that gradients are right however the graph is used, and that values belong to who asked for them.
+
 Budgets keep some of the tiles."""
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def test_checkpointing_around_the_loss(backend: str, reentrant: bool):
 
 
 def test_saved_tensors_are_unpacked_once():
-    """With `save_on_cpu`, say, each time is a copy of everything."""
+    """Unpacking under `save_on_cpu`, say, copies everything."""
     unpacked = []
 
     def unpack(x: Tensor) -> Tensor:

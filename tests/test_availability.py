@@ -1,4 +1,4 @@
-"""What kernels miss where they do not run is said in words, once, and torch operations do their work."""
+"""Hold that a missing part of kernels is said in words, once, and that torch operations do their work."""
 
 from __future__ import annotations
 

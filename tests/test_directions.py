@@ -5,29 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES
-from packed import pack, ragged_batch
+from packed import VARIANTS, headed
 from seeing import Products
 from torch import Tensor
 from truth import exact
 
-from tdpo_kernels import LMHead, directions, fused_tdpo_loss
+from tdpo_kernels import LMHead, fused_tdpo_loss
 
-OPTIONS = {"tdpo1": dict(variant="tdpo1"), "tdpo2": dict(alpha=0.7), "dpo": dict(alpha=0.0)}
-LENGTHS = [9, 0, 4, 1, 7, 6]
-
-
-@pytest.fixture(autouse=True)
-def short_blocks(monkeypatch: pytest.MonkeyPatch, small_tiles):
-    """Several blocks of rows, the last of them short."""
-    small_tiles(5, 16)
-    monkeypatch.setitem(directions.LEAST, "cpu", 7)
-
-
-def call_of(dtype: torch.dtype = torch.float64, packed: bool = False) -> dict:
-    call = ragged_batch(dtype, rows=6)
-    bias = torch.linspace(-1, 1, len(call["head"]), dtype=torch.float64).to(dtype)
-    call["head"] = LMHead(call["head"].detach(), bias, 1.3, 20.0)
-    return pack(call, LENGTHS) if packed else call
+pytestmark = pytest.mark.usefixtures("short_blocks")
 
 
 def gradient(call: dict, frozen: bool, upstream: float = 1.0, **options) -> tuple[Tensor, Tensor]:
@@ -39,10 +24,10 @@ def gradient(call: dict, frozen: bool, upstream: float = 1.0, **options) -> tupl
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_frozen_head_s_gradient_is_the_trained_one_s(dtype: torch.dtype, options: dict, packed: bool, backend: str):
-    call, eps = call_of(dtype, packed), torch.finfo(dtype).eps
+    call, eps = headed(dtype, packed), torch.finfo(dtype).eps
     for budget in (0, 5000, 2**40):
         options |= dict(memory_budget=budget, backend=backend)
         (loss, along), (want, dh) = (gradient(call, frozen, **options) for frozen in (True, False))
@@ -54,7 +39,7 @@ def test_a_frozen_head_s_gradient_is_the_trained_one_s(dtype: torch.dtype, optio
 @pytest.mark.parametrize("upstream", [1e-6, 3.7, 65536.0])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_any_upstream_gradient_and_reduction(upstream: float, reduction: str):
-    call = call_of(torch.float32)
+    call = headed(torch.float32)
     along, dh = (gradient(call, frozen, upstream, reduction=reduction)[1] for frozen in (True, False))
     torch.testing.assert_close(along, dh, rtol=1e-4, atol=1e-6 * upstream)
 
@@ -62,7 +47,7 @@ def test_any_upstream_gradient_and_reduction(upstream: float, reduction: str):
 @pytest.mark.parametrize("budget, most", [(2**40, 3.0), (2 * 7 * 48 * 8, 3.0), (0, 5.0)])
 def test_logits_that_fit_by_the_block_are_made_once(budget: int, most: float):
     """G is one product of 2 T V D; three are the floor. At budget 0 a block's logits are made again."""
-    call = call_of()
+    call = headed()
     head, T = call["head"].weight, (call["labels"][:, 1:] != -100).sum().item()
     forward, backward = 2 * T * len(head) * (call["hidden"].shape[-1] + call["ref_hidden"].shape[-1]), 0
     with Products() as products:
@@ -74,7 +59,7 @@ def test_logits_that_fit_by_the_block_are_made_once(budget: int, most: float):
 
 def test_backward_makes_no_product_and_runs_twice():
     """So a weight that changed between forward and backward does not matter, and is not noticed."""
-    call = call_of()
+    call = headed()
     hidden = call["hidden"].detach().requires_grad_()
     out = fused_tdpo_loss(**call | {"hidden": hidden})
     call["head"].weight.zero_()
@@ -85,7 +70,7 @@ def test_backward_makes_no_product_and_runs_twice():
 
 
 def test_nothing_of_it_happens_without_a_gradient():
-    call = call_of()
+    call = headed()
     with Products() as without, torch.no_grad():
         fused_tdpo_loss(**call)
     with Products() as with_gradient:
@@ -94,7 +79,7 @@ def test_nothing_of_it_happens_without_a_gradient():
 
 
 def test_what_is_not_finite_stays_in_its_pair():
-    call = call_of()
+    call = headed()
     call["hidden"] = call["hidden"].detach().clone()
     call["hidden"][1] = torch.nan
     dh = gradient(call, frozen=True, reduction="none")[1]

@@ -74,13 +74,13 @@ def test_unhashable_backend_is_named(backend: object):
 
 
 def test_a_known_backend_is_accepted_by_the_module_wherever_it_runs():
-    """Where it does not run is said by the call, which knows the device."""
+    """A call, which knows the device, says where a backend does not run."""
     assert all(TDPOLoss(backend=name).options["backend"] == name for name in ("auto", *BACKENDS))
 
 
 @pytest.mark.parametrize("big", [2**63, 2**70, 10**300], ids=["2^63", "2^70", "10^300"])
 def test_a_large_int_is_a_number_too(big: int):
-    """As the float it equals: torch does not multiply by an int beyond int64."""
+    """An int counts as the float it equals: torch does not multiply by an int beyond int64."""
     call = good()
     for options in ({"beta": big}, {"alpha": big}):
         a, b = (fused_tdpo_loss(**call, **{k: f(x) for k, x in options.items()}) for f in (int, float))
@@ -119,7 +119,7 @@ LINEARS = {
 
 @pytest.mark.parametrize("words", LINEARS)
 def test_a_linear_that_is_more_than_its_weight_is_refused(words: str):
-    """What it does besides would silently not happen."""
+    """A head's other work would silently not happen."""
     make, change = LINEARS[words]
     head, ref_head = make(D, V), make(E, V)
     change(head), change(ref_head)

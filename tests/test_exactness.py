@@ -126,7 +126,7 @@ def test_every_number_of_a_row_has_its_digits(name: str, dtype: torch.dtype, kin
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", WIDE, ids=dtype_id)
 def test_random_rows(seed, V, std, apart, offset, sure, kind, dtype, backend, small_tiles):
-    """In small vocabularies a sum is less than what it is a sum of."""
+    """Allow for small vocabularies, where a sum is less than what it is a sum of."""
     case = rows(std, apart, offset, sure, V, seed=seed)
     out, dz = of_rows(case, dtype, kind, backend)
     true = truth(case.problem(dtype), cotangents(kind, case.labels))
@@ -300,7 +300,7 @@ SUMMED = ("plain", "nearly equal, 5.0 apart", "sure by 15.0", "sure by 30.0", "p
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=dtype_id)
 @pytest.mark.parametrize("name", mainly(("plain",), SUMMED))
 def test_rows_of_16_bit_dz_sum_to_zero(name, dtype, kinds, backend, small_tiles):
-    """As nearly as entries rounded each on its own, in this dtype; what is kept leaves no trace."""
+    """Rows sum to 0 as nearly as entries that are rounded each on its own; what is kept leaves no trace."""
     case = case_of(name)
     small_tiles(*case.tile)
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""How often the host waits for the device: once, in `pack`, and only where values decide."""
+"""Count how often the host waits for the device: once, in `pack`, and only where values decide."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tdpo_kernels.pack import pack
 
 
 class HostReads(TorchDispatchMode):
-    """What makes the host wait for a CUDA device: values read, and shapes that depend on values."""
+    """Note what makes the host wait for a CUDA device: values read, and shapes that depend on values."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()

@@ -89,7 +89,7 @@ def test_cotangents_may_differ_from_token_to_token(backend: str, budget: int):
 @pytest.mark.parametrize("gap", [104.0, 1e3, 1e5])
 @pytest.mark.parametrize("who", ["hidden", "ref_hidden", "both"])
 def test_a_logit_gap_of_104_is_no_nan(backend: str, budget: int, gap: float, who: str):
-    """In fp32 e^-104 is 0, and softmax().log() is -inf: its product with 0 is NaN."""
+    """Take a token at e^-104, which is 0 in fp32: softmax().log() is -inf, and its product with 0 is NaN."""
     call = batch(torch.float32, D=2, V=20)
     call |= {"head": torch.zeros(20, 2), "ref_head": torch.zeros(20, 2)}
     call["head"][0, 0] = call["ref_head"][0, 0] = 1.0
@@ -148,7 +148,7 @@ def test_sixteen_bit_gradients_are_summed_in_fp32(budget: int, dtype: torch.dtyp
 
 @budgets
 def test_small_contributions_survive_behind_large_ones(budget: int, small_tiles):
-    """In bf16 256 + 1 is 256: of one block of large rows and 64 of small ones, only the first would be left."""
+    """Sum one block of large rows and 64 of small ones: in bf16 256 + 1 is 256, and only the first would be left."""
     small_tiles(16, 64)
     call = batch(torch.bfloat16, rows=1, length=16 * 65, D=4, V=2)
     hidden = torch.zeros(1, 16 * 65, 4)

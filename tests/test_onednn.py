@@ -12,7 +12,7 @@ from tdpo_kernels.backends import onednn
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """As on such a CPU: the strides of every pair of matrices that oneDNN is given."""
+    """Return the strides of every pair of matrices that oneDNN is given, as on such a CPU."""
     pairs, product = [], onednn.product
     monkeypatch.setattr(onednn, "mkl_is_held_back", lambda: True)
     monkeypatch.setattr(onednn, "LEAST", 0)

@@ -62,7 +62,7 @@ def test_a_split_vocabulary_gives_what_a_whole_one_does(world: int):
 
 
 def tensor_parallel_layers(rank: int, world: int) -> None:
-    """What torch's tensor parallelism makes of an LM head, gradients and all; and rows that are padding."""
+    """Take what torch's tensor parallelism makes of an LM head, gradients and all, and rows that are padding."""
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
     V, dtype = 37, torch.float64
@@ -208,7 +208,7 @@ def volume(rank: int, world: int) -> None:
 
 
 def masses_nearly_alike(rank: int, world: int) -> None:
-    """What ranks differ by in mass is not had from a difference: logits here are exact, so only that can cancel."""
+    """Make ranks' masses differ by less than their difference would hold. Logits are exact, so only that can cancel."""
     V, shift, g = 40, 2.0**-16, torch.Generator().manual_seed(1)
     x, weight, bias = (torch.randn(n, generator=g).mul(4).round() / 4 for n in ((2, 16, D), (V, D), (V,)))
     labels, mine = torch.randint(V, (2, 16), generator=g), rows_of(V, world, "even")[rank]

@@ -1,4 +1,4 @@
-"""What ranks do not agree on is said on all of them, and a rank that dies ends the others."""
+"""Hold that all ranks say what they do not agree on, and that a rank that dies ends the others."""
 
 from __future__ import annotations
 

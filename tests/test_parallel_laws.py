@@ -37,7 +37,7 @@ def split(problem: Problem, how: str, reference: str) -> Problem:
 
 
 def over_ranks(x: Array | None) -> Array | None:
-    """Of gradients that are zero but for each rank's own rows."""
+    """Return the sum over ranks of gradients that are zero but for each rank's own rows."""
     if x is None:
         return None
     total = torch.from_numpy(x.astype(np.float64))

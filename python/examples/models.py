@@ -72,7 +72,7 @@ def pad_id(tokenizer) -> int:
 
 
 def rate(step: int, steps: int) -> float:
-    """Of the full learning rate: up in a straight line for a tenth of the steps, then down along a cosine."""
+    """Return a factor of the learning rate: up linearly for a tenth of the steps, then down along a cosine."""
     rising = max(steps // 10, 1)
     if step < rising:
         return (step + 1) / rising

@@ -49,7 +49,7 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What the model's own forward takes."""
+        """Return what the model's own forward takes."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
 
@@ -90,7 +90,7 @@ def split_by_prompt(
 
 
 def prompt_ids(tokenizer, prompt: str) -> Ids:
-    """With whatever the tokenizer puts in front (a BOS), without what it may put behind."""
+    """Return ids with whatever the tokenizer puts in front (a BOS), without what it may put behind."""
     ids = tuple(tokenizer(prompt).input_ids)
     return ids[:-1] if ids[-1:] == (tokenizer.eos_token_id,) else ids
 

@@ -1,4 +1,4 @@
-"""What the demo leaves behind: a table, a figure, and which backend did the work."""
+"""Write what the demo leaves behind: a table, a figure, and which backend did the work."""
 
 from __future__ import annotations
 

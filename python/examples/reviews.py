@@ -55,7 +55,7 @@ def completion(rng: Random) -> str:
 
 
 def sentiment(text: str) -> float:
-    """From -1 (every word of opinion is negative) to 1 (all are positive); 0 where there is none."""
+    """Return a score from -1 (every word of opinion is negative) to 1 (all are positive), 0 where there is none."""
     scores = [_SCORE[word] for word in re.findall(r"[a-z]+", text.lower()) if word in _SCORE]
     return sum(scores) / len(scores) if scores else 0.0
 

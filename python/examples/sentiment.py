@@ -59,7 +59,7 @@ model:
 
 @dataclass
 class Study:
-    """What TDPO starts from. `probe` are prompts to sample for sentiment: none when there is no lexicon."""
+    """Hold what TDPO starts from. `probe` are prompts to sample for sentiment, none when there is no lexicon."""
 
     model: nn.Module
     tokenizer: object

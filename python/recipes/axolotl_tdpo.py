@@ -22,7 +22,7 @@ TRAINER = "axolotl_tdpo_trainer.TDPOTrainer"
 
 
 class TDPOArgs(BaseModel):
-    """What a configuration has of TDPO; beta is axolotl's ``rl_beta``."""
+    """Return the TDPO options of a configuration; beta is axolotl's ``rl_beta``."""
 
     tdpo_alpha: float | None = None
     tdpo_variant: str | None = None

@@ -1,4 +1,4 @@
-"""What the recipes share: the TDPO loss of a batch in a DPO trainer, and what a framework's options come to.
+"""Compute the TDPO loss of a batch in a DPO trainer, and read its options from a framework's: the recipes share this.
 
 Copy this file next to the recipe that uses it.
 """
@@ -22,13 +22,13 @@ SETTINGS = {"alpha": float, "variant": str, "backend": str, "memory_budget": int
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a framework's configuration has under `PREFIX`, without it."""
+    """Return the settings whose names begin with `PREFIX`, without it."""
     given = {name: value for name, value in config.items() if name.startswith(PREFIX) and value is not None}
     return {name.removeprefix(PREFIX): value for name, value in given.items()}
 
 
 def loss_options(beta: float, settings: Mapping[str, Any]) -> LossOptions:
-    """Of a framework's beta, and what it has no name for: `SETTINGS`, as text or as values.
+    """Return options from a framework's beta and from `SETTINGS`, as text or as values, which it has no names for.
 
     Raises:
         ValueError: a setting of another name, or one that TDPO does not have.
@@ -91,7 +91,7 @@ class TDPOMixin:
 
 
 class LabelledTDPOMixin(TDPOMixin):
-    """For trainers with the hook TRL once had, as ms-swift and LLaMA-Factory have kept it.
+    """Put TDPO into trainers with a hook that TRL once had, and that ms-swift and LLaMA-Factory have kept.
 
     Their batch has ``labels``, aligned with the inputs, -100 outside of completions.
     """

@@ -15,7 +15,7 @@ COLUMNS = ("ref_cache", "ref_row")
 
 
 def attach(dataset: Dataset, cache: ReferenceCache) -> Dataset:
-    """With the columns `CachedCollator` looks for."""
+    """Return the dataset with the columns that `CachedCollator` looks for."""
     name, rows = COLUMNS
     dataset = dataset.add_column(name, [str(cache.directory)] * len(dataset))
     return dataset.add_column(rows, list(range(len(dataset))))

@@ -175,7 +175,7 @@ def missing_shards(directory: Path, meta: CacheMeta) -> list[int]:
 
 
 def _fault(path: Path, meta: CacheMeta, shard: int) -> str:
-    """What is wrong with a shard, short of its states' bytes; empty if nothing."""
+    """Return what is wrong with a shard, short of its states' bytes, or ""."""
     try:
         with safe_open(path, framework="pt") as file:
             written, shape = file.metadata() or {}, file.get_slice("hidden").get_shape()
@@ -225,7 +225,7 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 
 def remove_unfinished(directory: Path) -> None:
-    """What a killed writer left behind. One run writes at a time, and before any of its processes does."""
+    """Remove what a killed writer left behind. One run writes at a time, and calls this before its processes write."""
     for path in directory.glob("*.tmp"):
         path.unlink(missing_ok=True)
 

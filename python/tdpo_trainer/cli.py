@@ -29,7 +29,7 @@ INSTALL = "pip install '.[train]' in a clone of tdpo-kernels"
 
 
 def command_line() -> NoReturn:
-    """What the command `tdpo` runs: `main`, and under a launcher an end without the interpreter's own."""
+    """Run the command `tdpo`. Under a launcher the process then ends without the interpreter's own cleaning up."""
     status = main()
     if "WORLD_SIZE" not in os.environ:
         sys.exit(status)

@@ -52,13 +52,13 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("image_size",), 16),
     **dict.fromkeys(("patch_size",), 8),
 }
-"""What makes a config tiny, by the names that families use."""
+"""Settings that make a config tiny, by the names that families use."""
 
 ON_LOGITS = dict(
     logit_scale=0.25, output_multiplier=0.5, lm_head_multiplier=2.0, logits_scaling=4.0, final_logit_softcapping=2.0,
     logits_soft_cap=2.0, output_logit_soft_cap=2.0, softcap=2.0,
 )  # fmt: skip
-"""What families do to their logits: their defaults are often 1 or None, which would try nothing."""
+"""Settings of what families do to their logits, whose defaults are often 1 or None and would try nothing."""
 
 ROPE = dict(rope_type="default", rope_theta=1e4)
 SECTIONS = dict(rope_parameters=ROPE | dict(mrope_section=[1, 1, 2]))
@@ -85,7 +85,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba2": dict(layers_block_type=["linear_attention", "hybrid"]),
     "zaya": dict(num_experts_per_tok=1),
 }
-"""What a family needs besides."""
+"""Settings that a family needs besides."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _tiny(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
 
 
 def tiny_model(family: str, auto: Any = AutoModelForCausalLM) -> nn.Module:
-    """In fp32 and eval mode, on random weights, biases included: zeros would hide what is left out."""
+    """Return a model in fp32 and eval mode with random weights and biases, for zeros would hide what is left out."""
     config = tiny_config(family)
     with torch.device("meta"):
         size = sum(x.numel() for x in auto.from_config(config).parameters())

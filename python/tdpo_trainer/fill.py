@@ -34,7 +34,7 @@ SHARD_BYTES = 256 * 2**20  # about: it is also what a kill can cost
 
 @dataclass(frozen=True)
 class Source:
-    """What a cache is made of.
+    """Hold what a cache is made of.
 
     dataset: rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids``.
     collate: rows to a batch of ``2P`` sequences, on the CPU.

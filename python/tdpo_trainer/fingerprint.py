@@ -1,4 +1,4 @@
-"""What a reference cache depends on, as digests by name, so that a stale one is refused with the part that changed."""
+"""Digest what a reference cache depends on, part by part, so that a stale one is refused with what changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OF_LOADING = frozenset(
 
 
 def of_dataset(dataset: Dataset) -> str:
-    """Of the token ids of its pairs, in order: however the dataset was made."""
+    """Digest the token ids of a dataset's pairs, in order, however the dataset was made."""
     digest = blake2b(digest_size=16)
     for table in dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(1024):
         for name in COLUMNS:
@@ -39,7 +39,7 @@ def of_dataset(dataset: Dataset) -> str:
 
 
 def of_layout(collate: Callable[[list[dict]], Mapping[str, Tensor]], dataset: Dataset) -> str:
-    """Of what the collator makes of pairs, on some of them and the longest: tokens, masks, and what else it adds.
+    """Digest what the collator makes of some pairs and of the longest: tokens, masks, and what else it adds.
 
     Padding on the right does not count, for no state depends on it.
     """
@@ -65,7 +65,7 @@ def _longest(dataset: Dataset) -> int:
 
 
 def of_model(model: nn.Module) -> str:
-    """Of the weights the reference computes with: of a PEFT model without its adapters, but for one named "ref"."""
+    """Digest the weights that the reference computes with: a PEFT model's without adapters, but for one named "ref"."""
     digest = blake2b(digest_size=16)
     for name, x in _weights(model):
         if x.is_meta or hasattr(x, "ds_id") or hasattr(x, "full_tensor"):
@@ -85,7 +85,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def of_config(model: nn.Module) -> str:
-    """Of what its weights do not say: its class, its configuration, and the scaling of a "ref" adapter."""
+    """Digest what weights do not say: the class, the configuration, and the scaling of a "ref" adapter."""
     base = model.get_base_model() if is_peft_model(model) else model
     adapter = getattr(model, "peft_config", {}).get("ref")
     parts = [type(base).__name__, _lasting(base.config.to_dict()), _lasting(adapter.to_dict()) if adapter else None]
@@ -104,7 +104,7 @@ def _plain(x: object) -> Any:
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of its vocabulary, its special tokens, and, if it is a fast one, all it does to a text."""
+    """Digest a vocabulary, its special tokens, and, for a fast tokenizer, all it does to a text."""
     parts = [
         type(tokenizer).__name__,
         sorted(tokenizer.get_vocab().items()),

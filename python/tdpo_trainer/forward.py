@@ -56,7 +56,7 @@ class Reference:
 def pair_outputs(
     wrapped: nn.Module, reference: Reference, inputs: Mapping[str, Any], loss: Loss, *, unwrapped: nn.Module
 ) -> dict[str, Tensor]:
-    """What `loss` makes of a batch of pairs, computed within `wrapped`'s forward.
+    """Return what `loss` makes of a batch of pairs, computed within `wrapped`'s forward.
 
     Args:
         wrapped: the policy as the trainer calls it: wrapped by DDP, FSDP1, DeepSpeed, or bare, FSDP2 included.
@@ -166,7 +166,7 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _same_part(x: Tensor, y: Tensor | None) -> bool:
-    """Of a weight split for tensor parallelism: `to_local` makes the tensor anew each time, in the same memory."""
+    """Compare parts of a split weight by their memory: `to_local` makes the tensor anew each time."""
     return type(y) is Tensor and x.shape == y.shape and x.data_ptr() == y.data_ptr()
 
 

@@ -1,4 +1,4 @@
-"""Where a Hugging Face causal LM is cut in two: what its LM head is given, and the `LMHead` that makes its logits.
+"""Cut a Hugging Face causal LM in two: what its LM head is given, and the `LMHead` that makes its logits.
 
 The cut is made at the head itself: the model's own forward runs, with everything it does before the head (multipliers,
 a BERT-like transform, image tokens, adapters, a mixture's auxiliary loss), the head is passed over, and what it would
@@ -40,7 +40,7 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Hidden:
-    """What the head of a model is given: ``last (B, L, D)``; and ``aux_loss``, a scalar, where the model makes one
+    """Hold what the head of a model is given, ``last (B, L, D)``, and ``aux_loss``, a scalar, where the model makes one
     (``output_router_logits`` of a mixture of experts), not yet multiplied by its coefficient."""
 
     last: Tensor
@@ -133,7 +133,7 @@ def base_head(model: nn.Module) -> LMHead:
 
 
 def head_is_adapted(model: nn.Module) -> bool:
-    """Whether PEFT has put something on the head: then the reference has a head of its own."""
+    """Return whether PEFT has put something on the head: then the reference has a head of its own."""
     return _is_peft(output_layer(model))
 
 
@@ -223,7 +223,7 @@ def _down(layer: nn.Module, name: str, hidden: Tensor) -> Tensor:
 
 
 def _linear_head(model: nn.Module, layer: nn.Module) -> LMHead:
-    """Of exactly an ``nn.Linear``: a wrapper shows its base layer's weight as its own, and what it adds is left out.
+    """Return the head of an ``nn.Linear``, and of nothing else. A wrapper's weight is its base layer's alone.
 
     One that a plan for tensor parallelism splits has a forward of its own, which gathers the logits. It is not called.
     """
@@ -243,7 +243,7 @@ def _linear_head(model: nn.Module, layer: nn.Module) -> LMHead:
 
 
 def is_tensor_parallel(weight: Tensor) -> bool:
-    """Whether its rows stay split over ranks, by a plan for tensor parallelism. FSDP's are split too, and gathered."""
+    """Return whether rows stay split over ranks, by a plan for tensor parallelism. FSDP's are gathered."""
     return getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) == (TENSOR_PARALLEL,)
 
 

@@ -13,7 +13,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class BadPair(ValueError):
-    """What is not a preference pair, and where it stands."""
+    """Say what is not a preference pair, and where it stands."""
 
 
 def is_by_line(path: Path) -> bool:
@@ -41,7 +41,7 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def check_pairs(records: Iterable[tuple[str, object]], texts: bool = False) -> int:
-    """How many there are, all pairs as TRL takes them and like the first: texts or messages, with a prompt or without.
+    """Return how many pairs there are, all as TRL takes them and alike: texts or messages, with a prompt or without.
 
     `texts`: only texts with a prompt will do. Raises BadPair for the first that is anything else.
     """

@@ -1,5 +1,5 @@
-"""What a run logs, as sums and counts: they add up over batches and processes, and their quotients are means over pairs
-or tokens, however these were batched.
+"""Compute what a run logs, as sums and counts, which add up over batches and processes. Their quotients are means over
+pairs or tokens, however these were batched.
 
 Rewards are the paper's, ``beta * (log-ratio + KL)``: unlike DPO's they include the sequence's KL.
 """

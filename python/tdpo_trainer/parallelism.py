@@ -1,4 +1,4 @@
-"""How a run is split over devices: what the trainers refuse by name, and how often a batch is there.
+"""Refuse the splits over devices that the trainers cannot serve, and count the processes that share a batch.
 
 Data parallelism is the wrappers' own (`forward`), tensor parallelism the model's own plan (`head.lm_head`).
 """
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def check_parallelism(config: Any, *models: nn.Module | None) -> None:
-    """Of an accelerator's ``parallelism_config`` and a run's models.
+    """Check an accelerator's ``parallelism_config`` and a run's models.
 
     Raises:
         ValueError: sequences or layers are split over processes, which a loss of whole sequences would not notice.
@@ -44,12 +44,12 @@ def keep_pairs_together(accelerator: Accelerator) -> None:
 
 
 def copies_of_a_batch(config: Any, model: nn.Module) -> int:
-    """How many processes have the same pairs: those that share the model by tensor parallelism."""
+    """Return how many processes have the same pairs: those that share the model by tensor parallelism."""
     return getattr(model, "_tp_size", None) or getattr(config, "tp_size", None) or 1
 
 
 def pairs_that_count(accelerator: Accelerator, pairs: int, copies: int) -> int:
-    """How many of this process's `pairs`, the first ones, are no repetitions that even out an evaluation's last batch.
+    """Return how many of this process's `pairs` count. Those behind them repeat others, to even out the last batch.
 
     Args:
         copies: `copies_of_a_batch`.

@@ -1,4 +1,4 @@
-"""Where the reference's side of a batch comes from: a cache, a model of its own, or the policy under its adapter."""
+"""Compute the reference's side of a batch: by a model of its own, or by the policy under its adapter."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings of 
 
 
 def from_model(wrapped: nn.Module, model: nn.Module, batch: Batch) -> Reference:
-    """Of a model of its own, with its own head."""
+    """Return the reference's side by a model of its own, with its own head."""
     return reference_side(wrapped, model_inputs(batch), unwrapped=model)
 
 
 def from_adapter(wrapped: nn.Module, policy: nn.Module, batch: Batch) -> Reference:
-    """Of a PEFT policy: the model under its adapter. One head serves both, unless the adapter is on the head."""
+    """Return the reference's side by a PEFT policy's base model. One head serves both, unless an adapter is on it."""
     within = partial(adapter_of_reference, policy)
     return reference_side(wrapped, model_inputs(batch), unwrapped=policy, policy_within=within)
 
@@ -49,7 +49,7 @@ def adapter_of_reference(policy: nn.Module) -> Iterator[None]:
 
 
 def check_own_reference(policy: nn.Module) -> None:
-    """That a PEFT policy, under its adapter, is and stays what training begins with.
+    """Check that a PEFT policy's base model is what training begins with, and stays so.
 
     Raises:
         ValueError: it is not, naming the option or the weight, and a way out.

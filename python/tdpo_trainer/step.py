@@ -20,7 +20,7 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What `tdpo_kernels.fused_tdpo_loss` documents under these names; checked when made."""
+    """Hold options of `tdpo_kernels.fused_tdpo_loss`, checked when made."""
 
     beta: float = 0.1
     alpha: float | None = None
@@ -39,7 +39,7 @@ class LossOptions:
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """What the model is called with: all that is not there for the loss alone."""
+    """Return what the model is called with: all that is not there for the loss alone."""
     return {name: x for name, x in batch.items() if name not in NOT_MODEL_INPUTS}
 
 
@@ -70,7 +70,7 @@ def pair_loss(batch: Batch, options: LossOptions) -> Loss:
 
 
 def aux_loss_of(out: Mapping[str, Tensor]) -> Tensor:
-    """What keeps a mixture's experts evenly used. Raises ValueError if the model gave none."""
+    """Return the loss that keeps a mixture's experts evenly used. Raises ValueError if the model gave none."""
     if "aux_loss" not in out:
         raise ValueError("router_aux_loss_coef: the model gave no auxiliary loss, wanted 0.0 for such a model")
     return out["aux_loss"]

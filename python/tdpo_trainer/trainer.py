@@ -238,7 +238,7 @@ class TDPOTrainer(DPOTrainer):
         }
 
     def _leave_reference_model(self) -> None:
-        """What a cache is for: its states are on disk, its head is here."""
+        """Let go of the reference model once a cache has its states on disk and its head here."""
         if not self._caches:
             raise _other_trl("DPOTrainer did not call _precompute_ref_logps, where the reference cache is written")
         self._ref_model_left = self.ref_model is not None

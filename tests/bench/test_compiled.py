@@ -125,7 +125,7 @@ print([jobs.attempt(job).faults for job in jobs.core(binary.TARGETS["gfx942"])[2
 
 
 def test_the_docs_have_the_report_s_seconds():
-    """Of what a backend compiles on sm_90 in bf16 at D = 4,096, whose tiles are 2,048 columns wide."""
+    """Compare the seconds for sm_90 in bf16 at D = 4,096, whose tiles are 2,048 columns wide."""
     root = Path(__file__).parents[2]
     lines = (root / "bench" / "results" / "compiled.txt").read_text().splitlines()
     said = (root / "docs" / "gpu.md").read_text()

@@ -94,7 +94,7 @@ def test_the_plan_says_seconds_and_counts_compiling(tmp_path, monkeypatch):
 
 
 def test_the_seconds_of_a_kernel_are_those_of_the_committed_report():
-    """Where it cannot be read they would be said to be 1.0."""
+    """A summary that cannot be read would make them 1.0."""
     assert campaign.OFFLINE.exists() and campaign.compile_seconds() != 1.0
 
 

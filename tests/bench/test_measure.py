@@ -1,4 +1,4 @@
-"""What the benchmark measures is what it says: times, memory, products, drift and whole steps."""
+"""Hold that the benchmark measures what it says: times, memory, products, drift and whole steps."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def problem(kind: str, T: int = 21, V: int = 86, seed: int = 0, dtype: torch.dty
 
 
 def biased(p: Problem, out: tuple[int, ...] = (), only: int | None = None, **more) -> Problem:
-    """With biases, which rule columns out, of the one model or of both."""
+    """Return the problem with biases, which rule columns out, of one model or of both."""
     biases = [torch.randn(p.V, generator=torch.Generator().manual_seed(i)).to(p.dtype) for i in (5, 6)]
     for i in range(2):
         if only in (None, i):

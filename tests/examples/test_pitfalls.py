@@ -1,4 +1,4 @@
-"""What `docs/pitfalls.md` says is so: its code runs, and its links lead somewhere."""
+"""Hold that the code in `docs/pitfalls.md` runs, and that its links lead somewhere."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def free_port() -> int:
 
 
 def written(file: Path, arguments: Options) -> Path:
-    """As JSON, which is YAML."""
+    """Write JSON, which is YAML."""
     file.write_text(json.dumps(arguments, default=str))
     return file
 
@@ -131,7 +131,7 @@ def stand_in_for(module: str) -> None:
 
 
 def record(to: str) -> None:
-    """From now on `transformers.Trainer` writes down what it does."""
+    """Make `transformers.Trainer` write down what it does from now on."""
     import torch
     from transformers import Trainer
 

@@ -92,7 +92,7 @@ def test_evaluation_has_caches_of_its_own(tmp_path: Path, model_folder: Path):
 
 @pytest.mark.parametrize("reference", ["initial policy", "lora"])
 def test_a_policy_that_was_trained_writes_no_reference(reference: str, tmp_path: Path, model_folder: Path):
-    """Whether or not this TRL refuses such a dataset. What is under an adapter stays the reference."""
+    """A model under an adapter stays the reference, whether or not this TRL refuses such a dataset."""
     lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False) if reference == "lora" else None
     ours = trainer(tmp_path, str(model_folder), reference_cache=str(tmp_path / "cache"), peft_config=lora)
     unseen = ours._prepare_dataset(pairs(3, 5), tokenizer(), ours.args, "eval")
@@ -208,7 +208,7 @@ def test_a_shard_of_another_cache_is_refused(written: Path, model_folder: Path):
 
 
 class Framed(DataCollatorForPreference):
-    """As many tokens of completions, and a token before every prompt."""
+    """Return as many tokens of completions, and a token before every prompt."""
 
     def torch_call(self, examples: list[dict]) -> dict:
         return super().torch_call([row | {"prompt_ids": [2, *row["prompt_ids"]]} for row in examples])

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 @dataclass
 class Run:
-    """What a framework's command did: its return code and output, and what `frameworks.record` kept."""
+    """Hold a framework's return code and output, and what `frameworks.record` kept."""
 
     code: int
     output: str

@@ -28,7 +28,7 @@ def _examples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batches(seen: list[list[dict]] | None = None) -> DataLoader:
-    """Of two pairs each, in order; `seen` gets one step a batch, as `eager_run` wants them."""
+    """Return batches of two pairs, in order; `seen` gets one step a batch, as `eager_run` wants them."""
     to_batch = partial(collate, pad=0, max_length=None)
 
     def keeping(rows):

@@ -192,7 +192,7 @@ def test_what_is_logged(tmp_path: Path):
 
 
 def test_the_first_token_has_no_predictor_and_is_not_counted():
-    """Of a batch without prompts."""
+    """Take a batch without prompts."""
     hidden, ref_hidden, weight, everything = *torch.randn(2, 4, 5, 6), torch.randn(9, 6), torch.ones(4, 5)
     batch = {"input_ids": torch.randint(9, (4, 5)), "attention_mask": everything, "completion_mask": everything}
     sums = pair_loss(batch, LossOptions())(hidden, LMHead(weight), ref_hidden, LMHead(weight))["sums"]

@@ -55,7 +55,7 @@ def test_lora_is_trained_on_the_head_too(targets: list[str], tmp_path: Path):
 
 
 def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path: Path):
-    """By its config's coefficient, 0.001 for a Mixtral, or one that is given."""
+    """Multiply by the config's coefficient, 0.001 for a Mixtral, or by one that is given."""
     ours, own, without = (run(tmp_path, mixtral(), mixtral(1), aux, max_steps=1) for aux in (0.3, None, 0.0))
     steps = recorded(ours)
     ours.train(), own.train(), without.train()
@@ -138,7 +138,7 @@ def test_a_compiled_model_is_refused_as_such(run_of, tmp_path: Path):
 
 
 def test_completions_end_and_prompts_do_not():
-    """Whether or not the tokenizer ends every text."""
+    """Hold whether or not the tokenizer ends every text."""
     reader, want = tokenizer(), {"prompt_ids": [3, 4], "chosen_ids": [5, 1], "rejected_ids": [6, 3, 1]}
     text = {"prompt": "ab", "chosen": "c", "rejected": "da"}
     assert tokenize(reader, [text]) == [want]

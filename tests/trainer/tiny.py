@@ -1,4 +1,4 @@
-"""What tests of trainers share: tiny models from configs, a batch of pairs, and TDPO as published, in plain torch."""
+"""Build tiny models from configs, a batch of pairs, and TDPO as published, in plain torch, for tests of trainers."""
 
 from __future__ import annotations
 
