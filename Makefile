@@ -24,7 +24,7 @@ demo: $(READY)  ## train a tiny model with TDPO: a table and demo-out/curves.png
 	$(PY) python/examples/sentiment.py $(ARGS)
 
 test: PROBLEMS = flat near-equal
-INTERPRETED := tests/test_accuracy.py tests/test_exactness.py tests/test_bits.py tests/test_extras.py
+INTERPRETED := tests/test_accuracy.py tests/test_exactness.py tests/test_equality.py tests/test_bits.py tests/test_extras.py
 
 test: $(READY) lint verify  ## everything that CI checks
 	$(PY) -m pytest -n 2 $(ARGS)

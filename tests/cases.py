@@ -1,5 +1,6 @@
-"""The named cases every backend runs, at the sizes where it hurts: small enough for thousands of runs, nasty enough to
-matter.
+"""Make the named cases that every backend runs, each builder in one file with the table that names it.
+
+They have the sizes where it hurts: small enough for thousands of runs, nasty enough to matter.
 
 A `Case` is float64; `Case.problem(dtype)` rounds it to what a user would hold, and that rounded problem is what
 everyone, the truth included, computes from. Tiles are meant to be 16 x 64 (`conftest.small_tiles`).

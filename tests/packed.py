@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import torch
 from batches import batch, close
+from torch import Tensor
 
 from tdpo_kernels import LMHead, TDPOOutput, TokenStats
 
@@ -29,6 +30,16 @@ def headed(dtype: torch.dtype = torch.float64, packed: bool = False) -> dict:
     bias = torch.linspace(-1, 1, V, dtype=torch.float64).to(dtype)
     call["head"] = LMHead(call["head"].detach(), bias, 1.3, 20.0)
     return pack(call, [9, 0, 4, 1, 7, 6]) if packed else call
+
+
+def trained(call: dict, frozen: bool = False) -> tuple[dict, list[Tensor]]:
+    """Return the call with fresh leaves, and the leaves."""
+    head, hidden = call["head"], call["hidden"].detach().clone().requires_grad_()
+    weight = head.weight.detach().clone().requires_grad_(not frozen)
+    bias = None if head.bias is None else head.bias.detach().clone().requires_grad_(not frozen)
+    head = LMHead(weight, bias, head.logit_scale, head.softcap)
+    leaves = [hidden, weight, bias] if bias is not None else [hidden, weight]
+    return call | {"hidden": hidden, "head": head}, [hidden] if frozen else leaves
 
 
 def pack(call: dict, lengths: list[int]) -> dict:

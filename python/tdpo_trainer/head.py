@@ -1,4 +1,6 @@
-"""Cut a Hugging Face causal LM in two: what its LM head is given, and the `LMHead` that makes its logits.
+"""Cut a Hugging Face causal LM in two, and compare the halves with the whole: one file, for no half is right alone.
+
+The halves are what its LM head is given, and the `LMHead` that makes its logits.
 
 The cut is made at the head itself: the model's own forward runs, with everything it does before the head (multipliers,
 a BERT-like transform, image tokens, adapters, a mixture's auxiliary loss), the head is passed over, and what it would

@@ -214,7 +214,8 @@ def _against_label(top: Tensor, lse: Tensor, label: Tensor) -> tuple[Tensor, Ten
     down, lost = _two_difference(top, label)
     x, lost_too = _two_difference(down, -lse)
     mass_0, lost = torch.sigmoid(x), lost.add_(lost_too)
-    return x, torch.addcmul(mass_0, lost * mass_0, 1.0 - mass_0), -torch.addcmul(_softplus(x), lost, mass_0)
+    loss = torch.addcmul(F.softplus(x, threshold=40), lost, mass_0)
+    return x, torch.addcmul(mass_0, lost * mass_0, 1.0 - mass_0), -loss
 
 
 def with_infinities(shown: Tensor, extras: Extras, ruled_out_2: Tensor) -> Tensor:
@@ -237,14 +238,10 @@ def _difference(p: Tensor, q: Tensor, y: Tensor) -> Tensor:
     return torch.where(y.abs() < NEAR, q * torch.expm1(y.clamp(-1.0, 1.0)), p - q)
 
 
-def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=40)
-
-
 def _extras(wanted: Extras, others: Tensor, z_y: Tensor, logp: Tensor, x_z: Tensor, vocab: int) -> list[Tensor]:
     entropy_0, total = others[STATE:].unbind()
     found = {
-        "entropy": torch.sigmoid(x_z) * (entropy_0 + _softplus(-x_z)) - torch.sigmoid(-x_z) * logp,
+        "entropy": torch.sigmoid(x_z) * (entropy_0 + F.softplus(-x_z, threshold=40)) - torch.sigmoid(-x_z) * logp,
         "mean_logit": (total + z_y) / vocab,
         "is_argmax": (z_y >= others[0]).to(z_y.dtype),
     }
