@@ -35,9 +35,9 @@ def fused_tdpo_loss(
             and giving one raises.
         variant: ``"tdpo2"`` or ``"tdpo1"``. TDPO1 is not TDPO2 with alpha = 1: the values are equal, the gradients not.
         reduction: how pairs are reduced: ``"mean"``, ``"sum"``, or ``"none"`` for one loss per pair.
-        memory_budget: as in `token_stats`. With a frozen head, and with a trained one where it does not hold all logits,
-            forward already makes the gradients, so that no logits are made twice. Backward then multiplies them, and
-            does not notice that a weight was changed in between.
+        memory_budget: as in `token_stats`. With a frozen head, or with a trained one where not all logits fit, forward
+            already makes the gradients, so that no logits are made twice. Backward then multiplies them, and does not
+            notice that a weight was changed in between.
 
     Returns:
         `TDPOOutput`. An empty completion counts as m = k = 0. With every label ignored the loss is log 2 and

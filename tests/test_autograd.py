@@ -67,7 +67,7 @@ def test_double_backward_is_refused(backend: str):
 
 @pytest.mark.parametrize("name", ["hidden", "head", "ref_hidden", "ref_head"])
 def test_a_change_between_forward_and_backward_is_noticed(name: str):
-    """Where backward needs them: it does not where forward has made the gradients (`test_groups`, `test_directions`)."""
+    """Backward needs them here, and not where forward has made the gradients: `test_groups`, `test_directions`."""
     call = batch()
     loss = fused_tdpo_loss(**call).loss
     with torch.no_grad():
