@@ -82,7 +82,8 @@ def run(
     totals = _Totals(call, inputs)
     ends, P = [0, *accumulate(counts_S)], len(counts_S) // 2
     largest = max(sum(counts_S[g]) + sum(counts_S[g.start + P : g.stop + P]) for g in groups)
-    kept = totals.shown.new_empty(grid.room(largest, policy.head.weight.shape[0], 1, room))
+    room = grid.room(largest, policy.head.weight.shape[0], 1, room)
+    kept = grid.memory_for(room, totals.shown, inputs.stats_dtype)
     for pairs in groups:
         sides = pairs, slice(pairs.start + P, pairs.stop + P)
         blocks = [slice(ends[s.start], ends[s.stop]) for s in sides]

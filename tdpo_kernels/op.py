@@ -213,7 +213,7 @@ def _forward(*args: Any, fixed: bool = False) -> tuple[Tensor, ...]:
     rows = pack.pack(labels, cu_seqlens, policy.head.vocab, ignore_index=ignore_index, shift=shift)
     inputs, needs = engine.inputs_of(policy, reference, rows, tuple(extras)), Needs(*needs)
     size = room[1] if fixed else grid.room(rows.count, policy.head.weight.shape[0], 1, room[1])
-    kept, u = policy.hidden.new_empty(size, dtype=inputs.stats_dtype), policy.hidden.new_empty(0)
+    kept, u = grid.memory_for(size, labels, inputs.stats_dtype), policy.hidden.new_empty(0)
     if ratios:
         count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         sequence_T = pack.sequences(rows, labels.shape, cu_seqlens)

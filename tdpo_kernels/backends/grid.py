@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +18,7 @@ from ..types import Inputs
 WORKSPACE = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # bytes of tiles and gathered operands held at once
 TILE = {"cpu": (1024, 1024), "cuda": (2048, 2048)}  # rows x columns
 SMALLEST = 64
+PAGE, HUGE = mmap.PAGESIZE, 2**25  # bytes of a page, and from which on huge ones are asked for
 ALIGNED = 16  # elements: rows of a kept tile, and blocks of rows and columns, begin at multiples
 
 
@@ -48,7 +52,7 @@ def tile_of(device: torch.device) -> tuple[int, int]:
 
 
 def cut(
-    inputs: Inputs, tile: tuple[int, int], held: tuple[int, int, int], multiple: int = ALIGNED, widest: int = 2**20
+    inputs: Inputs, tile: tuple[int, int], held: tuple[int, ...], multiple: int = ALIGNED, widest: int = 2**20
 ) -> Grid:
     """Return the grid of tiles that have about as many entries as `tile` and fit into the workspace.
 
@@ -56,7 +60,7 @@ def cut(
     the memory budget.
 
     Args:
-        held: bytes held for each entry, row and column of a tile.
+        held: bytes held for each entry, row and column of a tile, and whatever it is.
         multiple: what a tile's columns are a multiple of.
         widest: the most columns of a tile.
     """
@@ -66,9 +70,10 @@ def cut(
 
 @lru_cache
 def _grid(
-    T: int, V: int, tile: tuple[int, int], workspace: int, held: tuple[int, int, int], multiple: int, widest: int
+    T: int, V: int, tile: tuple[int, int], workspace: int, held: tuple[int, ...], multiple: int, widest: int
 ) -> Grid:
-    area, (per_entry, per_row, per_col) = math.prod(tile), held
+    area, (per_entry, per_row, per_col, *fixed) = math.prod(tile), held
+    workspace -= sum(fixed)
     R = max(min(T, tile[0]), 1)
     C = min(max(area // R, tile[1]), V, widest)
     R = max(min(area // max(min(C, V), 1), T), R)
@@ -92,6 +97,15 @@ def padded(columns: int) -> int:
 def room(rows: int, vocab: int, itemsize: int, memory_budget: int) -> int:
     """Return how many elements a call of so many rows keeps: all logits of both models, or what the budget holds."""
     return min(2 * rows * padded(vocab), memory_budget // itemsize)
+
+
+def memory_for(logits: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return memory for so many kept logits. On a CPU it asks for huge pages, of which a first write needs fewer."""
+    kept = like.new_empty(logits, dtype=dtype)
+    if kept.nbytes >= HUGE and kept.device.type == "cpu" and sys.platform == "linux":
+        begin, end = kept.data_ptr() + PAGE - 1 & -PAGE, kept.data_ptr() + kept.nbytes & -PAGE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
+    return kept
 
 
 def kept_tile(kept: Tensor, grid: Grid, rows: slice, cols: slice) -> Tensor | None:

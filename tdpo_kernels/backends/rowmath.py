@@ -52,14 +52,14 @@ def _two_difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return s, (x - (s - b)) - (y + b)
 
 
-def psi_series_(y: Tensor, out: Tensor) -> Tensor:
-    """Return ``psi(y)`` for |y| <= NEAR, to the digits of the dtype."""
+def psi_series_(y: Tensor, more: Tensor, out: Tensor) -> Tensor:
+    """Return ``psi(y) + more`` for |y| <= NEAR, to the digits of the dtype."""
     terms = 8 if y.dtype == torch.float32 else 14
     one = y.new_ones(())
     torch.add(one, y, alpha=1 / terms, out=out)
     for n in range(terms - 1, 2, -1):
         torch.addcmul(one, out, y, value=1 / n, out=out)
-    return out.mul_(y).mul_(y).mul_(0.5)
+    return torch.addcmul(more, out.mul_(y), y, value=0.5, out=out)
 
 
 class Buffers(NamedTuple):
@@ -96,7 +96,7 @@ def divergence_(p: Tensor | None, out: Buffers, dim: int) -> tuple[Tensor, Tenso
     torch.clamp(y, -NEAR, NEAR, out=near)
     torch.exp(near, out=psi)
     grown = torch.exp(y if p is None else torch.clamp(y, max=FAR, out=less), out=less).sub_(psi)
-    psi_series_(near, psi).add_(grown)
+    psi_series_(near, grown, psi)
     torch.add(psi, near, out=less)  # e^Y - 1
     psi.sub_(y.sub_(near)).mul_(q)
     less.mul_(q)

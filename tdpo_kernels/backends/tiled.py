@@ -15,7 +15,9 @@ from .rowmath import LOWEST, Buffers
 from .walk import Kind
 
 RUN = 32  # rows that are worth operations of their own
-PLANES = 10  # tensors of a tile's size: both models' logits, `rowmath.Buffers`, three more where a log-ratio is large
+STRIP = {"cpu": 2**18, "cuda": 2**22}  # entries that `rowmath` reduces at once: what caches hold, or a tile
+PLANES = 3  # tensors of a tile's size: both models' logits, dz
+SCRATCH = 8  # tensors of a strip's size: `rowmath.Buffers`, three more where a log-ratio is large
 
 
 def forward(inputs: Inputs, kept: Tensor) -> Part:
@@ -56,11 +58,14 @@ class TorchTiles:
         self.work = inputs.work
         self.sides = self.policy, self.reference = sides_of(inputs, self.work)
         caps = sum(side.head.softcap is not None for side in self.sides)
-        per_entry = self.dtype.itemsize * (PLANES + 2 * caps)
+        per_entry = self.dtype.itemsize * (PLANES + caps)
         if self.policy.model.dtype in SIXTEEN_BIT:
-            per_entry += self.policy.model.dtype.itemsize  # dz for the products
-        held = per_entry, *copied_bytes(self.sides)
-        self.grid = grid or cut(inputs, tile_of(inputs.policy.hidden.device), held)
+            per_entry += self.policy.model.dtype.itemsize + self.policy.operand_dtype.itemsize  # dz for the products
+        per_row, per_col = copied_bytes(self.sides)
+        device, scratch = inputs.policy.hidden.device, SCRATCH * self.dtype.itemsize
+        self.strip = STRIP.get(device.type, STRIP["cpu"])
+        held = per_entry, per_row, per_col + scratch, scratch * self.strip  # a strip has a row at least
+        self.grid = grid or cut(inputs, tile_of(device), held)
 
     def checked(self, inputs: Inputs, part: Part) -> Part:
         return part
@@ -72,7 +77,11 @@ class TorchTiles:
             found = logits_RC.gather(1, index)
             torch.where(inside, found[:, 0], label_R, out=label_R)
             logits_RC.scatter_(1, index, found.masked_fill_(inside[:, None], LOWEST))
-        return rowmath.part(*logits, self.extras, self.work)[None]
+        states = [
+            rowmath.part(*(block_of(x_RC, strip) for x_RC in logits), self.extras, self.work)
+            for strip in self._strips(slice(0, size(rows)), cols)
+        ]
+        return (states[0] if len(states) == 1 else torch.cat(states, -1))[None]
 
     def dz(self, rows: slice, cols: slice, kind: Kind, row_R: Tensor, kept: Tensor | None) -> Tensor:
         softcap, x, z, r, make = self.policy.head.softcap, None, None, None, kept is None
@@ -80,19 +89,32 @@ class TorchTiles:
             x, z = self._logits(0, rows, cols, kept, make)
         if kind is not Kind.ONLY_P:
             _, r = self._logits(1, rows, cols, kept, make)
-        out = Buffers.of(self.work, r if z is None else z)
+        dz = self.work.get("dz", self.dtype, size(rows), size(cols))
         for run, its_kind in _runs(kind, row_R):
-            its_row, its_out = row_R[:, run], Buffers(*(block_of(x, run) for x in out))
-            if its_kind is Kind.BOTH:
-                rowmath.dz_from_both_(block_of(z, run), block_of(r, run), its_row, its_out)
-            elif its_kind is Kind.ONLY_P:
-                rowmath.dz_from_p_(block_of(z, run), its_row, its_out)
-            else:
-                rowmath.dz_from_q_(block_of(r, run), its_row, its_out)
-        dz = out.one
+            for strip in self._strips(run, cols):
+                self._dz(block_of(dz, strip), z, r, its_kind, strip, row_R)
         inside, index = self._label(rows, cols)
         dz.scatter_(1, index, torch.where(inside[:, None], row_R[8, :, None], dz.gather(1, index)))
-        return dz if softcap is None else dz.mul_(rowmath.softcap_slope(x, softcap))
+        for strip in self._strips(slice(0, size(rows)), cols) if softcap is not None else ():
+            block_of(dz, strip).mul_(rowmath.softcap_slope(block_of(x, strip), softcap))
+        return dz
+
+    def _dz(
+        self, dz: Tensor, z: Tensor | None, r: Tensor | None, kind: Kind, strip: slice, row_R: Tensor
+    ) -> None:  # fmt: skip
+        """Write dz of a strip of one kind of rows."""
+        out, row = Buffers.of(self.work, dz)._replace(one=dz), row_R[:, strip]
+        if kind is Kind.BOTH:
+            rowmath.dz_from_both_(block_of(z, strip), block_of(r, strip), row, out)
+        elif kind is Kind.ONLY_P:
+            rowmath.dz_from_p_(block_of(z, strip), row, out)
+        else:
+            rowmath.dz_from_q_(block_of(r, strip), row, out)
+
+    def _strips(self, rows: slice, cols: slice) -> list[slice]:
+        """Return rows of a tile in strips of about as many entries as `STRIP` has."""
+        most = max(self.strip // size(cols), 1)
+        return [slice(a, min(a + most, rows.stop)) for a in range(rows.start, rows.stop, most)] or [rows]
 
     def _logits(self, m: int, rows: slice, cols: slice, kept: Tensor | None, make: bool) -> tuple[Tensor, Tensor]:
         """Return one model's logits before and after its softcap; those before it are kept."""
