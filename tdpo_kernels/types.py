@@ -141,7 +141,8 @@ class Workspace:
             if have is None or have.numel() < wanted or have.dtype != dtype:
                 self.views = {key: x for key, x in self.views.items() if key[0] != name}
                 have = self.buffers[name] = torch.empty(wanted, dtype=dtype, device=self.device)
-            view = self.views[name, dtype, shape] = have[:wanted].view(shape)
+            flat = have if have.numel() == wanted else have[:wanted]
+            view = self.views[name, dtype, shape] = flat.view(shape)
         return view
 
 

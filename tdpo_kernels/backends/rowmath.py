@@ -193,29 +193,30 @@ def whole(others: Tensor, labels_2T: Tensor, extras: Extras, vocab: int) -> Whol
     z_y, r_y = labels_2T.unbind()
     label = torch.zeros_like(others)
     label[:2] = labels_2T
-    state = merge(torch.stack([others, label]))
+    parts = torch.stack([others, label])
+    state = merge(parts)
     top_z, top_r, lse_z, lse_r, kl, gap = state[:STATE].unbind()
-    x_z, P_0, logp = _against_label(others[0], others[2], z_y)  # each model by itself, for the same bits of both
-    x_r, Q_0, ref_logp = _against_label(others[1], others[3], r_y)
+    Y_2T = exact_difference_(parts[:, 0], parts[:, 1], top_z, top_r, gap - parts[:, 5], Buffers.like(parts[:, 0]))
+    down, lost = _two_difference(others[:2], labels_2T)
+    odds, lost_too = _two_difference(down, -others[2:4])
+    (x_z, x_r), lost = odds, lost.add_(lost_too)
+    P_0, logp = _against_label(x_z, lost[0])  # each model by itself, for the same bits of both
+    Q_0, ref_logp = _against_label(x_r, lost[1])
     p_y, q_y = torch.sigmoid(-x_z), torch.sigmoid(-x_r)
-    Y_y = exact_difference_(z_y, r_y, top_z, top_r, gap, Buffers.like(z_y))
-    Y_0 = exact_difference_(others[0], others[1], top_z, top_r, gap - others[5], Buffers.like(z_y))
-    at_label, elsewhere = _difference(p_y, q_y, Y_y), _difference(P_0, Q_0, Y_0)
+    elsewhere, at_label = _difference(torch.stack([P_0, p_y]), torch.stack([Q_0, q_y]), Y_2T)
     row = [*state[:4], gap, P_0, Q_0, torch.where(q_y > Q_0, -elsewhere, at_label)]
     more = _extras(extras, others, z_y, logp, x_z, vocab) if extras else ()
     return Whole(torch.stack([logp, kl, ref_logp, *more]), torch.stack(row))
 
 
-def _against_label(top: Tensor, lse: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-odds x of all others against the label, their mass, and the log-probability of the label.
+def _against_label(x: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mass of all others and the log-probability of the label, whose log-odds against them are x.
 
     What rounding takes from x is put back: at 30 nats it would be 15 eps of ``sigmoid(x)``.
     """
-    down, lost = _two_difference(top, label)
-    x, lost_too = _two_difference(down, -lse)
-    mass_0, lost = torch.sigmoid(x), lost.add_(lost_too)
+    mass_0 = torch.sigmoid(x)
     loss = torch.addcmul(F.softplus(x, threshold=40), lost, mass_0)
-    return x, torch.addcmul(mass_0, lost * mass_0, 1.0 - mass_0), -loss
+    return torch.addcmul(mass_0, lost * mass_0, 1.0 - mass_0), -loss
 
 
 def with_infinities(shown: Tensor, extras: Extras, ruled_out_2: Tensor) -> Tensor:
