@@ -10,20 +10,25 @@ import sys
 import torch
 
 from .backends import auto_says, availability
-from .verify import Line, skipped, verify
+from .op import DEFAULT_BUDGET
+from .verify import DTYPES, Line, skipped, verify
 from .version import __version__
+from .ways import way
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tdpo_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("env", help="versions, devices, and each backend: available, or why not")
+    env = commands.add_parser("env", help="versions, devices, backends, and what a loss of some size costs in products")
+    for name, value in dict(tokens=8192, pairs=4, vocab=128256, hidden_size=4096, memory_budget=DEFAULT_BUDGET).items():
+        env.add_argument(f"--{name.replace('_', '-')}", type=_positive, default=value, help="default: %(default)s")
+    env.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     check = commands.add_parser("verify", help="worst errors of every backend against float64; exits 1 on a failure")
     check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     check.add_argument("problems", nargs="*", metavar="PROBLEM", help="by name, as the table has them; default: all")
     arguments = parser.parse_args(argv)
     if arguments.command == "env":
-        return _env()
+        return _env(arguments)
     try:
         device = torch.device(arguments.device)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the truth is float64, and wants reading
@@ -32,7 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     return _verify(device, tuple(arguments.problems))
 
 
-def _env() -> int:
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, wanted a number >= 1")
+    return int(text)
+
+
+def _env(size: argparse.Namespace) -> int:
     print(f"tdpo-kernels {__version__}")
     for package in ("torch", "triton", "transformers", "trl"):
         print(f"{package:13}{_version(package)}")
@@ -45,6 +56,13 @@ def _env() -> int:
         for name, reason in availability(device).items():
             print(f"  {name:9}{reason}")
         print(f"  auto     {auto_says(device)}")
+    print(
+        f"\na loss of {size.tokens:,} tokens in {size.pairs:,} pairs, V = {size.vocab:,}, D = {size.hidden_size:,}, "
+        f"{size.dtype}, memory_budget {size.memory_budget:,}, on {device.type}; one product is 2 T V D flops"
+    )
+    dimensions = size.tokens, size.pairs, size.vocab, size.hidden_size, DTYPES[size.dtype]
+    for head, trained in (("trained", True), ("frozen", False)):
+        print(f"  {head:9}{way(*dimensions, trained=trained, memory_budget=size.memory_budget, device=device)}")
     return 0
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import engine, pack
 from .backends import grid, rowmath
-from .types import SUMMANDS, Inputs, Needs
+from .types import SUMMANDS, Inputs, LMHead, Needs
 
 LEAST = {"cpu": 256, "cuda": 1024}  # rows that are worth the launches of a block
 
@@ -30,7 +30,7 @@ def run(
     which cut rows alike.
     """
     hidden, head, T = inputs.policy.hidden, inputs.policy.head, inputs.rows.count
-    each = max(least_rows(hidden.device), room // max(2 * grid.padded(head.widest), 1))
+    each = block_rows(room, head, least_rows(hidden.device))
     u_ND = hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
     found = []
     for a in range(0, max(T, 1), each):
@@ -46,6 +46,11 @@ def run(
 
 def least_rows(device: torch.device) -> int:
     return LEAST.get(device.type, LEAST["cpu"])
+
+
+def block_rows(room: int, head: LMHead, least: int) -> int:
+    """Return how many rows go together where there is room for so many logits."""
+    return max(least, room // max(2 * grid.padded(head.widest), 1))
 
 
 def ratio_of(sequence_T: Tensor, count: int, ratios: Sequence[float], dtype: torch.dtype) -> Tensor:

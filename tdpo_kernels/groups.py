@@ -34,26 +34,37 @@ class Plan(NamedTuple):
 
 
 def plan(call: Call) -> Plan | None:
-    """Return how pairs are grouped, or None where all rows are better computed as one.
+    """Return how pairs are grouped, or None where all rows are better computed as one."""
+    most = most_rows(call, least_rows(call.policy.hidden.device))
+    if most is None:
+        return None
+    ignoring = dict(ignore_index=call.ignore_index, shift=call.shift)
+    rows = pack.pack(call.labels, call.cu_seqlens, call.policy.head.vocab, **ignoring)
+    counts_S = pack.counts(rows, call.labels.shape, call.cu_seqlens).tolist()
+    return Plan(rows, counts_S, _groups(counts_S, most), _room(call))
+
+
+def most_rows(call: Call, least: int) -> int | None:
+    """Return how many rows a group may have, or None where all rows are better computed as one.
 
     That is so where the head is not trained, where there is one pair, where the budget holds all logits anyway or those
-    of too few rows, where a graph is traced or captured, and in fp16, in which gradients want a scaled loss.
+    of fewer than `least` rows, where a graph is traced or captured, and in fp16, in which gradients want a scaled loss.
     """
-    policy, dtype = call.policy, stats_dtype(call.policy, call.reference)
+    policy = call.policy
     if not (call.needs.weight or call.needs.bias) or policy.dtype == torch.float16 or torch.compiler.is_compiling():
         return None
     if policy.hidden.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    head, budget = policy.head, call.memory_budget
-    if call.needs.weight and head.weight.dtype != dtype:  # its gradient is summed apart
-        budget -= head.widest * head.weight.shape[1] * dtype.itemsize
-    most = budget // (2 * grid.padded(head.widest) * dtype.itemsize)
+    most = _room(call) // (2 * grid.padded(policy.head.widest))
     S = call.labels.shape[0] if call.cu_seqlens is None else call.cu_seqlens.numel() - 1
-    if S == 2 or not least_rows(policy.hidden.device) <= most < call.labels.numel():
-        return None
-    rows = pack.pack(call.labels, call.cu_seqlens, head.vocab, ignore_index=call.ignore_index, shift=call.shift)
-    counts_S = pack.counts(rows, call.labels.shape, call.cu_seqlens).tolist()
-    return Plan(rows, counts_S, _groups(counts_S, most), budget // dtype.itemsize)
+    return most if S > 2 and least <= most < call.labels.numel() else None
+
+
+def _room(call: Call) -> int:
+    """Return how many logits may be kept beside the sum of a 16-bit dW, which is made apart."""
+    head, dtype = call.policy.head, stats_dtype(call.policy, call.reference)
+    apart = call.needs.weight and head.weight.dtype != dtype
+    return call.memory_budget // dtype.itemsize - (head.widest * head.weight.shape[1] if apart else 0)
 
 
 def _groups(counts_S: list[int], most: int) -> list[slice]:
