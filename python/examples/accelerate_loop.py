@@ -23,8 +23,9 @@ from tdpo_trainer.errors import UsageError, said_in_one_line
 from tdpo_trainer.forward import pair_outputs, reference_side
 from tdpo_trainer.head import check_head
 from tdpo_trainer.metrics import over_processes
-from tdpo_trainer.plain import collate, tokenize
+from tdpo_trainer.plain import collate
 from tdpo_trainer.step import Batch, LossOptions, model_inputs, pair_loss
+from tdpo_trainer.tokens import tokenize
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm

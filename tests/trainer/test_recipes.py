@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from runs import eager_run, llama, parameters, text_pairs, tokenizer, worst
-from tdpo_trainer.plain import collate, tokenize
+from tdpo_trainer.plain import collate
 from tdpo_trainer.step import LossOptions
+from tdpo_trainer.tokens import tokenize
 from torch.utils.data import DataLoader
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "python" / "examples"
