@@ -4,14 +4,14 @@
     torchrun --nproc-per-node 2 python/examples/accelerate_loop.py --model DIR --data pairs.jsonl
 
 Or ``accelerate launch``, which starts one process on a machine without GPUs whatever it is told. Run with accelerate
-1.15 on CPUs, in one process and in two (DDP).
+1.15 on CPUs, in one process and in two (DDP). Weights are trained in fp32 whatever the checkpoint has, because AdamW's
+steps round to nothing in bfloat16; ``ACCELERATE_MIXED_PRECISION=bf16`` makes the products in it.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,15 +19,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from tdpo_trainer.data import load_pairs
+from tdpo_trainer.errors import UsageError, said_in_one_line
 from tdpo_trainer.forward import pair_outputs, reference_side
 from tdpo_trainer.head import check_head
 from tdpo_trainer.metrics import over_processes
-from tdpo_trainer.plain import collate, tokenize
+from tdpo_trainer.plain import collate
 from tdpo_trainer.step import Batch, LossOptions, model_inputs, pair_loss
+from tdpo_trainer.tokens import tokenize
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 
 def train(
@@ -46,12 +48,14 @@ def train(
     """
     wrapped, optimizer, batches = accelerator.prepare(policy.eval(), optimizer, batches)
     frozen = accelerator.prepare_model(reference.eval().requires_grad_(False), evaluation_mode=True)
-    for batch in batches:
+    count, together = len(batches), accelerator.gradient_accumulation_steps
+    for index, batch in enumerate(batches):
         inputs = model_inputs(batch)
+        in_step = min(together, count - index // together * together)  # fewer in the last step
         with accelerator.accumulate(wrapped), accelerator.autocast():
             theirs = reference_side(frozen, inputs, unwrapped=reference)
             out = pair_outputs(wrapped, theirs, inputs, pair_loss(batch, options), unwrapped=policy)
-            accelerator.backward(out["loss"])
+            accelerator.backward(out["loss"] * (together / in_step))  # backward divides by `together`
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(wrapped.parameters(), max_norm)
             optimizer.step()
@@ -61,14 +65,15 @@ def train(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the loop. Each process says in one line, without a traceback, what is wrong with the model or the data."""
     options = parse(argv)
     # one order of the pairs, however many processes
     order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed)
     accelerator = Accelerator(gradient_accumulation_steps=options.accumulate, cpu=options.cpu, dataloader_config=order)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    with accelerator.main_process_first():
-        rows = tokenize(tokenizer, pairs_of(options.data))
-    policy, reference = (AutoModelForCausalLM.from_pretrained(options.model) for _ in range(2))
+    try:
+        tokenizer, policy, reference, rows = load(options)
+    except UsageError as error:
+        raise SystemExit(f"accelerate_loop.py: error: {error}") from None
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     to_batch = partial(collate, pad=pad, max_length=options.max_length)
     batches = DataLoader(rows, options.batch, shuffle=True, collate_fn=to_batch)
@@ -90,13 +95,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer.save_pretrained(options.out)
 
 
-def pairs_of(path: Path) -> Iterable[Mapping[str, str]]:
-    """Ends with the reason, and no traceback, where they are not pairs of texts."""
-    try:
-        return load_pairs(str(path), texts=True)
-    except ValueError as error:
-        print(f"accelerate_loop.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+def load(options: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, nn.Module, nn.Module, list]:
+    """Return the tokenizer, the policy, its reference, and pairs as token ids. No process waits for another here."""
+    with said_in_one_line("--data"):
+        pairs = load_pairs(str(options.data), texts=True)
+    with said_in_one_line(f"--model {options.model}"):
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        policy, reference = (AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32) for _ in range(2))
+    return tokenizer, policy, reference, tokenize(tokenizer, pairs)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

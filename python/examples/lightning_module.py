@@ -21,7 +21,8 @@ class TDPOModule(lightning.LightningModule):
     """A policy, its frozen reference, and the TDPO loss as the training step.
 
     Lightning calls `training_step` within the forward of its DDP wrapper, so gradient hooks are armed; the models in
-    here are bare. Dropout stays off. Under FSDP use the Accelerate loop or the trainer instead.
+    here are bare. Dropout stays off. Under FSDP use the Accelerate loop or the trainer instead. The policy should be in
+    fp32, because AdamW's steps round to nothing in bfloat16; ``precision="bf16-mixed"`` makes the products in it.
     """
 
     def __init__(self, policy: nn.Module, reference: nn.Module, options: LossOptions, *, lr: float) -> None:
@@ -43,7 +44,9 @@ class TDPOModule(lightning.LightningModule):
         pairs = len(batch["input_ids"]) // 2
         means = means_of(out["sums"].sum(0))
         self.log_dict({"loss": out["loss"].detach()} | means, batch_size=pairs, sync_dist=True, prog_bar=False)
-        return out["loss"]
+        together = self.trainer.accumulate_grad_batches  # Lightning divides by it, in a shorter last step too
+        in_step = min(together, self.trainer.num_training_batches - index // together * together)
+        return out["loss"] * (together / in_step)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.policy.parameters(), lr=self.lr, weight_decay=0.0)

@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import torch
 from tdpo_trainer.lines import FIELDS, BadPair, check_pair, records
+from tdpo_trainer.tokens import Ids, completion_ids, prompt_ids
 from torch import Tensor
 
 IGNORED = -100
-Ids = tuple[int, ...]
 T = TypeVar("T")
 
 
@@ -89,16 +89,6 @@ def split_by_prompt(
     return [pair for pair in pairs if pair.prompt not in held], [pair for pair in pairs if pair.prompt in held]
 
 
-def prompt_ids(tokenizer, prompt: str) -> Ids:
-    """Return ids with whatever the tokenizer puts in front (a BOS), without what it may put behind."""
-    ids = tuple(tokenizer(prompt).input_ids)
-    return ids[:-1] if ids[-1:] == (tokenizer.eos_token_id,) else ids
-
-
-def completion_ids(tokenizer, text: str) -> Ids:
-    return (*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id)
-
-
 def encode(tokenizer, pairs: Sequence[TextPair], max_length: int) -> list[Pair]:
     """Token ids of prompt and completion, tokenised apart so that both completions see the very same prompt.
 
@@ -106,9 +96,10 @@ def encode(tokenizer, pairs: Sequence[TextPair], max_length: int) -> list[Pair]:
     """
     encoded, cut = [], 0
     for pair in pairs:
-        prompt = prompt_ids(tokenizer, pair.prompt)
-        if not prompt:
-            raise UsageError(f"the tokenizer makes no token of the prompt {pair.prompt!r}")
+        try:
+            prompt = prompt_ids(tokenizer, pair.prompt)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         chosen, rejected = completion_ids(tokenizer, pair.chosen), completion_ids(tokenizer, pair.rejected)
         if len(prompt) + max(len(chosen), len(rejected)) > max_length:
             cut += 1

@@ -22,13 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .errors import UsageError
 from .kernels import LMHead
 
 FORMAT = 1
 Pair = tuple[Tensor, Tensor]  # chosen (n, E), rejected (m, E)
 
 
-class CacheError(ValueError):
+class CacheError(UsageError):
     """A reference cache that is corrupt, incomplete, or not this run's; the message says which, and what to do."""
 
 
@@ -225,7 +226,7 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove what a killed writer left behind. One run writes at a time, and calls this before its processes write."""
+    """Remove what a killed writer left behind. The run that may write calls this before its processes do."""
     for path in directory.glob("*.tmp"):
         path.unlink(missing_ok=True)
 

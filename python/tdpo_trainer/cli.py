@@ -1,6 +1,6 @@
 """The command `tdpo`.
 
-usage: tdpo train | cache | verify | bench | env [options]
+usage: tdpo train | cache | verify | bench | env [options], or tdpo --version
 
   train   TDPO on preference pairs: a model directory or hub name, a JSONL or Parquet file or hub name
   cache   only writes the reference cache that `train` with the same options and --reference_cache will use
@@ -11,6 +11,9 @@ usage: tdpo train | cache | verify | bench | env [options]
 Options of train and cache: flags, or `--config FILE.yaml` with the same names; `tdpo train --help` lists them.
 Under several processes: `accelerate launch -m tdpo_trainer train ...`, or
 `torchrun --nproc-per-node 2 -m tdpo_trainer train ...`.
+
+What is wrong with options, or with a file behind one, is said in one line; with TDPO_TRACEBACK=1 in the environment
+the traceback is shown instead.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ def command_line() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status, 2 where the command line is wrong."""
+    """Run a command and return its exit status, 2 where the command line is wrong."""
     command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if command in ("train", "cache"):
         return _training(command, rest)
@@ -53,13 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(__doc__.strip())
         return 0
+    if command == "--version":
+        print(f"tdpo-kernels {_version('tdpo-kernels')}")
+        return 0
     return _wrong(f"got {command!r}, wanted train, cache, verify, bench or env")
 
 
 def _training(command: str, argv: list[str]) -> int:
     try:
         from . import run
-        from .cache import CacheError
+        from .errors import UsageError
         from .head import UnsupportedModel
     except ModuleNotFoundError as error:
         if error.name not in TRAINING_PACKAGES:
@@ -67,7 +73,9 @@ def _training(command: str, argv: list[str]) -> int:
         return _wrong(f"{command} needs {error.name}, which is not installed: {INSTALL}")
     try:
         return getattr(run, command)(argv)
-    except (run.UsageError, CacheError, UnsupportedModel) as error:
+    except (UsageError, UnsupportedModel) as error:
+        if os.environ.get("TDPO_TRACEBACK"):
+            raise
         return _wrong(str(error))
 
 

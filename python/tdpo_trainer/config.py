@@ -10,17 +10,26 @@ from trl import DPOConfig
 
 from .step import LossOptions, refuse_torch_compile
 
-FIXED = {  # options of DPOConfig that would be silently without effect, at the only value they may have
-    "loss_type": ["sigmoid"],
-    "loss_weights": None,
-    "ld_alpha": None,
-    "f_divergence_type": "reverse_kl",
-    "label_smoothing": 0.0,
-    "label_smoothing_factor": 0.0,
-    "use_weighting": False,
-    "use_liger_kernel": False,
-    "padding_free": False,
+DPO = "it is an option of DPO's loss, not of TDPO's"
+LIGER = "Liger's kernels are of DPO's loss and of models that make logits; this loss never makes them either"
+METRICS = "it is for functions of logits, which TDPO never makes"
+FIXED = {  # options that would be silently without effect, at the only value they may have, and why
+    "loss_type": (["sigmoid"], DPO),
+    "loss_weights": (None, DPO),
+    "ld_alpha": (None, DPO),
+    "f_divergence_type": ("reverse_kl", DPO),
+    "f_alpha_divergence_coef": (getattr(DPOConfig, "f_alpha_divergence_coef", None), DPO),
+    "discopop_tau": (getattr(DPOConfig, "discopop_tau", None), DPO),
+    "label_smoothing": (0.0, DPO),
+    "label_smoothing_factor": (0.0, DPO),
+    "use_weighting": (False, DPO),
+    "use_liger_kernel": (False, LIGER),
+    "liger_kernel_config": (None, LIGER),
+    "padding_free": (False, "batches are padded; the loss itself spends nothing on padding"),
+    "include_for_metrics": ([], METRICS),
+    "batch_eval_metrics": (False, METRICS),
 }
+REFUSED = (*FIXED, "torch_compile", "torch_compile_backend", "torch_compile_mode")  # no help mentions these
 
 
 @dataclass
@@ -60,6 +69,7 @@ class TDPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        expand_home(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _has_accelerator()
         if self.pairs_per_step is not None:
@@ -94,10 +104,17 @@ class TDPOConfig(DPOConfig):
         return self.pairs_per_step // at_once
 
     def _refuse_what_has_no_effect(self) -> None:
-        for name, only in FIXED.items():
+        for name, (only, why) in FIXED.items():
             seen = getattr(self, name, only)
             if getattr(seen, "value", seen) != only:
-                raise ValueError(f"{name}: got {seen!r}, wanted {only!r}: it is an option of DPO's loss, not of TDPO's")
+                raise ValueError(f"{name}: got {seen!r}, wanted {only!r}: {why}")
+
+
+def expand_home(options: object) -> None:
+    """Replace a leading ``~`` by the home directory in every option that is a text."""
+    for name, value in list(vars(options).items()):
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(options, name, os.path.expanduser(value))
 
 
 def _has_accelerator() -> bool:

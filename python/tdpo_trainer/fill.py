@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .cache import (
@@ -56,18 +60,56 @@ def write_cache(
     batch_size: int,
     quiet: bool = False,
 ) -> ReferenceCache:
-    """The complete cache of `source` in `directory`, once what is missing of it is written. Every process calls this.
+    """Return the complete cache of `source` in `directory`, written where it is not. Every process calls this.
 
     Args:
         batch_size: pairs per forward of the reference.
-        quiet: no size estimate and no progress bar.
+        quiet: no progress bar.
 
     Raises:
         CacheError: what is there is corrupt, or was not made from this source; or the disk is too small.
     """
+    if not len(source.dataset):
+        raise CacheError(f"{directory.name} dataset: got no pairs, wanted some that max_length leaves tokens of")
+    if not _of_main(accelerator, lambda: _is_complete(directory, source)):
+        with _alone(directory, accelerator):
+            _write(directory, source, accelerator, batch_size, quiet)
+    return open_cache(directory, source.fingerprint)
+
+
+def _is_complete(directory: Path, source: Source) -> bool:
+    return (directory / "meta.json").exists() and not missing_shards(
+        directory, read_meta(directory, source.fingerprint)
+    )
+
+
+@contextmanager
+def _alone(directory: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Let one run at a time write into `directory`: another waits, and goes on with what it finds there afterwards."""
+    lock, waits = FileLock(directory / ".lock"), False
+
+    def taken() -> bool:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        return True
+
+    while not _of_main(accelerator, taken):  # asked again and again, for a wait within a collective call times out
+        if not waits:
+            accelerator.print(f"{directory}: another run writes it; this one waits until that has ended", flush=True)
+        waits = True
+        sleep(1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write(directory: Path, source: Source, accelerator: Accelerator, batch_size: int, quiet: bool) -> None:
     device, world = accelerator.device, accelerator.num_processes
-    _begin(directory, source, accelerator, quiet)
-    accelerator.wait_for_everyone()
+    _begin(directory, source, accelerator)
     meta = read_meta(directory, source.fingerprint)
     missing = missing_shards(directory, meta)
     accelerator.wait_for_everyone()  # what is missing is the same for all: nobody has written yet
@@ -86,31 +128,39 @@ def write_cache(
     for _ in range(max(calls) - calls[accelerator.process_index]):
         _reference(source, source.collate([source.dataset[0]]), device)  # a sharded one needs all processes each time
     accelerator.wait_for_everyone()
-    return open_cache(directory, source.fingerprint)
 
 
-def _begin(directory: Path, source: Source, accelerator: Accelerator, quiet: bool) -> None:
-    """The plan of a new cache, or what is left of one that is there; and its size, before anything is written."""
-    main = accelerator.is_main_process
-    new = _agreed(main and not (directory / "meta.json").exists())
+def _begin(directory: Path, source: Source, accelerator: Accelerator) -> None:
+    """Write the plan of a new cache, or tidy what is left of one; say its size before anything is written."""
+    new = _of_main(accelerator, lambda: not (directory / "meta.json").exists())
     meta, head = _plan(source, accelerator.device) if new else (read_meta(directory, source.fingerprint), None)
-    if not main:
-        return
-    left = missing_shards(directory, meta)
-    rows = [row for shard in left for row in meta.rows(shard)]
-    size = _tokens(source, rows) * meta.hidden_size * _itemsize(meta) + _bytes(head)
-    if rows and not quiet:
-        print(f"{directory}: {len(rows)} of {meta.examples} pairs to write, about {size / 1e9:.3g} GB", flush=True)
-    if (free := _free(directory)) < size:
-        raise CacheError(f"{directory}: needs {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there")
-    remove_unfinished(directory)
-    if new:
-        write_meta(directory, meta, head)
+
+    def begin() -> None:
+        left = missing_shards(directory, meta)
+        rows = [row for shard in left for row in meta.rows(shard)]
+        size = _tokens(source, rows) * meta.hidden_size * _itemsize(meta) + _bytes(head)
+        if rows:
+            print(f"{directory}: {len(rows)} of {meta.examples} pairs to write, about {size / 1e9:.3g} GB", flush=True)
+        if (free := _free(directory)) < size:
+            raise CacheError(f"{directory}: needs {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there")
+        remove_unfinished(directory)
+        if new:
+            write_meta(directory, meta, head)
+
+    _of_main(accelerator, begin)
 
 
-def _agreed(of_main: bool) -> bool:
-    said = [of_main]
+def _of_main(accelerator: Accelerator, ask: Callable[[], Any]) -> Any:
+    """Return what `ask` returns to the main process. Its CacheError or OSError is raised in every process."""
+    said: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            said[0] = ask()
+        except (CacheError, OSError) as error:
+            said[1] = str(error)
     broadcast_object_list(said, from_process=0)
+    if said[1] is not None:
+        raise CacheError(said[1])
     return said[0]
 
 

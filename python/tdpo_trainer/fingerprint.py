@@ -44,7 +44,7 @@ def of_layout(collate: Callable[[list[dict]], Mapping[str, Tensor]], dataset: Da
     Padding on the right does not count, for no state depends on it.
     """
     count = len(dataset)
-    rows = sorted({*range(0, count, -(-count // PROBED)), count - 1, _longest(dataset)})
+    rows = sorted({*range(0, count, -(-count // PROBED)), count - 1, _longest(dataset)} if count else ())
     digest = blake2b(digest_size=16)
     for row in rows:
         batch = collate([dataset[row]])

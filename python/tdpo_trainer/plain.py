@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from . import reference
 from .forward import Reference, pair_outputs
@@ -26,8 +26,6 @@ from .step import (
     refuse_functions_of_logits,
     refuse_torch_compile,
 )
-
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class PlainTDPOTrainer(Trainer):
@@ -169,23 +167,6 @@ def _refuse_what_has_no_effect(args: Any, others: Mapping[str, Any]) -> None:
     refuse_torch_compile(args)
     if seen := getattr(args, "label_smoothing_factor", 0.0):
         raise ValueError(f"label_smoothing_factor: got {seen:g}, wanted 0.0: TDPO's loss has none")
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[Mapping[str, str]]) -> list[dict[str, list[int]]]:
-    """Rows of token ids from rows of text under ``prompt``, ``chosen``, ``rejected``; completions end with the EOS.
-
-    The prompt is tokenised apart, so that both completions follow the very same prompt.
-    """
-    end = tokenizer.eos_token_id
-    rows = []
-    for pair in pairs:
-        prompt = tokenizer(pair["prompt"]).input_ids
-        prompt = prompt[:-1] if prompt[-1:] == [end] else prompt
-        chosen, rejected = (
-            tokenizer(pair[name], add_special_tokens=False).input_ids for name in ("chosen", "rejected")
-        )
-        rows.append(dict(zip(COLUMNS, (prompt, [*chosen, end], [*rejected, end]), strict=True)))
-    return rows
 
 
 def collate(rows: Sequence[Mapping[str, list[int]]], *, pad: int, max_length: int | None) -> dict[str, Tensor]:

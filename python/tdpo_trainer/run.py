@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from accelerate import DistributedType
 from torch import nn
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from transformers import TrainerCallback
+from trl import get_peft_config
 
 from .config import TDPOConfig
 from .data import Pairs, hold_out, load_pairs
+from .errors import OF_OPTIONS, UsageError, one_line, said_in_one_line
+from .options import DataArguments, check, loading_of_reference, parse
 from .trainer import TDPOTrainer
 
 
-class UsageError(Exception):
-    """Something wrong with the options, in the words of the person who gave them."""
-
-
-@dataclass
-class DataArguments(ScriptArguments):
-    """TRL's, and: where the pairs to evaluate on come from, and a reference that is not the model itself."""
-
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "file or hub name of pairs to evaluate on; else a split of dataset_name"}
-    )
-    eval_dataset_config: str | None = field(
-        default=None, metadata={"help": "configuration of eval_dataset_name; dataset_config is dataset_name's"}
-    )
-    test_split_size: float | None = field(
-        default=None, metadata={"help": "part (below 1) or number of the pairs to hold out for evaluation"}
-    )
-    ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "reference model, if it is not what the training starts from"}
-    )
-    ref_model_revision: str | None = field(
-        default=None, metadata={"help": "revision of ref_model_name_or_path; model_revision is model_name_or_path's"}
-    )
-
-
 def train(argv: Sequence[str]) -> int:
-    """Trains, and saves the model in ``output_dir``. ``--resume_from_checkpoint last``: from the last one there."""
+    """Train, and save the model in ``output_dir``. ``--resume_from_checkpoint last``: from the last one there."""
     trainer = make_trainer(argv, "train")
-    checkpoint = trainer.args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint)
+    _warn_of_rounded_weights(trainer)
+    _train(trainer)
     trainer.save_model(trainer.args.output_dir)
     trainer.accelerator.print(f"saved in {trainer.args.output_dir}")
     trainer.accelerator.wait_for_everyone()
@@ -50,7 +31,7 @@ def train(argv: Sequence[str]) -> int:
 
 
 def cache(argv: Sequence[str]) -> int:
-    """Writes the reference cache of a run, and leaves the rest to `train`."""
+    """Write the reference cache of a run, and leave the rest to `train`."""
     trainer = make_trainer(argv, "cache")
     trainer.accelerator.print(f"complete: {trainer.args.reference_cache}")
     trainer.accelerator.wait_for_everyone()
@@ -58,39 +39,20 @@ def cache(argv: Sequence[str]) -> int:
 
 
 def make_trainer(argv: Sequence[str], command: str) -> TDPOTrainer:
-    """Raises UsageError for options that do not go together, SystemExit for unknown ones."""
-    parser = TrlParser((DataArguments, TDPOConfig, ModelConfig), prog=f"tdpo {command}")
-    try:
-        data, args, model = parser.parse_args_and_config(args=list(argv))
-        _check(data, args, model, command)
+    """Raises UsageError for options, files and models that are not as they should be, SystemExit for bad values."""
+    with said_in_one_line(command, (*OF_OPTIONS, TypeError)):
+        data, args, model = parse(argv, command)
+        check(data, args, model, command)
         pairs, evaluated = _datasets(data, args)
-    except (ValueError, TypeError, OSError) as error:
-        raise UsageError(f"{command}: {error}") from error
-    args.model_init_kwargs = _loading(args, model)
-    return TDPOTrainer(
-        model=model.model_name_or_path,
-        ref_model=_reference(data, args),
-        args=args,
-        train_dataset=pairs,
-        eval_dataset=evaluated,
-        peft_config=get_peft_config(model),
-    )
-
-
-def _check(data: DataArguments, args: TDPOConfig, model: ModelConfig, command: str) -> None:
-    for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", data.dataset_name)):
-        if value is None:
-            raise ValueError(f"{name}: got none, wanted a path or a name on the hub")
-    for name, needs in (
-        ("eval_dataset_config", "eval_dataset_name"), ("ref_model_revision", "ref_model_name_or_path"),
-    ):  # fmt: skip
-        if getattr(data, name) is not None and getattr(data, needs) is None:
-            raise ValueError(f"{name}: got {getattr(data, name)!r} without {needs}, wanted both or neither")
-    if data.eval_dataset_name is not None and data.test_split_size is not None:
-        raise ValueError("test_split_size: got it with eval_dataset_name, wanted one of them to evaluate on")
-    args.loss_options().describe(args.device)
-    if command == "cache" and args.reference_cache is None:
-        raise ValueError("reference_cache: got none, wanted the directory to write")
+    with said_in_one_line(command):
+        return TDPOTrainer(
+            model=model.model_name_or_path,
+            ref_model=_reference(data, args),
+            args=args,
+            train_dataset=pairs,
+            eval_dataset=evaluated,
+            peft_config=get_peft_config(model),
+        )
 
 
 def _datasets(data: DataArguments, args: TDPOConfig) -> tuple[Pairs, Pairs | None]:
@@ -99,29 +61,58 @@ def _datasets(data: DataArguments, args: TDPOConfig) -> tuple[Pairs, Pairs | Non
 
     pairs = load(data.dataset_name, data.dataset_train_split, data.dataset_config)
     if data.test_split_size is not None:
-        return hold_out(pairs, data.test_split_size, args.seed)
+        return hold_out(pairs, data.test_split_size)
     if data.eval_dataset_name is not None:
         same = data.dataset_config if data.eval_dataset_name == data.dataset_name else None
         return pairs, load(data.eval_dataset_name, data.dataset_test_split, data.eval_dataset_config or same)
-    if args.eval_strategy == "no":
+    if args.eval_strategy == "no" and not args.eval_on_start:
         return pairs, None
     return pairs, load(data.dataset_name, data.dataset_test_split, data.dataset_config)
 
 
-def _loading(args: TDPOConfig, model: ModelConfig) -> dict[str, object]:
-    options = dict(revision=model.model_revision, attn_implementation=model.attn_implementation, dtype=model.dtype)
-    trusted = getattr(args, "trust_remote_code", getattr(model, "trust_remote_code", False))
-    options |= {"trust_remote_code": trusted, "quantization_config": get_quantization_config(model)}
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _reference(data: DataArguments, args: TDPOConfig) -> nn.Module | None:
-    """Held in memory as the model is (dtype, attention, quantization), but with the revisions of its own repository."""
     if data.ref_model_name_or_path is None:
         return None
     from trl.trainer.utils import create_model_from_path
 
-    options = {name: value for name, value in args.model_init_kwargs.items() if name != "revision"}
-    if data.ref_model_revision is not None:
-        options["revision"] = data.ref_model_revision
-    return create_model_from_path(data.ref_model_name_or_path, **options)
+    return create_model_from_path(data.ref_model_name_or_path, **loading_of_reference(data, args))
+
+
+class _Begun(TrainerCallback):
+    """Know whether a step has begun: what fails before is the checkpoint."""
+
+    yet = False
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.yet = True
+
+
+def _train(trainer: TDPOTrainer) -> None:
+    """Train, from the checkpoint that is asked for. One that was cut off fails in as many ways as it has files."""
+    checkpoint, begun = trainer.args.resume_from_checkpoint, _Begun()
+    trainer.add_callback(begun)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        if not checkpoint or begun.yet or isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"train: resume_from_checkpoint: {checkpoint} cannot be loaded, wanted a whole one; delete it, and `last` "
+            f"is the one before: {one_line(error)}"
+        ) from error
+
+
+def _warn_of_rounded_weights(trainer: TDPOTrainer) -> None:
+    """Say it where weights are trained in 16 bits, unless FSDP or DeepSpeed keeps a copy in 32."""
+    wrappers = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    accelerator = trainer.accelerator
+    if accelerator.distributed_type in wrappers and accelerator.mixed_precision != "no":
+        return
+    rounded = {x.dtype for x in trainer.model.parameters() if x.requires_grad} & {torch.bfloat16, torch.float16}
+    if rounded and accelerator.is_main_process:
+        name = str(rounded.pop()).removeprefix("torch.")
+        print(
+            f"tdpo: warning: weights are trained in {name}, where small steps round to nothing (learning_rate "
+            f"{trainer.args.learning_rate:g}); wanted dtype float32, and --bf16 for the products",
+            file=sys.stderr,
+        )

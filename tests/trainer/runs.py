@@ -23,11 +23,12 @@ TEMPLATE = (
 )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(**more: str) -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *LETTERS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special, **more)
 
 
 def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
@@ -78,13 +79,17 @@ def config(folder: Path, **changes) -> TDPOConfig:
     return TDPOConfig(str(folder), **(SETTINGS | own | changes))
 
 
-KEPT = ("peft_config", "eval_dataset", "train_dataset", "data_collator")
+KEPT = ("peft_config", "eval_dataset", "train_dataset", "data_collator", "processing_class")
 
 
 def trainer(folder: Path, model: nn.Module, ref_model: nn.Module | None = None, **changes) -> TDPOTrainer:
     more = {name: changes.pop(name) for name in KEPT if name in changes}
-    data = {"train_dataset": pairs()} | more
-    return TDPOTrainer(model, ref_model, config(folder, **changes), processing_class=tokenizer(), **data)
+    data = {"train_dataset": pairs(), "processing_class": tokenizer()} | more
+    return TDPOTrainer(model, ref_model, config(folder, **changes), **data)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def losses(trainer) -> list[float]:

@@ -4,60 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import tdpo_trainer
 from datasets import Dataset
-from runs import saved_llama, text_pairs, worst
+from runs import text_pairs, worst
 from safetensors.torch import load_file
 from tdpo_trainer import cli
 from tdpo_trainer.data import hold_out
 from transformers import AutoModelForCausalLM
 
-COMMON = """
-per_device_train_batch_size: 2
-pairs_per_step: 4
-max_steps: 3
-learning_rate: 5.0e-2
-optim: sgd
-lr_scheduler_type: constant
-logging_steps: 1
-save_strategy: "no"
-report_to: none
-use_cpu: true
-disable_tqdm: true
-gradient_checkpointing: false
-beta: 0.5
-alpha: 0.7
-"""
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli")
-    saved_llama(folder / "model")
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, text_pairs())) + "\n")
-    (folder / "run.yaml").write_text(
-        f"model_name_or_path: {folder / 'model'}\ndataset_name: {folder / 'pairs.jsonl'}\n{COMMON}"
-    )
-    return folder
-
 
 def losses_of(said: str) -> list[float]:
     lines = [line for line in said.splitlines() if line.startswith("{'loss'")]
     return [float(line.split("'loss': '")[1].split("'")[0]) for line in lines]
-
-
-def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.delattr(tdpo_trainer, "run", raising=False)
-    monkeypatch.delitem(sys.modules, "tdpo_trainer.run", raising=False)
-    monkeypatch.setitem(sys.modules, "trl", None)
-    assert cli.main(["train"]) == 2
-    said = "tdpo: train needs trl, which is not installed: pip install '.[train]' in a clone of tdpo-kernels\n"
-    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("share, held", [(0.25, 3), (5.0, 5)])
@@ -111,38 +74,19 @@ def test_a_stale_cache_ends_with_its_reason(here: Path, tmp_path: Path, capsys: 
     assert "made from another truncation: got max_length=1024" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        (["--dataset_name", "nowhere.jsonl"], "dataset_name: got nowhere.jsonl, and there is no such file"),
-        (["--variant", "tdpo1"], "alpha: got float 0.7 with variant='tdpo1'"),
-        (["--backend", "fused"], "backend: got 'fused', which does not run here"),
-        (["--loss_type", "ipo"], "loss_type: got ['ipo'], wanted ['sigmoid']"),
-        (["--reference_cache", "c", "--dataset_streaming"], "reference_cache: got a streaming dataset"),
-        (["--eval_dataset_name", "e", "--test_split_size", "3"], "test_split_size: got it with eval_dataset_name"),
-        (["--eval_dataset_config", "x"], "eval_dataset_config: got 'x' without eval_dataset_name"),
-        (["--ref_model_revision", "x"], "ref_model_revision: got 'x' without ref_model_name_or_path"),
-        (["--pairs_per_step", "3"], "pairs_per_step: got 3, wanted a multiple of 2"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_line(flags: list[str], said: str, here: Path, tmp_path: Path, capsys):
-    status = cli.main(["train", "--config", str(here / "run.yaml"), "--output_dir", str(tmp_path), *flags])
-    assert status == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_what_is_one_repository_s_is_not_another_s(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Revisions and configurations; how a model is held in memory is for both."""
     import trl.trainer.utils
-    from tdpo_trainer import run
+    from tdpo_trainer import options, run
 
     seen = {}
+    monkeypatch.setattr(options, "_check_model", lambda *_: None)
     monkeypatch.setattr(run, "load_pairs", lambda name, split, config, streaming: seen.update({name: config}) or [name])
     monkeypatch.setattr(trl.trainer.utils, "create_model_from_path", lambda name, **kwargs: seen.update({name: kwargs}))
     monkeypatch.setattr(run, "TDPOTrainer", lambda **kwargs: seen.update({kwargs["model"]: dict(kwargs)}))
     base = ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path), "--model_name_or_path", "m"]
     base += ["--model_revision", "v2", "--dtype", "bfloat16", "--dataset_name", "d", "--dataset_config", "c"]
-    base += ["--ref_model_name_or_path", "r", "--eval_dataset_name", "e"]
+    base += ["--ref_model_name_or_path", "r", "--eval_dataset_name", "e", "--eval_strategy", "steps"]
     run.make_trainer(base, "train")
     assert seen["m"]["args"].model_init_kwargs["revision"] == "v2" and seen["d"] == "c" and seen["e"] is None
     assert "revision" not in seen["r"] and seen["r"]["dtype"] == "bfloat16"
@@ -152,49 +96,56 @@ def test_what_is_one_repository_s_is_not_another_s(here: Path, tmp_path: Path, m
     assert seen["d"] == "c", "the same repository"
 
 
-def test_other_columns_are_refused(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    Dataset.from_list([{"question": "a", "answer": "b"}]).to_parquet(tmp_path / "other.parquet")
-    flags = ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path)]
-    assert cli.main(["train", *flags, "--dataset_name", str(tmp_path / "other.parquet")]) == 2
-    assert "got columns question, answer, wanted prompt, chosen and rejected" in capsys.readouterr().err
+def test_a_run_is_resumed_from_its_last_checkpoint(here: Path, checkpoints: Path, tmp_path: Path, capsys):
+    shutil.copytree(checkpoints, tmp_path / "ended")
+    runs = []
+    for name, more in (("whole", []), ("ended", ["--resume_from_checkpoint", "last"])):
+        assert cli.main(["train", "--config", str(here / "run.yaml"), "--output_dir", str(tmp_path / name), *more]) == 0
+        runs.append(losses_of(capsys.readouterr().out))
+    assert runs[0][2:] == runs[1]
+    assert worst(*(load_file(tmp_path / name / "model.safetensors") for name in ("ended", "whole"))) == 0.0
 
 
-@pytest.mark.parametrize("command", ["train", "cache"])
-@pytest.mark.parametrize(
-    "line, said",
-    [
-        ('{"prompt": "a", "chosen": }', "not JSON in UTF-8: Expecting value (column 27)"),
-        ('{"prompt": "a"', "not JSON in UTF-8: Expecting ',' delimiter (column 15)"),
-        ('{"prompt": "a", "chosen": "b"}', "field 'rejected' is missing: got prompt, chosen, wanted prompt, chosen,"),
-    ],
-)
-def test_a_bad_line_is_named(command: str, line: str, said: str, here: Path, tmp_path: Path, capsys):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text("\n".join([*map(json.dumps, text_pairs(6)), line, *map(json.dumps, text_pairs(2))]))
-    flags = ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path), "--reference_cache", str(tmp_path)]
-    assert cli.main([command, *flags, "--dataset_name", str(bad)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"tdpo: {command}: {bad}, line 7: {said}")
-    assert cli.main([command, *flags, "--eval_dataset_name", str(bad)]) == 2
-    assert f"{bad}, line 7: {said}" in capsys.readouterr().err.splitlines()[-1]
+def test_help_lists_the_options_that_work(capsys: pytest.CaptureFixture[str]):
+    from tdpo_trainer.config import REFUSED
 
-
-def test_a_run_is_resumed_from_its_last_checkpoint(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    def run(name: str, *more: str) -> list[float]:
-        flags = ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path / name)]
-        assert cli.main(["train", *flags, "--save_strategy", "steps", "--save_steps", "1", *more]) == 0
-        return losses_of(capsys.readouterr().out)
-
-    whole = run("whole")
-    run("cut", "--max_steps", "2")
-    assert run("cut", "--resume_from_checkpoint", "last") == whole[2:]
-    assert worst(*(load_file(tmp_path / name / "model.safetensors") for name in ("cut", "whole"))) == 0.0
-
-
-def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["train", "--help"])
-    said = capsys.readouterr().out
-    assert all(name in said for name in ("--variant", "--alpha", "--backend", "--reference_cache", "--lora_r"))
+    said = capsys.readouterr().out.split()
+    assert {"--variant", "--alpha", "--backend", "--reference_cache", "--lora_r"} <= {*said}
+    assert not {f"--{name}" for name in REFUSED} & {*said}
+
+
+def test_a_leading_tilde_is_the_home_directory(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the file and on the command line, where a shell leaves it within an option's ``=``."""
+    from tdpo_trainer.options import parse
+
+    monkeypatch.setenv("HOME", str(here))
+    options = {"model_name_or_path": "~/model", "dataset_name": "~/pairs.jsonl", "reference_cache": "~/cache"}
+    (here / "home.yaml").write_text(json.dumps(options | {"use_cpu": True}))
+    flags = ["--config=~/home.yaml", "--output_dir=~/out", "--eval_dataset_name", "~/e"]
+    data, args, model = parse(flags, "train")
+    seen = [model.model_name_or_path, data.dataset_name, args.reference_cache, args.output_dir, data.eval_dataset_name]
+    assert seen == [f"{here}/{name}" for name in ("model", "pairs.jsonl", "cache", "out", "e")]
+
+
+def test_model_init_kwargs_are_merged(here: Path, tmp_path: Path):
+    from tdpo_trainer.options import parse
+
+    given = {"torch_dtype": "bfloat16", "use_safetensors": True}
+    options = {"attn_implementation": "eager", "model_init_kwargs": given}
+    (tmp_path / "run.yaml").write_text(json.dumps(options | {"use_cpu": True, "output_dir": str(tmp_path)}))
+    loading = parse(["--config", str(tmp_path / "run.yaml")], "train")[1].model_init_kwargs
+    wanted = {"dtype": "bfloat16", "attn_implementation": "eager", "use_safetensors": True, "revision": "main"}
+    assert loading.items() >= wanted.items() and "torch_dtype" not in loading
+
+
+@pytest.mark.parametrize("more, said", [([], True), (["--use_peft", "--lora_target_modules", "q_proj"], False)])
+def test_weights_in_16_bits_are_warned_of(more: list[str], said: bool, here: Path, tmp_path: Path, capsys):
+    """An adapter's are in 32, whatever the model's."""
+    flags = f"--config {here / 'run.yaml'} --output_dir {tmp_path} --dtype bfloat16 --max_steps 1".split()
+    assert cli.main(["train", *flags, *more]) == 0
+    assert ("tdpo: warning: weights are trained in bfloat16" in capsys.readouterr().err) == said
 
 
 def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]):
@@ -202,6 +153,7 @@ def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]):
     assert "wanted train, cache, verify, bench or env" in capsys.readouterr().err
     assert cli.main([]) == cli.main(["--help"]) == 0
     assert "usage: tdpo train" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.startswith("tdpo-kernels ")
 
 
 def module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

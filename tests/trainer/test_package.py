@@ -17,7 +17,8 @@ def test_the_plain_trainer_is_had_without_trl():
 
 
 def test_the_plain_trainer_keeps_its_columns_without_args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from tdpo_trainer.plain import PlainTDPOTrainer, tokenize
+    from tdpo_trainer.plain import PlainTDPOTrainer
+    from tdpo_trainer.tokens import tokenize
 
     monkeypatch.chdir(tmp_path)
     rows = tokenize(tokenizer(), text_pairs())

@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 from functools import partial
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import eager_run, llama, parameters, saved_llama, text_pairs, tokenizer, worst
-from tdpo_trainer.plain import collate, tokenize
+from runs import eager_run, llama, parameters, text_pairs, tokenizer, worst
+from tdpo_trainer.plain import collate
 from tdpo_trainer.step import LossOptions
+from tdpo_trainer.tokens import tokenize
 from torch.utils.data import DataLoader
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "python" / "examples"
@@ -27,92 +29,110 @@ def _examples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
-def batches(seen: list[list[dict]] | None = None) -> DataLoader:
-    """Return batches of two pairs, in order; `seen` gets one step a batch, as `eager_run` wants them."""
+def batches(seen: list[list[dict]]) -> DataLoader:
+    """Return four batches of two pairs, in order, which `seen` gets, too."""
     to_batch = partial(collate, pad=0, max_length=None)
 
     def keeping(rows):
         batch = to_batch(rows)
-        if seen is not None:
-            seen.append([dict(batch)])
+        seen.append(dict(batch))
         return batch
 
     return DataLoader(tokenize(tokenizer(), text_pairs(8)), 2, collate_fn=keeping)
 
 
-def eager(steps: list[list[dict]]) -> tuple[list[float], dict]:
+def eager(micro: list[dict], accumulation: int) -> tuple[list[float], dict]:
     model = llama(dtype=torch.float64)
+    steps = [micro[i : i + accumulation] for i in range(0, len(micro), accumulation)]
     losses = eager_run(model, steps, llama(1, torch.float64), **OPTIONS)
     return losses, parameters(model)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+ACCUMULATED = pytest.mark.parametrize("accumulation", [1, 2, 3])  # with the last, one batch is left for the last step
+
+
+@ACCUMULATED
 def test_the_accelerate_loop_is_the_eager_implementation(accumulation: int):
     from accelerate import Accelerator
 
     loop = importlib.import_module("accelerate_loop")
-    steps: list[list[dict]] = []
+    micro: list[dict] = []
     policy, reference = llama(dtype=torch.float64), llama(1, torch.float64)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=True)
     options = LossOptions(**OPTIONS)
-    run = list(loop.train(accelerator, policy, reference, optimizer, batches(steps), options, max_norm=1e9))
-    micro = [batch for step in steps for batch in step]
-    steps = [micro[i : i + accumulation] for i in range(0, len(micro), accumulation)]
-    theirs, weights = eager(steps)
+    run = list(loop.train(accelerator, policy, reference, optimizer, batches(micro), options, max_norm=1e9))
+    theirs, weights = eager(micro, accumulation)
     ours = [now["loss"] for now in run]
-    means = [sum(ours[i : i + accumulation]) / accumulation for i in range(0, len(ours), accumulation)]
+    means = [statistics.mean(ours[i : i + accumulation]) for i in range(0, len(ours), accumulation)]
     assert means == pytest.approx(theirs, rel=1e-6) and worst(parameters(policy), weights) < 1e-6
     assert all({"kl/margin", "rewards/accuracies"} <= set(now) for now in run)
 
 
-def test_the_accelerate_loop_as_a_command(tmp_path: Path):
+def test_the_accelerate_loop_trains_every_weight_of_a_bf16_checkpoint(here: Path, tmp_path: Path):
+    """At a rate whose steps are lost in bfloat16."""
     loop = importlib.import_module("accelerate_loop")
-    model, data = saved_llama(tmp_path / "model"), tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs(8)))
-    loop.main(f"--model {model} --data {data} --out {tmp_path / 'out'} --batch 4 --lr 1e-2 --cpu".split())
-    trained = type(llama()).from_pretrained(tmp_path / "out")
-    assert worst(parameters(trained), parameters(llama())) > 1e-3
+    before = llama(dtype=torch.bfloat16)
+    before.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    options = f"--model {tmp_path / 'model'} --data {here / 'pairs.jsonl'} --out {tmp_path / 'out'} --lr 1e-5 --cpu"
+    loop.main(options.split())
+    trained = parameters(type(before).from_pretrained(tmp_path / "out", dtype=torch.float32))
+    moved = [float((trained[name] != x).float().mean()) for name, x in before.named_parameters()]
+    assert statistics.mean(moved) > 0.9, moved
 
 
 @pytest.mark.parametrize(
-    "line, said",
-    [("{", "not JSON"), ("{}", "field 'prompt' is missing"), ('{"prompt": []}', "field 'prompt' is an array")],
+    "model, line, said",
+    [
+        ("model", "{", "--data: {}, line 7: not JSON"),
+        ("model", '{"prompt": []}', "--data: {}, line 7: field 'prompt' is an array"),
+        ("empty", "", "--model [^ ]*/empty: Unrecognized model"),
+    ],
 )
-def test_the_accelerate_loop_names_a_bad_line(line: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_accelerate_loop_names_what_is_wrong(model: str, line: str, said: str, here: Path, tmp_path: Path):
     loop = importlib.import_module("accelerate_loop")
-    model, data = saved_llama(tmp_path / "model"), tmp_path / "pairs.jsonl"
+    data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs(6)) + line)
-    with pytest.raises(SystemExit, match="2"):
-        loop.main(f"--model {model} --data {data} --out {tmp_path / 'out'} --cpu".split())
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"accelerate_loop.py: error: {data}, line 7: {said}")
+    with pytest.raises(SystemExit, match=f"^accelerate_loop.py: error: {said.replace('{}', str(data))}"):
+        loop.main(f"--model {here / model} --data {data} --out {tmp_path / 'out'} --cpu".split())
 
 
-def launched(count: int, loop: str, *options: str) -> subprocess.CompletedProcess[str]:
-    launch = f"-m torch.distributed.run --standalone --nproc-per-node {count} {EXAMPLES}/{loop}".split()
-    done = subprocess.run(
-        [sys.executable, *launch, *options], capture_output=True, text=True, timeout=300,
+def launched(count: int, loop: str, *options: str, logs: Path | None = None) -> subprocess.CompletedProcess[str]:
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node {count}".split()
+    launch += [] if logs is None else ["--log-dir", str(logs), "--redirects", "3"]
+    return subprocess.run(
+        [sys.executable, *launch, str(EXAMPLES / loop), *options], capture_output=True, text=True, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.mark.long
-def test_the_accelerate_loop_in_two_processes_trains_what_one_does(tmp_path: Path):
-    model, data = saved_llama(tmp_path / "model"), tmp_path / "pairs.jsonl"
+def test_no_process_of_the_accelerate_loop_shows_a_traceback(here: Path, tmp_path: Path):
+    options = ("--model", str(here / "model"), "--data", str(here / "other.parquet"), "--cpu")
+    assert launched(2, "accelerate_loop.py", *options, logs=tmp_path).returncode
+    said = [path.read_text() for path in sorted(tmp_path.rglob("stderr.log"))]
+    assert len(said) == 2 and "accelerate_loop.py: error: --data" in said[0] + said[1]
+    assert not any("Traceback" in each for each in said), said
+
+
+@pytest.mark.long
+def test_the_accelerate_loop_in_two_processes_trains_what_one_does(here: Path, tmp_path: Path):
+    model, data = here / "model", tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(pair) + "\n" for pair in text_pairs(8)))
     weights = []
     for count, batch in ((1, 4), (2, 2)):
         options = f"--model {model} --data {data} --out {tmp_path / str(count)} --batch {batch} --lr 1e-3 --cpu"
-        assert "2/2" in launched(count, "accelerate_loop.py", *options.split()).stderr
+        done = launched(count, "accelerate_loop.py", *options.split())
+        assert "2/2" in done.stderr, done.stderr
         weights.append(parameters(type(llama()).from_pretrained(tmp_path / str(count))))
     assert worst(*weights) < 1e-5 < worst(weights[0], parameters(llama()))
 
 
 def losses_of_ranks(count: int, *options: str) -> list[float]:
-    said = launched(count, "vocab_parallel.py", *options).stdout
-    return [float(line.split("loss ")[1]) for line in said.splitlines() if line.startswith("step")]
+    done = launched(count, "vocab_parallel.py", *options)
+    assert done.returncode == 0, done.stderr
+    return [float(line.split("loss ")[1]) for line in done.stdout.splitlines() if line.startswith("step")]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +149,8 @@ def test_the_vocabulary_parallel_loop_trains_what_one_process_does(count: int, o
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_lightning_module_is_the_eager_implementation(tmp_path: Path):
+@ACCUMULATED
+def test_the_lightning_module_is_the_eager_implementation(accumulation: int, tmp_path: Path):
     lightning = pytest.importorskip("lightning")
     module = importlib.import_module("lightning_module")
 
@@ -137,17 +158,19 @@ def test_the_lightning_module_is_the_eager_implementation(tmp_path: Path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.policy.parameters(), lr=self.lr)
 
-    steps: list[list[dict]] = []
+    micro: list[dict] = []
     policy, reference = llama(dtype=torch.float64), llama(1, torch.float64)
     before = copy.deepcopy(reference.state_dict())
     model = WithSGD(policy, reference, LossOptions(**OPTIONS), lr=0.05)
     trainer = lightning.Trainer(
         max_epochs=1, accelerator="cpu", devices=1, precision="64-true", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=str(tmp_path),
+        accumulate_grad_batches=accumulation,
     )  # fmt: skip
-    trainer.fit(model, batches(steps))
-    theirs, weights = eager(steps)
-    assert float(trainer.callback_metrics["loss"]) == pytest.approx(theirs[-1], rel=1e-6)
+    trainer.fit(model, batches(micro))
+    theirs, weights = eager(micro, accumulation)
+    if len(micro) % accumulation == 1 or accumulation == 1:  # what is logged last is the last batch's
+        assert float(trainer.callback_metrics["loss"]) == pytest.approx(theirs[-1], rel=1e-6)
     assert worst(parameters(policy), weights) < 1e-6
     assert all(torch.equal(x, before[name]) for name, x in reference.state_dict().items())
     assert not policy.training and "kl/margin" in trainer.callback_metrics

@@ -13,8 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from runs import SETTINGS, eager_run, llama, logged, losses, mixtral, parameters, recorded, text_pairs, tokenizer, worst
 from tdpo_trainer.metrics import NAMES
-from tdpo_trainer.plain import PlainTDPOTrainer, collate, tokenize
+from tdpo_trainer.plain import PlainTDPOTrainer, collate
 from tdpo_trainer.step import LossOptions
+from tdpo_trainer.tokens import tokenize
 from tokenizers import processors
 from torch import nn
 from transformers import TrainingArguments

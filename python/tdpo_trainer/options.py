@@ -1,0 +1,187 @@
+"""From a command line, and the YAML file that it names, to options that have been checked."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import AutoConfig
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+
+from .config import REFUSED, TDPOConfig, expand_home
+from .errors import said_in_one_line
+
+UNUSED = ("ignore_bias_buffers", "do_train", "do_eval", "do_predict")  # of TRL's and transformers' own scripts
+WANT = {  # options that are without effect unless another one is given
+    "use_peft": [x.name for x in fields(ModelConfig) if x.name.startswith(("lora_", "use_rslora", "use_dora"))],
+    "load_in_4bit": [x.name for x in fields(ModelConfig) if "bnb_" in x.name],
+}
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's, and: where the pairs to evaluate on come from, and a reference that is not the model itself."""
+
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "file or hub name of pairs to evaluate on; else a split of dataset_name"}
+    )
+    eval_dataset_config: str | None = field(
+        default=None, metadata={"help": "configuration of eval_dataset_name; dataset_config is dataset_name's"}
+    )
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "part (below 1) or number of the pairs to hold out for evaluation"}
+    )
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "reference model, if it is not what the training starts from"}
+    )
+    ref_model_revision: str | None = field(
+        default=None, metadata={"help": "revision of ref_model_name_or_path; model_revision is model_name_or_path's"}
+    )
+
+
+def parse(argv: Sequence[str], command: str) -> tuple[DataArguments, TDPOConfig, ModelConfig]:
+    """Return the options, as they are written. Raises ValueError for some, SystemExit for what argparse refuses."""
+    parser = TrlParser((DataArguments, TDPOConfig, ModelConfig), prog=f"tdpo {command}")
+    for action in parser._actions:
+        if action.dest in (*REFUSED, *UNUSED):
+            action.help = argparse.SUPPRESS
+    argv = [part for x in argv for part in (x.split("=", 1) if x.startswith("--config=") else [x])]
+    if argv[-1:] == ["--config"]:
+        raise ValueError("config: got none, wanted a YAML file")
+    data, args, model = parser.parse_args_and_config(args=[os.path.expanduser(x) for x in argv])
+    for options in (data, model):
+        expand_home(options)
+    if (module := model.lora_target_modules) and isinstance(module, str) and module.isidentifier():
+        model.lora_target_modules = [module]  # TRL makes a pattern of a single name, which no module matches
+    args.model_init_kwargs = _loading(args, model)
+    return data, args, model
+
+
+def check(data: DataArguments, args: TDPOConfig, model: ModelConfig, command: str) -> None:
+    """Raise ValueError for options that do not go together, are without effect, or name what is not there."""
+    for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", data.dataset_name)):
+        if value is None:
+            raise ValueError(f"{name}: got none, wanted a path or a name on the hub")
+    for name, needs in (
+        ("eval_dataset_config", "eval_dataset_name"), ("ref_model_revision", "ref_model_name_or_path"),
+    ):  # fmt: skip
+        if getattr(data, name) is not None and getattr(data, needs) is None:
+            raise ValueError(f"{name}: got {getattr(data, name)!r} without {needs}, wanted both or neither")
+    for switch, names in WANT.items():
+        for name in names:
+            if not getattr(model, switch) and (seen := getattr(model, name)) != getattr(ModelConfig(), name):
+                raise ValueError(f"{name}: got {seen!r} without {switch}, wanted both or neither")
+    if data.ignore_bias_buffers:
+        raise ValueError("ignore_bias_buffers: got True, wanted False: torch has long since taken such buffers")
+    args.loss_options().describe(args.device)
+    if command == "cache" and args.reference_cache is None:
+        raise ValueError("reference_cache: got none, wanted the directory to write")
+    _check_evaluation(data, args)
+    if command == "train":
+        _find_checkpoint(args)
+    _check_model("model_name_or_path", model.model_name_or_path, args.model_init_kwargs)
+    if data.ref_model_name_or_path is not None:
+        _check_model("ref_model_name_or_path", data.ref_model_name_or_path, loading_of_reference(data, args))
+
+
+def _check_evaluation(data: DataArguments, args: TDPOConfig) -> None:
+    """Check that what is there to evaluate on is evaluated on, and is not what is trained on."""
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    for name in ("eval_dataset_name", "test_split_size"):
+        if (seen := getattr(data, name)) is not None and not evaluates:
+            raise ValueError(f"{name}: got {seen} without evaluation, wanted eval_strategy steps or epoch, or neither")
+    if args.do_eval and not evaluates or args.do_predict:
+        raise ValueError("do_eval, do_predict: got True, wanted eval_strategy steps or epoch")
+    for option, name in (("dataset_train_split", data.dataset_name), ("dataset_test_split", data.eval_dataset_name)):
+        split, usual = getattr(data, option), getattr(ScriptArguments, option)
+        if split != usual and name is not None and not _has_splits(name):
+            raise ValueError(f"{option}: got {split!r} for {name}, which has no splits, wanted none")
+    if not evaluates:
+        return
+    if data.test_split_size is not None:
+        if data.eval_dataset_name is not None:
+            raise ValueError("test_split_size: got it with eval_dataset_name, wanted one of them to evaluate on")
+    elif data.eval_dataset_name is None and not _has_splits(data.dataset_name):
+        raise ValueError(
+            "eval_strategy: got one dataset without splits, which is trained on, wanted test_split_size or "
+            "eval_dataset_name to evaluate on"
+        )
+    elif _is_trained_on(data):
+        name = "dataset_test_split" if data.eval_dataset_name is None else "eval_dataset_name"
+        raise ValueError(f"{name}: got {getattr(data, name)}, which is trained on, wanted other pairs to evaluate on")
+
+
+def _has_splits(name: str) -> bool:
+    """Return whether splits have names there: not in a file, nor in one dataset that `save_to_disk` wrote."""
+    path = Path(name)
+    return not path.is_file() and not (path / "dataset_info.json").exists()
+
+
+def _is_trained_on(data: DataArguments) -> bool:
+    trained, evaluated = data.dataset_name, data.eval_dataset_name or data.dataset_name
+    if os.path.exists(trained) and os.path.exists(evaluated):
+        trained, evaluated = os.path.realpath(trained), os.path.realpath(evaluated)
+    if trained != evaluated or not _has_splits(trained):
+        return trained == evaluated
+    same_config = data.eval_dataset_config in (None, data.dataset_config)
+    return same_config and data.dataset_train_split == data.dataset_test_split
+
+
+def _loading(args: TDPOConfig, model: ModelConfig) -> dict[str, Any]:
+    """Return what `from_pretrained` is called with: ``model_init_kwargs``, and the options that stand for some."""
+    given, usual = dict(args.model_init_kwargs or {}), _of_options(args, ModelConfig())
+    options = _of_options(args, model)
+    if "torch_dtype" in given:
+        given["dtype"] = given.pop("torch_dtype")
+    for name, value in given.items():
+        if name in options and str(options[name]) not in (str(value), str(usual.get(name))):
+            raise ValueError(f"{name}: got {options[name]}, and {value} in model_init_kwargs, wanted one of them")
+    return options | given
+
+
+def _of_options(args: TDPOConfig, model: ModelConfig) -> dict[str, Any]:
+    options = dict(revision=model.model_revision, attn_implementation=model.attn_implementation, dtype=model.dtype)
+    trusted = getattr(args, "trust_remote_code", getattr(model, "trust_remote_code", False))
+    options |= {"trust_remote_code": trusted, "quantization_config": get_quantization_config(model)}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_model(option: str, name: str, loading: dict[str, Any]) -> None:
+    """Check, before data are read, that there is a model of this name, and that its files have their whole length."""
+    folder = Path(name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{option}: got {name}, an adapter, wanted a whole model: merge it into its own (peft's merge_and_unload)"
+        )
+    if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"{option}: got {name}, and there is no such folder")
+    where = {key: loading[key] for key in ("revision", "trust_remote_code") if key in loading}
+    with said_in_one_line(f"{option}: got {name}, {'' if folder.exists() else 'no folder here, '}wanted a model"):
+        AutoConfig.from_pretrained(name, **where)
+    for path in sorted(folder.glob("*.safetensors")):
+        with said_in_one_line(f"{option}: got {path}, wanted a whole file"), safe_open(path, framework="pt"):
+            pass
+
+
+def loading_of_reference(data: DataArguments, args: TDPOConfig) -> dict[str, Any]:
+    """Return how the reference is loaded: as the model is, but with the revision of its own repository."""
+    options = {name: value for name, value in args.model_init_kwargs.items() if name != "revision"}
+    return options if data.ref_model_revision is None else options | {"revision": data.ref_model_revision}
+
+
+def _find_checkpoint(args: TDPOConfig) -> None:
+    """Put the last checkpoint's folder in the place of ``last``."""
+    wanted = args.resume_from_checkpoint
+    if wanted in ("last", True):
+        there = os.path.isdir(args.output_dir)
+        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if there else None
+        if args.resume_from_checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint: got last, and there is no checkpoint in {args.output_dir}")
+    elif wanted and not os.path.isdir(wanted):
+        raise ValueError(f"resume_from_checkpoint: got {wanted}, and there is no such folder, wanted one, or last")
