@@ -14,21 +14,12 @@ from datasets import Dataset
 from runs import text_pairs, worst
 from safetensors.torch import load_file
 from tdpo_trainer import cli
-from tdpo_trainer.data import hold_out
 from transformers import AutoModelForCausalLM
 
 
 def losses_of(said: str) -> list[float]:
     lines = [line for line in said.splitlines() if line.startswith("{'loss'")]
     return [float(line.split("'loss': '")[1].split("'")[0]) for line in lines]
-
-
-@pytest.mark.parametrize("share, held", [(0.25, 3), (5.0, 5)])
-def test_pairs_that_are_held_out_are_not_trained_on(share: float, held: int):
-    rows = Dataset.from_list([{"prompt": str(n), "chosen": "a", "rejected": "b"} for n in range(12)])
-    trained, kept = hold_out(rows, share, seed=1)
-    assert len(kept) == held and {*trained["prompt"]} | {*kept["prompt"]} == {*rows["prompt"]}
-    assert not {*trained["prompt"]} & {*kept["prompt"]}
 
 
 def test_from_a_yaml_file_to_a_trained_model(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
