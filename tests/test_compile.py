@@ -8,14 +8,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from packed import D, E, L, P, V, pack, ragged_batch
+from batches import EXTRAS, D, E, L, P, V, pack, ragged_batch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 from tdpo_kernels import LMHead, TDPOLoss, fused_tdpo_loss, token_stats
 
-EXTRAS = ("entropy", "mean_logit", "is_argmax")
 batch = partial(ragged_batch, torch.float32)
 
 

@@ -124,10 +124,13 @@ def test_every_number_of_a_row_has_its_digits(name: str, dtype: torch.dtype, kin
     apart=st.sampled_from([0.0, 1e-7, 1e-5, 1e-3, 0.1, 1.0]), offset=st.sampled_from([0.0, 3.0, 50.0, -1000.0]),
     sure=st.sampled_from([(0.0, 0.0), (9.0, 9.0), (20.0, 20.0), (40.0, 0.0), (0.0, 40.0)]), kind=st.sampled_from(KINDS),
 )  # fmt: skip
-@pytest.mark.parametrize("dtype", WIDE, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_random_rows(seed, V, std, apart, offset, sure, kind, dtype, backend, small_tiles):
-    """Allow for small vocabularies, where a sum is less than what it is a sum of."""
+    """Allow for small vocabularies, where a sum is less than what it is a sum of. 16 bits do not hold such a dz."""
     case = rows(std, apart, offset, sure, V, seed=seed)
+    if dtype in SIXTEEN_BIT:
+        assert (stats_of(case.problem(dtype), backend, 0).kl >= 0).all()
+        return
     out, dz = of_rows(case, dtype, kind, backend)
     true = truth(case.problem(dtype), cotangents(kind, case.labels))
     eps, floor = torch.finfo(dtype).eps, 1e-18 if dtype == torch.float64 else 1e-37  # the truth's own, the smallest
@@ -136,14 +139,6 @@ def test_random_rows(seed, V, std, apart, offset, sure, kind, dtype, backend, sm
     assert (np.abs(dz.sum(-1)) <= 100 * eps * true.size.sum(-1) + floor).all()
     kl = true.result.kl
     assert (np.abs(exact(out.kl[0]) - kl) <= 1e-3 * kl + 1e-30)[kl > 1e-8].all()
-
-
-@given(seed=st.integers(0, 10**6), std=st.sampled_from([0.1, 1.0, 10.0, 40.0]), apart=st.sampled_from([0.0, 1e-3, 1.0]),
-       V=st.sampled_from([1, 2, 64, 65, 131]), shift=st.sampled_from([0.0, 50.0, -1000.0]))  # fmt: skip
-@pytest.mark.parametrize("dtype", mainly((torch.float16,), DTYPES), ids=dtype_id)
-def test_kl_is_never_negative(seed, std, apart, V, shift, dtype, backend, small_tiles):
-    problem = replace(base(seed, L=8, V=V, std=std, apart=apart), ref_bias=torch.full((V,), shift)).problem(dtype)
-    assert (stats_of(problem, backend, 0).kl >= 0).all()  # False for nan
 
 
 # --- the KL, from where every run starts to where none should go ------------------------------------------------------
