@@ -89,8 +89,9 @@ def test_many_tiny_pairs_make_groups_of_many_rows():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_groups_stay_within_budget_and_workspace(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+def test_groups_stay_within_budget_and_workspace(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, small_tiles):
     """Law 4. The fp32 sum of a 16-bit dW is part of the budget; a group's fp32 dh comes on top."""
+    small_tiles(64, 256)
     monkeypatch.setitem(grid.WORKSPACE, "cpu", 2**20)
     monkeypatch.setitem(directions.LEAST, "cpu", 64)
     call = batch(dtype, rows=32, length=32, D=512, V=1024)
