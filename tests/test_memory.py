@@ -54,7 +54,7 @@ def law_4(call: dict, budget: int, workspace: int = WORKSPACE, **options) -> Led
         fused_tdpo_loss(**call, memory_budget=budget, **options).loss.backward()
     kept, summed, own = bounds(call)
     assert book.peak <= min(budget, kept) + workspace + summed + own
-    assert book.largest <= max(min(budget, kept), workspace)
+    assert book.largest <= max(min(budget, kept), workspace, own)
     return book
 
 

@@ -40,7 +40,7 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def problem(dtype: torch.dtype = F32) -> Problem:
-    return base(1, L=50).problem(dtype)
+    return base(1, L=24, V=140).problem(dtype)
 
 
 def step(p: Problem, backend: str, budget: int = 0, kind: str = "general") -> None:
@@ -118,7 +118,7 @@ def test_rounding_passes(name, dtype):
 
 @pytest.mark.parametrize("kind", ("kl_zero", "logp_zero", "equal"))
 def test_rows_that_spare_a_model_pass(kind):
-    p = replace(base(2, L=50), options=dict(softcap=5.0))
+    p = replace(base(2, L=24, V=140), options=dict(softcap=5.0))
     p = replace(p, bias=bias_of(p)).problem(F32)
     for backend in ("fused", "tiled"):
         step(p, backend, 0, kind)
