@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import measure, rows
 from .conditions import Conditions, conditions
 from .providers import FLOOR, PROVIDERS
-from .report.tables import markdown, tables
+from .report.tables import cliffs, markdown, tables
 from .rows import Row
 from .run import run
 from .shapes import QUICK, SHAPES, Shape
@@ -44,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m bench", description=__doc__)
     p.add_argument("command", nargs="?", choices=("run", "report"), default="run")
     families = dict.fromkeys(shape.family for shape in SHAPES.values())
-    p.add_argument("--shapes", type=_names, help=f"names or families ({', '.join(families)})")
-    p.add_argument("--providers", type=_names, help="of those a shape lists, or 'ours' for all; floor always runs")
-    p.add_argument("--dtypes", type=_names, help="of those a shape lists; default: all of them")
+    p.add_argument("--shapes", type=lambda text: text.split(","), help=f"names or families ({', '.join(families)})")
+    p.add_argument("--providers", type=lambda text: text.split(","), help="any it lists, or 'ours'; floor always runs")
+    p.add_argument("--dtypes", type=lambda text: text.split(","), help="of those a shape lists; default: all of them")
     p.add_argument("--rounds", type=int, choices=range(1, 1000), metavar="N", help="default: each shape's own")
     p.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} only, {ROUNDS} rounds")
     p.add_argument("--resume", action="store_true", help="leave out what this commit has measured in this environment")
@@ -73,15 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = _left(jobs, out, where) if options.resume else jobs
     measured = _measure(jobs, where, torch.device(options.device), None if options.no_save else out)
     print(markdown(tables(measured)))
-    return int(any(row.red for row in measured))
+    return int(any(row.red for row in measured) or bool(cliffs(measured)))
 
 
 def _report(options: argparse.Namespace) -> int:
     from .report.build import write  # needs matplotlib, which measuring does not
 
     files = [options.out] if options.out else sorted(rows.FOLDER.glob("*.jsonl"))
-    print(write({path.stem: rows.together(rows.load(path)) for path in files}, options.to))
-    return 0
+    shown = {path.stem: rows.together(rows.load(path)) for path in files}
+    print(write(shown, options.to))
+    return int(any(map(cliffs, shown.values())))
 
 
 def _plan(options: argparse.Namespace) -> list[Job]:
@@ -131,11 +132,8 @@ def _measure(jobs: list[Job], where: Conditions, device: torch.device, out: Path
     return measured
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def _known(names: Collection[str], known: Collection[str], option: str) -> Collection[str]:
+    names = [name.strip() for name in names]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{option}: unknown {', '.join(unknown)}, wanted some of {', '.join(sorted(known))}")
     return names

@@ -15,6 +15,7 @@ from tdpo_kernels import directions
 
 if interpreting():
     interpreted.round_bf16()
+    interpreted.check_addresses()
     os.environ.setdefault("TDPO_KERNELS_SELF_CHECK", "0")  # would take half of the time; its own tests turn it on
 torch.set_num_threads(1)  # thousands of tiny products: threads only wait for one another
 
@@ -70,6 +71,12 @@ def small_tiles():
     grid.TILE.update(before)
 
 
+@pytest.fixture
+def tiles_of_5_by_16(small_tiles) -> None:
+    """Cut so small that a few rows already cross row blocks and column blocks."""
+    small_tiles(5, 16)
+
+
 @pytest.fixture(params=runnable())
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs here, by name: a later one joins by itself."""
@@ -77,7 +84,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def short_blocks(monkeypatch: pytest.MonkeyPatch, small_tiles) -> None:
+def short_blocks(monkeypatch: pytest.MonkeyPatch, tiles_of_5_by_16) -> None:
     """Cut a call's rows into several blocks or groups, the last of them short."""
-    small_tiles(5, 16)
     monkeypatch.setitem(directions.LEAST, "cpu", 7)

@@ -42,9 +42,10 @@ def packed(cu_seqlens: object) -> dict:
     return rows | {"cu_seqlens": cu_seqlens}
 
 
-def relabelled(value: int) -> dict:
+def relabelled(value: int, *also: int) -> dict:
+    """Return labels of which one, and others by their flat positions, have this value."""
     labels = good()["labels"]
-    labels[1, 3] = value
+    labels.view(-1)[[8, *also]] = value
     return {"labels": labels}
 
 
@@ -152,6 +153,7 @@ HEADS = {
 }
 LABELS = {
     "label = V": value("labels | 1 label | [0, 11) | 11 at flat position 8 | ignore_index", **relabelled(V)),
+    "labels = V": value("labels | 3 label(s) | 11 at flat position 8", **relabelled(V, 12, 19)),
     "label negative": value("labels | [0, 11) | -1 at flat position 8 | ignore_index", **relabelled(-1)),
     "label huge": value("labels | [0, 11) | 1099511627776", **relabelled(2**40)),
     "other ignore_index": value("labels | -100 at flat position 8", **(relabelled(-100) | {"ignore_index": -1})),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from batches import EXTRAS
 from torch import Tensor
 
 from tdpo_kernels import LMHead, TokenStats, token_stats
 
 P, L, D, E = 3, 7, 8, 6
-EXTRAS = ("entropy", "mean_logit", "is_argmax")
 CUTS = ("chunk", "even", "one", "last")
 
 
@@ -33,21 +33,16 @@ def cut(head: LMHead, rows: slice) -> LMHead:
 def call_of(V: int, seed: int, dtype: torch.dtype, hard: str = "") -> dict:
     """Pairs of ragged lengths. `hard`: what else is special about the heads."""
     g = torch.Generator().manual_seed(seed)
-    std = 4.0 if hard == "peaked" else 0.7
     x, ref = (torch.randn(2 * P, L, n, generator=g, dtype=torch.float64) for n in (D, E))
-    weight, ref_weight = (torch.randn(V, n, generator=g, dtype=torch.float64) * std for n in (D, E))
+    weight, ref_weight = (torch.randn(V, n, generator=g, dtype=torch.float64) * 0.7 for n in (D, E))
     bias, ref_bias = torch.randn(2, V, generator=g, dtype=torch.float64)
     options, ref_options = dict(logit_scale=1.0, softcap=None), dict(logit_scale=0.5, softcap=None)
     if hard == "equal":
         ref, ref_weight, ref_bias, ref_options = x, weight, bias, options
-    if hard == "offset":
-        ref_bias = ref_bias + 300.0
     if hard == "ruled out":  # the first columns, so whole ranks of small vocabularies
         bias[: V // 2] = ref_bias[: V // 2] = -torch.inf
     if hard == "ruled out by policy":
         bias[: V // 2] = -torch.inf
-    if hard == "softcap":
-        options["softcap"] = 5.0
     labels = torch.randint(V // 2 if "ruled out" in hard else 0, V, (2 * P, L), generator=g)
     labels[0, :4] = labels[P, 5:] = -100
     tensors = (x, weight, bias, ref, ref_weight, ref_bias)

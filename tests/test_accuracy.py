@@ -15,12 +15,15 @@ from truth import exact
 
 from tdpo_kernels.backends import BACKENDS
 
-CORE = ("scaled", "near_equal_offset", "ruled_out", "softcap")
+CORE = ["scaled", "near_equal_offset", "ruled_out", "softcap", "sure_20", "offset_1000", "V_1"]
+CORE += ["hated_by_reference_300", "loved_by_policy_104", "ruled_out_capped"]
+CORE = [(case, "general") for case in CORE]
+CORE += [("softcap", "mixed_blocks"), ("softcap", "equal"), ("ruled_out", "logp_zero")]
 
 
 def length_of(run: tuple[str, str]) -> list[pytest.MarkDecorator]:
     """Mark all but `CORE` as long, for interpreted kernels are looked at with `CORE` each time."""
-    return [] if run[0] in CORE and run[1] == "general" else [pytest.mark.long]
+    return [] if run in CORE else [pytest.mark.long]
 
 
 @functools.cache

@@ -11,7 +11,6 @@ import torch
 from batches import batch, grads
 from runnable import backends
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
 
@@ -44,19 +43,6 @@ def test_token_stats_pass_gradcheck(backend: str, options: dict):
 # --- how a graph is used ----------------------------------------------------------------------------------------------
 
 
-def test_retained_graph_gives_the_same_gradients_twice():
-    call = batch(torch.float32, length=7)
-    loss = fused_tdpo_loss(**call, memory_budget=1200).loss
-    leaves = call["hidden"], call["head"]
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    second = torch.autograd.grad(loss, leaves, retain_graph=True)
-    third = torch.autograd.grad(loss, leaves)
-    for other in (second, third):
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        torch.autograd.grad(loss, leaves)
-
-
 @backends
 def test_double_backward_is_refused(backend: str):
     call = batch()
@@ -67,7 +53,7 @@ def test_double_backward_is_refused(backend: str):
 
 @pytest.mark.parametrize("name", ["hidden", "head", "ref_hidden", "ref_head"])
 def test_a_change_between_forward_and_backward_is_noticed(name: str):
-    """Backward needs them here, and not where forward has made the gradients: `test_groups`, `test_directions`."""
+    """Backward needs them here, and not where forward has made the gradients: `test_ways`."""
     call = batch()
     loss = fused_tdpo_loss(**call).loss
     with torch.no_grad():
@@ -104,18 +90,6 @@ def test_hooks_on_hidden_see_its_gradient_once():
     assert len(seen) == 1 and torch.equal(seen[0], call["hidden"].grad)
 
 
-@backends
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_around_the_loss(backend: str, reentrant: bool):
-    call = batch()
-    leaves = call["hidden"], call["head"]
-    want = grads(fused_tdpo_loss(**call, backend=backend).loss, *leaves)
-    fixed = {n: x for n, x in call.items() if n not in ("hidden", "head")}
-    loss = lambda h, w: fused_tdpo_loss(h, w, **fixed, backend=backend).loss  # noqa: E731
-    checkpoint(loss, *leaves, use_reentrant=reentrant).backward()
-    assert all(torch.equal(x.grad, g) for x, g in zip(leaves, want, strict=True))
-
-
 def test_saved_tensors_are_unpacked_once():
     """Unpacking under `save_on_cpu`, say, copies everything."""
     unpacked = []
@@ -128,15 +102,6 @@ def test_saved_tensors_are_unpacked_once():
         stats = token_stats(**batch())
     (stats.logp + stats.kl).sum().backward()
     assert len(unpacked) == len(set(unpacked))
-
-
-def test_saved_tensors_can_be_kept_elsewhere():
-    call = batch()
-    leaves = call["hidden"], call["head"]
-    want = grads(fused_tdpo_loss(**call).loss, *leaves)
-    with torch.autograd.graph.save_on_cpu():
-        loss = fused_tdpo_loss(**call).loss
-    assert all(torch.equal(a, b) for a, b in zip(grads(loss, *leaves), want, strict=True))
 
 
 # --- what comes out belongs to who asked for it -----------------------------------------------------------------------

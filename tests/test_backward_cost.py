@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from batches import EVERYTHING, batch
-from runnable import backends
 from seeing import Ledger, Products
 from torch import Tensor
 
@@ -42,25 +41,13 @@ def test_nothing_is_kept_without_a_gradient(mode, small_tiles):
     call = batch(torch.float32, length=64, V=256)
     if mode is None:
         call |= {n: call[n].detach() for n in ("hidden", "head")}
-    sizes = {}
-    for name, enabled in (("with", False), ("without", True)):
-        with Ledger() as seen, (mode or torch.enable_grad)() if enabled else torch.enable_grad():
-            out = fused_tdpo_loss(**call, memory_budget=EVERYTHING)
-        sizes[name] = seen.largest
-    assert not out.loss.requires_grad
-    assert sizes["without"] < 64 * 1024
-    assert mode is None or sizes["with"] >= 2 * 4 * 256 * 256
-
-
-@backends
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
-def test_values_are_the_same_without_a_gradient(backend: str, mode):
-    call = batch(torch.float32)
-    want = fused_tdpo_loss(**call, backend=backend)
-    with mode():
-        got = fused_tdpo_loss(**call, backend=backend)
-    assert torch.equal(got.loss, want.loss) and not got.loss.requires_grad
-    assert got.loss.is_inference() == (mode is torch.inference_mode)
+    with Ledger() as kept:
+        want = fused_tdpo_loss(**call, memory_budget=EVERYTHING).loss
+    with Ledger() as nothing, (mode or torch.enable_grad)():
+        loss = fused_tdpo_loss(**call, memory_budget=EVERYTHING).loss
+    assert torch.equal(loss, want) and not loss.requires_grad
+    assert loss.is_inference() == (mode is torch.inference_mode)
+    assert nothing.largest < 64 * 1024 and (mode is None or kept.largest >= 2 * 4 * 256 * 256)
 
 
 # --- what a backward costs, section 4 ---------------------------------------------------------------------------------
@@ -117,14 +104,10 @@ COSTS = {
 
 
 @pytest.mark.parametrize("objective, recompute, products", COSTS.values(), ids=COSTS)
-def test_backward_recomputes_what_its_rows_need_and_no_more(
+def test_backward_recomputes_what_its_rows_need_and_no_more_and_of_what_is_kept_nothing(
     objective, recompute: float, products: float, half_and_half
 ):
     assert cost(objective, 0) == (2.0, recompute + products)
-
-
-@pytest.mark.parametrize("objective, recompute, products", COSTS.values(), ids=COSTS)
-def test_a_backward_of_what_is_kept_recomputes_nothing(objective, recompute: float, products: float, half_and_half):
     assert cost(objective, EVERYTHING) == (2.0, products)
 
 

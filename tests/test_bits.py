@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from batches import EXTRAS
 from cases import COTANGENTS, DTYPES, Problem, cotangents
 from closeness import budget_of, dtype_id, leaves, pull, same_bits, stats_of
 from runnable import interpreting, mainly
@@ -13,7 +14,6 @@ from test_accuracy import case_of
 from torch import Tensor
 from truth import round_cotangents
 
-EXTRAS = ("entropy", "mean_logit", "is_argmax")
 SAME = ("scaled", "dense", "peaked_10", "softcap", "ruled_out", "more_rows_than_V")
 
 

@@ -8,14 +8,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from packed import D, E, L, P, V, pack, ragged_batch
+from batches import EXTRAS, D, E, L, P, V, pack, ragged_batch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 from tdpo_kernels import LMHead, TDPOLoss, fused_tdpo_loss, token_stats
 
-EXTRAS = ("entropy", "mean_logit", "is_argmax")
 batch = partial(ragged_batch, torch.float32)
 
 
@@ -84,11 +83,8 @@ class Tiny(nn.Module):
         return F.gelu(self.body(self.embed(tokens)))
 
 
-STEPS = [(tied, head, "aot_eager") for tied, head in ((0, "trained"), (0, "frozen"), (0, "bias"), (1, "trained"))]
-
-
-@pytest.mark.parametrize("tied, head, backend", [*STEPS, (False, "frozen", "inductor")])
-def test_a_training_step_is_one_graph(tied: bool, head: str, backend: str):
+@pytest.mark.parametrize("tied, head", [(False, "trained"), (False, "frozen"), (False, "bias"), (True, "trained")])
+def test_a_training_step_is_one_graph(tied: bool, head: str):
     torch.manual_seed(0)
     model, reference, module = Tiny(tied, head == "bias"), Tiny(tied, head == "bias"), TDPOLoss(beta=0.3)
     if head == "frozen":
@@ -101,7 +97,7 @@ def test_a_training_step_is_one_graph(tied: bool, head: str, backend: str):
         return module(model(tokens), model.head, ref_hidden, reference.head, tokens).loss
 
     results = []
-    for function in (step, compiled(step, backend=backend)):
+    for function in (step, compiled(step)):
         model.zero_grad()
         loss = function(tokens)
         loss.backward()
@@ -110,8 +106,7 @@ def test_a_training_step_is_one_graph(tied: bool, head: str, backend: str):
     assert (want["body.weight"] is not None) and all((want[n] is None) == (got[n] is None) for n in want)
     for n in want:
         if want[n] is not None:
-            exact = backend == "aot_eager"  # the generated code around the loss rounds in its own way
-            torch.testing.assert_close(got[n], want[n], **({"rtol": 0, "atol": 0} if exact else {}))
+            assert torch.equal(got[n], want[n]), n
 
 
 def sideways(call: dict) -> dict:
@@ -119,13 +114,11 @@ def sideways(call: dict) -> dict:
 
 
 def test_a_transposed_weight_has_a_gradient_under_inductor():
-    """Inductor holds an operator to the strides that it was traced with."""
+    """Inductor holds an operator to the strides that it was traced with; what it makes of the rest rounds otherwise."""
     call = sideways(batch())
-    want, got = (
-        torch.autograd.grad(f(**call).loss, leaves(call))
-        for f in (fused_tdpo_loss, compiled(fused_tdpo_loss, backend="inductor"))
-    )
-    torch.testing.assert_close(got, want)
+    losses = [f(**call).loss for f in (fused_tdpo_loss, compiled(fused_tdpo_loss, backend="inductor"))]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaves(call)) for loss in losses))
 
 
 def sliced(call: dict, *names: str) -> dict:
@@ -223,9 +216,9 @@ def shorter(n: int) -> dict:
     return call | {name: call[name][:, :n] for name in ("ref_hidden", "labels")}
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("dynamic", [None, True])
 def test_another_length_is_another_batch_and_no_error(dynamic: bool | None):
-    calls = [shorter(n) for n in (7, 9, 5, 8)]
+    calls = [shorter(n) for n in (7, 9, 5)]
     assert_same(lambda **call: fused_tdpo_loss(**call), *calls, dynamic=dynamic)
 
 

@@ -6,8 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
+from batches import D, E, L, P, V
 from batches import batch as plain_batch
-from packed import D, E, L, P, V
 from test_compile import EXTRAS, batch, compiled, fresh, packed  # noqa: F401, `fresh` is used by itself
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batches import VARIANTS, headed
 from cases import DTYPES
-from packed import VARIANTS, headed
 from seeing import Products
 from torch import Tensor
 from truth import exact
@@ -36,14 +36,6 @@ def test_a_frozen_head_s_gradient_is_the_trained_one_s(dtype: torch.dtype, optio
         assert not exact(along)[exact(dh) == 0].any(), "a row that predicts nothing has a gradient"
 
 
-@pytest.mark.parametrize("upstream", [1e-6, 3.7, 65536.0])
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_any_upstream_gradient_and_reduction(upstream: float, reduction: str):
-    call = headed(torch.float32)
-    along, dh = (gradient(call, frozen, upstream, reduction=reduction)[1] for frozen in (True, False))
-    torch.testing.assert_close(along, dh, rtol=1e-4, atol=1e-6 * upstream)
-
-
 @pytest.mark.parametrize("budget, most", [(2**40, 3.0), (2 * 7 * 48 * 8, 3.0), (0, 5.0)])
 def test_logits_that_fit_by_the_block_are_made_once(budget: int, most: float):
     """G is one product of 2 T V D; three are the floor. At budget 0 a block's logits are made again."""
@@ -57,18 +49,6 @@ def test_logits_that_fit_by_the_block_are_made_once(budget: int, most: float):
     assert budget == 0 or products.flops == forward + backward
 
 
-def test_backward_makes_no_product_and_runs_twice():
-    """So a weight that changed between forward and backward does not matter, and is not noticed."""
-    call = headed()
-    hidden = call["hidden"].detach().requires_grad_()
-    out = fused_tdpo_loss(**call | {"hidden": hidden})
-    call["head"].weight.zero_()
-    with Products() as products:
-        first = torch.autograd.grad(out.loss, hidden, retain_graph=True)[0]
-        second = torch.autograd.grad(out.loss, hidden)[0]
-    assert products.count == 0 and torch.equal(first, second) and first.any()
-
-
 def test_nothing_of_it_happens_without_a_gradient():
     call = headed()
     with Products() as without, torch.no_grad():
@@ -76,11 +56,3 @@ def test_nothing_of_it_happens_without_a_gradient():
     with Products() as with_gradient:
         gradient(call, frozen=True)
     assert without.flops < with_gradient.flops
-
-
-def test_what_is_not_finite_stays_in_its_pair():
-    call = headed()
-    call["hidden"] = call["hidden"].detach().clone()
-    call["hidden"][1] = torch.nan
-    dh = gradient(call, frozen=True, reduction="none")[1]
-    assert dh[1].isnan().any() and dh[[0, 2, 3, 5]].isfinite().all()

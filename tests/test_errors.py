@@ -19,9 +19,11 @@ def table(*groups: dict) -> list:
 
 
 def refused(function, call: dict, kind: type, words: str) -> None:
+    versions = [x._version for x in call.values() if isinstance(x, torch.Tensor)]
     with Products() as products, pytest.raises(Exception) as caught:  # noqa: B017
         function(**call)
     assert products.count == 0, "the error came after a matrix product"
+    assert versions == [x._version for x in call.values() if isinstance(x, torch.Tensor)], "inputs were changed"
     assert type(caught.value) is kind, f"{type(caught.value).__name__}: {caught.value}"
     missing = [word for word in ("wanted", *words.split(" | ")) if word not in str(caught.value)]
     assert not missing, f"not in the message: {missing}; it reads: {caught.value}"
@@ -49,12 +51,6 @@ def test_labels_are_checked_whatever_the_backend(backend: str, changes: dict, ki
 @pytest.mark.parametrize("changes, kind, words", table(LOSS, OPTIONS))
 def test_module_refuses_at_construction(changes: dict, kind: type, words: str):
     refused(TDPOLoss, changes, kind, words)
-
-
-@pytest.mark.parametrize("name", ["beta", "alpha", "variant", "reduction"])
-def test_loss_options_are_no_business_of_token_stats(name: str):
-    with pytest.raises(TypeError, match=name):
-        token_stats(**good(), **{name: 1})
 
 
 EXTRAS = [("entropi",), "entropy", (1,), None, 3, ("entropy", "entropy"), (["entropy"],)]
@@ -192,24 +188,10 @@ def test_dropped_first_label_may_be_anything():
     assert token_stats(**good() | {"labels": labels}).logp.isfinite().all()
 
 
-def test_range_check_counts_every_bad_label():
-    labels = good()["labels"]
-    labels[2, 1:4] = V
-    refused(token_stats, good() | {"labels": labels}, ValueError, "3 label(s) | flat position 11")
-
-
 def test_float64_with_autocast_keeps_its_own_words():
     call = good() | {"hidden": torch.randn(2 * P, L, D).double()}
     with torch.autocast("cpu", torch.bfloat16):
         refused(token_stats, call, TypeError, "hidden | float64 | head.weight | float32")
-
-
-def test_inputs_are_left_alone_by_a_refusal():
-    call = good()
-    before = {name: x.clone() for name, x in call.items()}
-    with pytest.raises(ValueError):
-        fused_tdpo_loss(**call, beta=-1.0)
-    assert all(torch.equal(x, before[name]) for name, x in call.items())
 
 
 def test_counter_sees_a_good_call_s_products():

@@ -60,11 +60,14 @@ ROWS: dict[str, Callable[[], Case]] = {
     "peaked": lambda: rows(std=10.0),
     "peaked, nearly equal": lambda: rows(std=10.0, apart=1e-3),
     **{f"nearly equal, {k} apart": (lambda k=k: rows(apart=1e-4, offset=k)) for k in (0.0, 2.0, 3.0, 5.0, 7.0, 362.0)},
+    "nearly equal by 1e-3, 50 apart": lambda: rows(apart=1e-3, offset=-50.0),
+    "nearly equal by 1e-2, 50 apart": lambda: rows(apart=1e-2, offset=50.0),
     "1e4 apart": lambda: rows(offset=1e4),
     **{f"sure by {n}": (lambda n=n: rows(sure=(n, n))) for n in (15.0, 20.0, 23.0, 30.0, 80.0)},
     "policy sure by 30": lambda: rows(sure=(30.0, 0.0)),
     "reference sure by 30": lambda: rows(sure=(0.0, 30.0)),
     "policy sure of another": lambda: rows(sure=(0.0, 25.0), another=25.0, V=268),
+    **{f"policy sure of another by {n}": (lambda n=n: rows(sure=(0.0, n), another=n)) for n in (10.0, 79.0, 81.0)},
     "both sure of another, 1e3 apart": lambda: rows(another=(30.0, 30.3), offset=1e3),
     "half of it 300 down": half_down,
 }
@@ -107,9 +110,14 @@ def excess(out: TokenStats, dz: Array, true: Truth, sure: bool) -> dict[str, flo
 
 @EVERY_KIND
 @pytest.mark.parametrize("dtype", WIDE, ids=dtype_id)
-@pytest.mark.parametrize("name", mainly(("nearly equal, 5.0 apart", "sure by 23.0"), ROWS))
+@pytest.mark.parametrize(
+    "name", mainly(("nearly equal, 5.0 apart", "sure by 23.0", "policy sure of another by 81.0"), ROWS)
+)
 def test_every_number_of_a_row_has_its_digits(name: str, dtype: torch.dtype, kinds: tuple, backend: str, small_tiles):
-    """Log-probabilities and KL relative to themselves, entries of dz to the row's largest; a row of dz sums to 0."""
+    """Log-probabilities and KL relative to themselves, entries of dz to the row's largest; a row of dz sums to 0.
+
+    The KL is of 5e-9 nats, from where every run starts, to 150, where none should go.
+    """
     case, faults = case_of(name), {}
     small_tiles(*case.tile)
     for kind in kinds:
@@ -124,10 +132,13 @@ def test_every_number_of_a_row_has_its_digits(name: str, dtype: torch.dtype, kin
     apart=st.sampled_from([0.0, 1e-7, 1e-5, 1e-3, 0.1, 1.0]), offset=st.sampled_from([0.0, 3.0, 50.0, -1000.0]),
     sure=st.sampled_from([(0.0, 0.0), (9.0, 9.0), (20.0, 20.0), (40.0, 0.0), (0.0, 40.0)]), kind=st.sampled_from(KINDS),
 )  # fmt: skip
-@pytest.mark.parametrize("dtype", WIDE, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_random_rows(seed, V, std, apart, offset, sure, kind, dtype, backend, small_tiles):
-    """Allow for small vocabularies, where a sum is less than what it is a sum of."""
+    """Allow for small vocabularies, where a sum is less than what it is a sum of. 16 bits do not hold such a dz."""
     case = rows(std, apart, offset, sure, V, seed=seed)
+    if dtype in SIXTEEN_BIT:
+        assert (stats_of(case.problem(dtype), backend, 0).kl >= 0).all()
+        return
     out, dz = of_rows(case, dtype, kind, backend)
     true = truth(case.problem(dtype), cotangents(kind, case.labels))
     eps, floor = torch.finfo(dtype).eps, 1e-18 if dtype == torch.float64 else 1e-37  # the truth's own, the smallest
@@ -136,50 +147,6 @@ def test_random_rows(seed, V, std, apart, offset, sure, kind, dtype, backend, sm
     assert (np.abs(dz.sum(-1)) <= 100 * eps * true.size.sum(-1) + floor).all()
     kl = true.result.kl
     assert (np.abs(exact(out.kl[0]) - kl) <= 1e-3 * kl + 1e-30)[kl > 1e-8].all()
-
-
-@given(seed=st.integers(0, 10**6), std=st.sampled_from([0.1, 1.0, 10.0, 40.0]), apart=st.sampled_from([0.0, 1e-3, 1.0]),
-       V=st.sampled_from([1, 2, 64, 65, 131]), shift=st.sampled_from([0.0, 50.0, -1000.0]))  # fmt: skip
-@pytest.mark.parametrize("dtype", mainly((torch.float16,), DTYPES), ids=dtype_id)
-def test_kl_is_never_negative(seed, std, apart, V, shift, dtype, backend, small_tiles):
-    problem = replace(base(seed, L=8, V=V, std=std, apart=apart), ref_bias=torch.full((V,), shift)).problem(dtype)
-    assert (stats_of(problem, backend, 0).kl >= 0).all()  # False for nan
-
-
-# --- the KL, from where every run starts to where none should go ------------------------------------------------------
-
-NATS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-2, 1.0, 10.0, 30.0, 60.0, 79.0, 81.0, 150.0)
-
-
-def apart_by(nats: float, offset: float) -> Case:
-    """Rows that differ by a constant, and by a direction that makes the mean KL `nats`: of all tokens, or, where it is
-    large, of one that the policy grows sure of."""
-    z, one = normal(T, 211), torch.zeros(211, dtype=torch.float64)
-    one[206] = 1.0
-    direction = normal(211, seed=2) if nats < 2.0 else one
-
-    def mean(size: float) -> float:
-        log_p, log_q = (z + size * direction).log_softmax(-1), z.log_softmax(-1)
-        return float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
-
-    low, high = 0.0, 400.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean(middle) < nats else (low, middle)
-    return of_logits(z + low * direction, z + offset, torch.arange(T))
-
-
-@pytest.mark.parametrize("offset", (0.0, 5.0, -50.0))
-@pytest.mark.parametrize("nats", mainly((1e-7, 1.0, 81.0), NATS))
-def test_kl_has_three_digits(nats: float, offset: float, backend: str, small_tiles):
-    case = apart_by(nats, offset)
-    problem = case.problem(torch.float32)
-    want = truth(problem, (None, None)).result.kl
-    assert 0.5 < float(want.mean()) / nats < 2
-    for tile in ((16, 64), (512, 2048)):
-        small_tiles(*tile)
-        have = exact(stats_of(problem, backend, 0).kl[0])
-        assert (np.abs(have - want) <= 1e-3 * want).all(), float((np.abs(have - want) / want).max())
 
 
 # --- rows of dz in 16 bits, DPO ---------------------------------------------------------------------------------------

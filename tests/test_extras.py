@@ -6,19 +6,13 @@ import math
 
 import pytest
 import torch
-from batches import close
-from packed import ragged_batch
+from batches import EXTRAS, close, ragged_batch
 from runnable import backends
 from torch import Tensor
 
 from tdpo_kernels import LMHead, fused_tdpo_loss, reference, token_stats
 
-EXTRAS = ("entropy", "mean_logit", "is_argmax")
-
-
-@pytest.fixture(autouse=True)
-def _tiles(small_tiles) -> None:
-    small_tiles(5, 16)
+pytestmark = pytest.mark.usefixtures("tiles_of_5_by_16")
 
 
 @backends

@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,9 @@ def imports(module: str) -> tuple[set[str], set[str]]:
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:
-    if not node.level:
-        return node.module or ""
-    parts = ["tdpo_kernels", *module.split(".")] if module else ["tdpo_kernels"]
-    up = node.level - (MODULES[module].name == "__init__.py")
-    return ".".join([*parts[: len(parts) - up], *([node.module] if node.module else [])])
+    name = f"{PACKAGE.name}.{module}".rstrip(".")
+    package = name if MODULES[module].name == "__init__.py" else name.rpartition(".")[0]
+    return resolve_name("." * node.level + (node.module or ""), package)
 
 
 def test_imports_run_strictly_downward():

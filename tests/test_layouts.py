@@ -6,18 +6,13 @@ import math
 
 import pytest
 import torch
-from batches import close, grads, reference_loss
-from packed import D, E, L, P, V, fields_equal, ragged_batch
+from batches import D, E, L, P, V, close, fields_equal, grads, ragged_batch, reference_loss
 from runnable import backends
 from torch import nn
 
 from tdpo_kernels import LMHead, fused_tdpo_loss
 
-
-@pytest.fixture(autouse=True)
-def _tiles(small_tiles) -> None:
-    """Tiles of 5 x 16, so that a few rows already cross row blocks and column blocks."""
-    small_tiles(5, 16)
+pytestmark = pytest.mark.usefixtures("tiles_of_5_by_16")
 
 
 @backends
@@ -35,11 +30,14 @@ def test_tensor_linear_and_lm_head_agree(backend: str, bias: bool):
         fields_equal(a, fused_tdpo_loss(**call | dict(head=linear.weight, ref_head=ref_linear.weight), backend=backend))
 
 
+NAN = math.nan
 STORAGES = {
-    "transposed": lambda x: x.detach().transpose(0, -1).contiguous().transpose(0, -1),
-    "every second row": lambda x: torch.stack([x.detach(), torch.full_like(x, math.nan)], 1).flatten(0, 1)[::2],
-    "every second column": lambda x: torch.stack([x.detach(), torch.full_like(x, math.nan)], -1).flatten(-2)[..., ::2],
-    "slice of wider rows": lambda x: torch.cat([x.detach(), torch.full_like(x, math.nan)], -1)[..., : x.shape[-1]],
+    "transposed": lambda x, other=NAN: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "every second row": lambda x, other=NAN: torch.stack([x, torch.full_like(x, other)], 1).flatten(0, 1)[::2],
+    "every second column": lambda x, other=NAN: torch.stack([x, torch.full_like(x, other)], -1).flatten(-2)[..., ::2],
+    "slice of wider rows": lambda x, other=NAN: torch.cat([x, torch.full_like(x, other)], -1)[..., : x.shape[-1]],
+    "one row": lambda x, other=NAN: x[:1].expand_as(x),
+    "one column": lambda x, other=NAN: x[..., :1].expand_as(x),
 }
 
 
@@ -47,42 +45,18 @@ STORAGES = {
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("name", ["hidden", "head", "ref_hidden", "ref_head", "labels"])
 def test_strides_do_not_matter(backend: str, storage: str, name: str):
+    """Of a leaf that is itself a view with a stride of 0, the gradient is whole too."""
     call = ragged_batch()
-    if name == "labels" and storage in ("every second row", "every second column", "slice of wider rows"):
-        changed = torch.stack([call[name], torch.full_like(call[name], V + 9)], -1).flatten(-2)[..., ::2]
-    else:
-        changed = STORAGES[storage](call[name])
+    other = {"other": V + 9} if name == "labels" else {}
+    changed = STORAGES[storage](call[name].detach(), **other).detach()
+    results = []
+    for x in (changed, changed.contiguous()):
+        given = call | {name: x.requires_grad_(name in ("hidden", "head"))}
+        out = fused_tdpo_loss(**given, backend=backend)
+        results.append((out, grads(out.loss, given["hidden"], given["head"])))
     assert not changed.is_contiguous()
-    if name in ("hidden", "head"):
-        changed.requires_grad_()
-    other = call | {name: changed}
-    a, b = (fused_tdpo_loss(**x, backend=backend) for x in (call, other))
-    fields_equal(a, b)
-    leaves = ("hidden", "head")
-    close(grads(a.loss, *(call[n] for n in leaves)), grads(b.loss, *(other[n] for n in leaves)))
-
-
-@backends
-def test_expanded_tensors(backend: str):
-    call = ragged_batch()
-    one, column = call["hidden"].detach()[:1].clone(), call["head"].detach()[:, :1].clone()
-    one.requires_grad_(), column.requires_grad_()
-    expanded = call | {"hidden": one.expand(2 * P, L, D), "head": column.expand(V, D)}
-    expanded["ref_hidden"] = call["ref_hidden"][:1].expand(2 * P, L, E)
-    copied = {n: x.contiguous() for n, x in expanded.items()}
-    a, b = (fused_tdpo_loss(**x, backend=backend) for x in (expanded, copied))
-    fields_equal(a, b)
-    close(grads(a.loss, one, column), grads(b.loss, one, column))
-
-
-@backends
-def test_expanded_leaf_head(backend: str):
-    """A leaf that is itself a stride-0 view still gets a whole gradient."""
-    call = ragged_batch()
-    head = call["head"].detach()[:, :1].expand(V, D).detach().requires_grad_()
-    copied = head.detach().contiguous().requires_grad_()
-    a, b = (grads(fused_tdpo_loss(**call | {"head": h}, backend=backend).loss, h) for h in (head, copied))
-    close(a, b)
+    fields_equal(results[0][0], results[1][0])
+    close(results[0][1], results[1][1])
 
 
 @backends

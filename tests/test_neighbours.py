@@ -1,5 +1,5 @@
-"""Law 6: bugs that users of neighbours reported, each a test here. Those of several processes are in
-`test_processes.py`, LoRA on the head in `test_errors.py` and `examples/test_demo.py`."""
+"""Law 6: bugs that users of neighbours reported, each a test here. DDP is in `test_ways.py`, heads that FSDP2 shards in
+`test_parallel_errors.py`, LoRA on the head in `test_errors.py` and `examples/test_demo.py`."""
 
 from __future__ import annotations
 

@@ -7,22 +7,16 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from batches import close, grads
-from packed import L, P, V, fields_equal, pack, ragged, ragged_batch
+from batches import EXTRAS, L, P, V, close, fields_equal, grads, pack, ragged, ragged_batch
 from runnable import backends
 
 from tdpo_kernels import LMHead, TDPOOutput, fused_tdpo_loss, token_stats
 
-EXTRAS = ("entropy", "mean_logit", "is_argmax")
-KINDS = (torch.int64, torch.int32)
+pytestmark = pytest.mark.usefixtures("tiles_of_5_by_16")
+
+
 PAIR_FIELDS = [f.name for f in fields(TDPOOutput)][1:-1]
 variants = pytest.mark.parametrize("options", [{"variant": "tdpo1"}, {"alpha": 0.7}], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _tiles(small_tiles) -> None:
-    """Tiles of 5 x 16, so that a few rows already cross row blocks and column blocks."""
-    small_tiles(5, 16)
 
 
 @backends
@@ -64,18 +58,6 @@ def test_sequences_of_no_tokens_packed(backend: str, where: str):
 
 
 @backends
-def test_shift_is_a_manual_shift(backend: str):
-    call = ragged_batch()
-    leaves = call["hidden"], call["head"]
-    shifted = token_stats(**call, backend=backend)
-    rows = {name: call[name][:, :-1] for name in ("hidden", "ref_hidden")}
-    manual = token_stats(**call | rows | {"labels": call["labels"][:, 1:]}, shift=False, backend=backend)
-    assert not shifted.logp[:, 0].any() and not shifted.kl[:, 0].any() and not shifted.ref_logp[:, 0].any()
-    close((shifted.logp[:, 1:], shifted.ref_logp[:, 1:], shifted.kl[:, 1:]), (manual.logp, manual.ref_logp, manual.kl))
-    close(grads((shifted.logp - shifted.kl).sum(), *leaves), grads((manual.logp - manual.kl).sum(), *leaves))
-
-
-@backends
 @pytest.mark.parametrize("packed", [False, True])
 def test_shift_never_crosses_a_boundary(backend: str, packed: bool):
     """Even with every label counting, the last hidden state of a sequence predicts nothing."""
@@ -92,27 +74,14 @@ def test_shift_never_crosses_a_boundary(backend: str, packed: bool):
 
 
 @backends
-def test_ignore_index_may_be_a_token(backend: str):
-    call = ragged_batch()
-    zeros = torch.where(call["labels"] == 0, 1, call["labels"])
-    a = fused_tdpo_loss(**call | {"labels": zeros}, backend=backend)
-    b = fused_tdpo_loss(**call | {"labels": torch.where(zeros == -100, 0, zeros)}, ignore_index=0, backend=backend)
-    fields_equal(a, b)
-
-
-@backends
 @pytest.mark.parametrize("shift", [True, False])
-def test_ignore_index_none_is_every_label(backend: str, shift: bool):
+@pytest.mark.parametrize("said", [dict(ignore_index=None), dict(labels=torch.int32)], ids=str)
+def test_labels_that_all_count_may_be_said_so_and_be_int32(backend: str, shift: bool, said: dict):
     call = ragged_batch() | {"labels": torch.randint(0, V, (2 * P, L))}
-    a, b = (fused_tdpo_loss(**call, shift=shift, ignore_index=i, backend=backend) for i in (None, -100))
+    other = call | said | {"labels": call["labels"].to(said.get("labels", torch.int64))}
+    a, b = (fused_tdpo_loss(**x, shift=shift, backend=backend) for x in (call, other))
     fields_equal(a, b)
     close(grads(a.loss, call["head"]), grads(b.loss, call["head"]))
-
-
-@backends
-def test_int32_labels(backend: str):
-    call = ragged_batch()
-    fields_equal(*(fused_tdpo_loss(**call | {"labels": call["labels"].to(x)}, backend=backend) for x in KINDS))
 
 
 @backends
@@ -152,11 +121,3 @@ def test_one_hidden_state_per_sequence_has_nothing_to_predict_when_shifted():
     call |= {name: call[name][:, :1] for name in ("hidden", "ref_hidden", "labels")}
     assert fused_tdpo_loss(**call).loss == math.log(2)
     assert fused_tdpo_loss(**call, shift=False).loss != math.log(2)
-
-
-def test_pairs_are_chosen_first_then_rejected():
-    call = ragged_batch()
-    swapped = call | {n: call[n].roll(P, 0) for n in ("hidden", "ref_hidden", "labels")}
-    a, b = fused_tdpo_loss(**call), fused_tdpo_loss(**swapped)
-    close(a.chosen_rewards, b.rejected_rewards)
-    close(a.ref_rejected_logps, b.ref_chosen_logps)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 WORLDS = (2, pytest.param(4, marks=pytest.mark.long))
 VOCABULARIES = [
     *[(37, how, "") for how in CUTS],
-    *[(37, "chunk", hard) for hard in ("peaked", "equal", "offset", "softcap")],
+    (37, "chunk", "equal"),
     *[(37, "even", hard) for hard in ("ruled out", "ruled out by policy")],  # all that the first of two ranks has
     (5, "chunk", ""),  # four ranks hold 2, 2, 1 and 0
 ]

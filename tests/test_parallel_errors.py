@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run
-from splitting import D, L, P, call_of, cut, leaf, rows_of
+from splitting import D, E, L, P, call_of, cut, leaf, rows_of
 from torch import nn
 
 from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
@@ -30,8 +30,7 @@ def refusals(rank: int, world: int) -> None:
     for placement in (Shard(1), Replicate()):
         with pytest.raises(ValueError, match=r"^head.weight: got placements .*, wanted \(Shard\(dim=0\),\)"):
             vocab_parallel(distribute_tensor(call["head"].weight, mesh, [placement]))
-    with pytest.raises(TypeError, match="DTensor"):  # FSDP's look alike: nobody takes one for a split vocabulary
-        token_stats(**call | {"head": distribute_tensor(call["head"].weight, mesh, [Shard(0)])})
+    _no_dtensor_is_taken_for_a_whole_one(call, mesh)
     with pytest.raises(ValueError, match="^head: got a whole head with a vocabulary-parallel ref_head"):
         token_stats(**call | {"ref_head": vocab_parallel(cut(call["ref_head"], rows_of(V, world, "even")[rank]))})
     with pytest.raises(ValueError, match=f"^ref_head.weight: .*V = {V}; wanted V = {V - 1}"):
@@ -80,6 +79,20 @@ def refusals(rank: int, world: int) -> None:
     ids[1, 2] = 2 * P if rank == 0 else 0
     with pytest.raises(ValueError, match=rf"^sequence_ids: got 1 outside \[0, {2 * P}\) where labels count"):
         sequence_parallel_loss(stats, ids, P)
+
+
+def _no_dtensor_is_taken_for_a_whole_one(call: dict, mesh) -> None:
+    """Law 6: `full_tensor()` under FSDP2 gives a wrong head gradient, so nobody gathers behind the user's back."""
+    from torch.distributed.fsdp import fully_shard  # slow to import, and not needed by every test's processes
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    sharded = {name: nn.Linear(size, 37) for name, size in (("head", D), ("ref_head", E))}
+    [fully_shard(x) for x in sharded.values()]
+    placed = [(name, distribute_tensor(call[name].weight, mesh, [p])) for name in sharded for p in (Shard(0), Shard(1))]
+    whole = [(name, distribute_tensor(call[name].weight, mesh, [Replicate()])) for name in sharded]
+    for name, x in (*sharded.items(), *placed, *whole, ("hidden", distribute_tensor(call["hidden"], mesh, [Shard(0)]))):
+        with pytest.raises(TypeError, match=rf"^{name}.*: got a .*DTensor.*, wanted a plain dense tensor"):
+            token_stats(**call | {name: x})
 
 
 @pytest.mark.parametrize("world", (2, pytest.param(4, marks=pytest.mark.long)))

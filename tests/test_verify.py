@@ -27,15 +27,6 @@ def test_no_yardstick_lets_a_nan_pass(error: float, allowed: float):
     assert not line(error, allowed, allowed).passed
 
 
-def test_a_plain_torch_that_makes_nan_allows_no_more_than_thirty_eps():
-    nan, one = torch.tensor(math.nan), torch.tensor(1.0)
-    exact, plain = [one.double()] * 3, [nan, one, nan]
-    worst = module._worst(("tiled", "fp32", "flat", "0"), [one + 1e-3, one, nan], exact, plain, [1.0] * 3)
-    assert worst.quantity == "kl" and not worst.passed and worst.allowed == 64 * torch.finfo(torch.float32).eps
-    worst = module._worst(("tiled", "fp32", "flat", "0"), [one + 1e-3, one, one], exact, plain, [1.0] * 3)
-    assert worst.quantity == "logp" and not worst.passed
-
-
 @pytest.fixture
 def one_problem(monkeypatch: pytest.MonkeyPatch):
     """A short run, on a problem of which plain torch makes nan."""
@@ -43,13 +34,15 @@ def one_problem(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "DTYPES", {"fp64": torch.float64, "fp32": torch.float32})
 
 
-def test_a_nan_is_a_failure_even_where_plain_torch_makes_one(one_problem, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("factor", [math.nan, 1.001])
+def test_a_nan_of_plain_torch_s_lets_neither_a_nan_nor_an_error_pass(factor: float, one_problem, monkeypatch):
+    """Nor where it is one quantity of several that are right."""
     lines = verify(CPU)
     assert len(lines) == 8 and all(x.passed for x in lines)
-    honest, plain = module.evaluate, module.plain_torch
-    spoil = [lambda *a, _f=f: [x * math.nan for x in _f(*a)] for f in (honest, plain)]
-    monkeypatch.setattr(module, "evaluate", spoil[0])
-    monkeypatch.setattr(module, "plain_torch", spoil[1])
+    for name, by in (("evaluate", factor), ("plain_torch", math.nan)):
+        honest = getattr(module, name)
+        spoilt = lambda *a, f=honest, by=by: [x * by if i == 1 else x for i, x in enumerate(f(*a))]  # noqa: E731
+        monkeypatch.setattr(module, name, spoilt)
     assert not any(x.passed for x in verify(CPU))
 
 
@@ -69,7 +62,7 @@ def test_float64_naive_is_not_its_own_judge(one_problem, monkeypatch: pytest.Mon
 def test_the_truth_is_the_oracle_s(name: str):
     p = PROBLEMS[name]
     exact = truth(p)
-    for t in {0, len(p.labels) // 2, len(p.labels) - 1}:
+    for t in {0, len(p.labels) - 1}:
         z, r = (
             oracle.logits(h[t].tolist(), head.weight.tolist(), None if head.bias is None else head.bias.tolist(),
                           head.logit_scale, head.softcap)

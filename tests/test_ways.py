@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import EVERYTHING, reference_loss
+from batches import EVERYTHING, headed, ragged_batch, reference_loss, trained
 from closeness import same_bits
-from packed import headed, ragged_batch, trained
 from processes import run
+from seeing import Products
 from splitting import CUTS, cut, rows_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("short_blocks")
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("upstream", [1.0, 1e-6, 3.7, 65536.0])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_way_is_less_accurate_than_plain_torch(way: str, upstream: float, reduction: str):
     """Law 1, in fp32 against the same numbers in float64."""
     call = ragged_batch(torch.float32, rows=6)
@@ -36,10 +36,11 @@ def test_no_way_is_less_accurate_than_plain_torch(way: str, upstream: float, red
     def gradients(dtype: torch.dtype, loss) -> list[Tensor]:
         x, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(not frozen)
         given = call | {"hidden": x, "head": w} | {n: call[n].to(dtype) for n in ("ref_hidden", "ref_head")}
-        return list(torch.autograd.grad(loss(given) * upstream, [x] if frozen else [x, w]))
+        return list(torch.autograd.grad((loss(given) * upstream).sum(), [x] if frozen else [x, w]))
 
     def plain(given: dict) -> Tensor:
-        return getattr(reference_loss(given).loss, reduction)()
+        each = reference_loss(given).loss
+        return each if reduction == "none" else getattr(each, reduction)()
 
     truth, yardstick = gradients(torch.float64, plain), gradients(torch.float32, plain)
     ours = gradients(
@@ -50,7 +51,33 @@ def test_no_way_is_less_accurate_than_plain_torch(way: str, upstream: float, red
         assert (x - z).norm() <= allowed
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_not_finite_stays_in_its_pair(way: str):
+    (budget, frozen), call = WAYS[way], headed()
+    call["hidden"] = call["hidden"].detach().clone()
+    call["hidden"][1] = torch.nan
+    call, leaves = trained(call, frozen)
+    out = fused_tdpo_loss(**call, memory_budget=budget)
+    (dh,) = torch.autograd.grad(out.loss, leaves[:1])
+    assert dh[1].isnan().any() and dh[[0, 2, 3, 5]].isfinite().all() and out.chosen_logps[[0, 2]].isfinite().all()
+
+
 # --- how graphs are used ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_retained_graph_gives_the_same_gradients_twice(way: str):
+    """Where forward made the gradients, backward makes no product, and a weight that has changed does not matter."""
+    budget, frozen = WAYS[way]
+    call, leaves = trained(headed(), frozen)
+    loss = fused_tdpo_loss(**call, memory_budget=budget).loss * 3
+    if way != "as one":
+        call["head"].weight.detach().zero_()
+    with Products() as products:
+        first, second = torch.autograd.grad(loss, leaves, retain_graph=True), torch.autograd.grad(loss, leaves)
+    assert same_bits(first, second) and all(x.any() for x in first) and bool(products.count) == (way == "as one")
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)
 
 
 class Tied(nn.Module):
@@ -132,14 +159,17 @@ def over_ranks(rank: int) -> None:
 
 
 def _under_ddp(rank: int) -> None:
+    """Law 6, TRL #7245: gradients averaged over ranks are those of the whole batch."""
     labels = ragged_batch(rows=6)["labels"]
     rows = torch.tensor([[0, 2, 3, 5], [1, 4]][rank])
     for way in WAYS:
         whole = Tied(way, False)
         whole(labels, ROWS).backward()
         wrapped = DistributedDataParallel(Tied(way, False))
-        (2 * wrapped(labels[rows], rows)).backward()
-        torch.testing.assert_close(gradients_of(wrapped), gradients_of(whole))
+        for _ in range(2):  # the reducer is rebuilt after the first
+            wrapped.zero_grad()
+            (2 * wrapped(labels[rows], rows)).backward()
+            torch.testing.assert_close(gradients_of(wrapped), gradients_of(whole))
 
 
 def _with_a_split_head(rank: int, how: str) -> None:

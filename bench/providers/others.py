@@ -8,6 +8,7 @@ its own. Apple's cut-cross-entropy and torch's chunked `linear_cross_entropy` ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -77,10 +78,7 @@ def _composed(logp: Logp, kl: Callable[[Problem], Tensor] | None, **needed) -> P
 
         return Step(forward)
 
-    def unavailable(shape: Shape, device: torch.device) -> str:
-        return _lacks(shape, device, **needed)
-
-    return Provider("tdpo2" if kl else "dpo", make, unavailable, kl)
+    return Provider("tdpo2" if kl else "dpo", make, partial(_lacks, **needed), kl)
 
 
 def _lacks(shape: Shape, device: torch.device, module: str, name: str, cuda: bool = False, softcap: bool = True) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from .. import scaling
 from ..providers import BUDGETS
 from ..rows import Row, Spread
-from ..shapes import SHAPES
+from ..shapes import KERNELS, OURS, SHAPES
 
+CLIFF = 3  # times a contiguous twin, law 7
 BUSY = 0.1  # cores; above it times say more about the neighbours
 LABELS = {budget: label for label, budget in BUDGETS.items()}
 STUDIES = {  # their shapes are shown together
@@ -45,17 +46,26 @@ def _study(row: Row) -> str:
 
 def _table(rows: list[Row]) -> Table:
     """Make a table without the columns that say nothing."""
-    several, twins = len({row.shape for row in rows}) > 1, {(row.shape, row.dtype, label(row)): row for row in rows}
-
-    def beside(row: Row) -> str:
-        """Divide a time by the contiguous twin's: law 7 allows 3."""
-        twin = twins.get((f"{row.shape.split('/')[0]}/contiguous", row.dtype, label(row)))
-        return f"{row.seconds[0] / twin.seconds[0]:.2f}" if twin and twin.seconds and row.seconds else "-"
-
-    columns = {"shape": lambda row: row.shape if several else "-"} | COLUMNS | {"time / contiguous": beside}
+    several, slower = len({row.shape for row in rows}) > 1, beside_twins(rows)
+    columns = {"shape": lambda row: row.shape if several else "-"} | COLUMNS
+    columns["time / contiguous"] = lambda row: f"{slower[row]:.2f}" if row in slower else "-"
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     shown = {name: column for name, column in cells.items() if set(column) != {"-"}}
     return Table(_title(rows), tuple(shown), list(zip(*shown.values(), strict=True)), _notes(rows))
+
+
+def beside_twins(rows: list[Row]) -> dict[Row, float]:
+    """Return how many times as long each layout took as its contiguous twin of the same run."""
+    timed = {(row.shape, row.key[1:], row.conditions): row.seconds[0] for row in rows if row.seconds}
+    twin = {row: timed.get((f"{row.shape.split('/')[0]}/contiguous", row.key[1:], row.conditions)) for row in rows}
+    return {row: row.seconds[0] / seconds for row, seconds in twin.items() if row.seconds and seconds}
+
+
+def cliffs(rows: list[Row]) -> list[str]:
+    """Return a line for each layout in which this library breaks law 7."""
+    ours = {row: slower for row, slower in beside_twins(rows).items() if f"{row.provider}@0" in OURS + KERNELS}
+    return [f"RED: {row.shape}, {row.dtype}, {label(row)} takes {slower:.1f} x the time of its contiguous twin, law 7 "
+            f"allows {CLIFF}." for row, slower in ours.items() if slower > CLIFF]  # fmt: skip
 
 
 def _title(rows: list[Row]) -> str:
@@ -128,7 +138,7 @@ def _notes(rows: list[Row]) -> list[str]:
     runs = dict.fromkeys((row.conditions, row.rounds) for row in rows)
     rates = {row.dtype: row.ceiling for row in rows if row.ceiling}
     busy = max(row.busy_cores or 0.0 for row in rows)
-    notes = [f"{c.said}, {n} rounds. Extra memory: above inputs and gradients." for c, n in runs]
+    notes = [f"{c.said}, {n} rounds. Extra memory: above inputs and gradients." for c, n in runs] + cliffs(rows)
     notes += [
         f"{dtype}: a large product ran at {flops / 1e9:,.0f} Gflop/s, a large copy at {moved / 1e9:.1f} GB/s."
         for dtype, (flops, moved) in rates.items()

@@ -24,11 +24,12 @@ AT_THE_END = [(head, final(name), digits) for head, name, digits in (
 
 def write(records: list[Record], folder: Path) -> Path:
     """Write ``reproduce.md`` and its figures."""
+    ends = _grouped("at the last step", by_method(records), AT_THE_END, [])
     drawn = draw(records, folder, "; ".join(_places(records)))
     parts = ["# The paper in miniature", _setting(records[0])]
     parts += ["## Which orderings of the paper hold here", said(records), markdown([_orderings(records)])]
     parts += ["## The frontier", drawn["frontier"], markdown([_frontier(records)])]
-    parts += ["## Where runs end", drawn["seqkl"], markdown([_finals(records)])]
+    parts += ["## Where runs end", drawn["seqkl"], markdown([ends])]
     parts += ["## Parity", parity(records), markdown([_parity(records)])]
     parts += ["## Other learning rates", markdown([_rates(records)])]
     parts += ["## How it was measured", *_measured(records)]
@@ -102,10 +103,6 @@ def _frontier(records: list[Record]) -> Table:
     values = [(f"reward at KL {kl:g}", reward_at(kl), 3) for kl in FRONTIER_KLS]
     notes = ["-: not all seeds came to it."]
     return _grouped("reward where a run first comes to a KL", by_method(records), values, notes)
-
-
-def _finals(records: list[Record]) -> Table:
-    return _grouped("at the last step", by_method(records), AT_THE_END, [])
 
 
 def _rates(records: list[Record]) -> Table:

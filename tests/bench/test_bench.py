@@ -11,6 +11,7 @@ from bench import __main__ as command
 from bench import measure, memory, rows
 from bench import run as running
 from bench.conditions import conditions
+from bench.report import tables
 
 
 def test_rows_come_back_as_they_went(tmp_path):
@@ -22,10 +23,14 @@ def test_rows_come_back_as_they_went(tmp_path):
     assert row.conditions.commit and row.conditions.memory_bytes
 
 
-def test_committed_rows_are_readable_and_a_file_is_of_one_device():
+def test_committed_rows_are_readable_and_a_file_is_of_one_device_and_none_breaks_law_7():
+    compared = 0
     for path in rows.FOLDER.glob("*.jsonl"):
         old = rows.load(path)
         assert {rows.file_of(row.conditions.device) for row in old} == {path} and not any(row.red for row in old)
+        assert not tables.cliffs(old)
+        compared += len(tables.beside_twins(old))
+    assert compared, "no layout was measured beside its twin"
 
 
 def test_only_what_was_measured_together_is_shown_together():

@@ -50,11 +50,15 @@ def test_the_report_says_what_was_measured_and_what_was_not(measured, tmp_path):
     assert "Not yet measured" not in (to / "report.md").read_text()
 
 
-def test_a_layout_stands_beside_its_contiguous_twin():
-    twin = made_up(shape="strided-2048/contiguous", seconds=(0.1,) * 3, ratio=(1.0,) * 3)
-    other = replace(twin, shape="strided-2048/transposed", seconds=(0.25,) * 3)
+@pytest.mark.parametrize("slower, provider, red", [(2.5, "ours", False), (3.5, "ours", True), (3.5, "eager", False)])
+def test_a_layout_stands_beside_its_contiguous_twin_and_breaks_law_7_beyond_3_x(slower, provider, red, tmp_path):
+    pytest.importorskip("matplotlib")
+    twin = made_up(shape="strided-2048/contiguous", seconds=(0.1,) * 3, ratio=(1.0,) * 3, provider=provider)
+    other = replace(twin, shape="strided-2048/transposed", seconds=(0.1 * slower,) * 3)
     shown = tabled.markdown(tabled.tables([twin, other]))
-    assert shown.count("**") == 2 and "| 2.50 " in shown
+    assert shown.count("**") == 2 and f"| {slower:.2f} " in shown and ("RED" in shown) == red
+    rows.append(tmp_path / "rows.jsonl", [twin, other])
+    assert command.main(["report", "--out", str(tmp_path / "rows.jsonl"), "--to", str(tmp_path)]) == red
 
 
 def test_every_provider_has_a_colour():
