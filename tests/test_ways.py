@@ -13,6 +13,8 @@ from processes import run
 from seeing import Products
 from splitting import CUTS, cut, rows_of
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -154,6 +156,7 @@ def test_accumulated_gradients_are_the_sum(way: str, tied: bool):
 def over_ranks(rank: int) -> None:
     directions.LEAST["cpu"] = 7
     _under_ddp(rank)
+    _under_fsdp2(rank)
     for how in CUTS:
         _with_a_split_head(rank, how)
 
@@ -170,6 +173,21 @@ def _under_ddp(rank: int) -> None:
             wrapped.zero_grad()
             (2 * wrapped(labels[rows], rows)).backward()
             torch.testing.assert_close(gradients_of(wrapped), gradients_of(whole))
+
+
+def _under_fsdp2(rank: int) -> None:
+    """Parameters are gathered for forward and freed after it; a dW or dh made in forward outlives that."""
+    labels = ragged_batch(rows=6)["labels"]
+    rows = torch.tensor([[0, 2, 3, 5], [1, 4]][rank])
+    mesh = init_device_mesh("cpu", (2,))
+    for way in WAYS:
+        whole, sharded = Tied(way, False), Tied(way, False)
+        whole(labels, ROWS).backward()
+        fully_shard(sharded, mesh=mesh)
+        for _ in range(2):
+            sharded.zero_grad()
+            (2 * sharded(labels[rows], rows)).backward()
+            torch.testing.assert_close([g.full_tensor() for g in gradients_of(sharded)], gradients_of(whole))
 
 
 def _with_a_split_head(rank: int, how: str) -> None:
