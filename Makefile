@@ -78,21 +78,31 @@ kernels-versions:  ## the same under the oldest and the newest Triton
 	done
 
 # A plain torch is a CUDA build that fetches gigabytes of libraries: TORCH_INDEX names an index of CPU builds, which are asked for
-# first. A Python that is not there is left out, saying so.
+# first. A Python that is not there is left out, saying so. Constraints by environment also hold where the package is built.
+# Where the interpreter wants an older numpy than the rest was run with, as Triton 3.6's does, `env` says so, and it gets one.
 MATRIX := pinned:3.12 oldest:3.10 newest:3.13
 CORE := tests/test_exactness.py tests/test_bits.py tests/test_compile.py tests/test_mixed_products.py tests/test_availability.py
+TRAINER := tests/trainer/test_trainer.py tests/trainer/test_head.py
 
-matrix:  ## the core laws in other Pythons and versions, CPU only; TORCH_INDEX= is an index of CPU builds of torch
+matrix:  ## the core laws in other Pythons and versions, CPU only (gigabytes); MATRIX=oldest:3.10 for one, TORCH_INDEX=
 	@set -e; for entry in $(MATRIX); do \
-		name=$${entry%%:*}; python=python$${entry##*:}; there=$(VENV)/matrix-$$name; wanted=tests/matrix/$$name.txt; \
+		name=$${entry%%:*}; python=python$${entry##*:}; there=$(VENV)/matrix-$$name; py=$$there/bin/python; \
 		$$python -c pass 2> /dev/null || { echo "$$name is left out: there is no $$python"; continue; }; \
-		test -x $$there/bin/python || $$python -m venv $$there; \
-		$$there/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch' $$wanted)"; \
-		$$there/bin/python -m pip install -q -r $$wanted pytest pytest-timeout hypothesis; \
-		echo "$$name:"; PYTHONPATH=. $$there/bin/python -m tdpo_kernels env; \
-		PYTHONPATH=. $$there/bin/python -m tdpo_kernels verify flat near-equal; \
-		$$there/bin/python -m pytest $(CORE); \
-		TRITON_INTERPRET=1 $$there/bin/python -m pytest -m "not long" tests/device; \
+		test -x $$py || $$python -m venv $$there; \
+		export PIP_CONSTRAINT=tests/matrix/$$name.txt; \
+		$$py -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch; \
+		$$py -m pip install -q -e '.[test]' numpy; \
+		echo "$$name:"; $$py -m pip check; $$py -m tdpo_kernels env; \
+		$$py -m tdpo_kernels verify flat near-equal; \
+		$$py -m pytest -n 2 $(CORE); \
+		$$py -m pytest -n 2 -m "not long" $(TRAINER); \
+		export TRITON_INTERPRET=1; \
+		if said=$$($$py -m tdpo_kernels env | grep -o 'the interpreter of .* wants numpy.*'); then \
+			echo "$$said: one is installed"; \
+			PIP_CONSTRAINT= $$py -m pip install -q "$$(echo "$$said" | grep -o 'numpy < [0-9.]*')"; \
+		fi; \
+		$$py -m pytest -n 2 -m "not long" tests/device; \
+		unset TRITON_INTERPRET; \
 	done
 
 bench: $(READY)  ## everything that a CPU can be measured by (20 minutes); rows go to bench/results/

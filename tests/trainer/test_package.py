@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,12 @@ def test_the_plain_trainer_keeps_its_columns_without_args(tmp_path: Path, monkey
     trainer = PlainTDPOTrainer(llama(), llama(1), train_dataset=rows, processing_class=tokenizer())
     assert "completion_mask" in next(iter(trainer.get_train_dataloader()))
     assert not trainer.args.remove_unused_columns
+
+
+def test_the_oldest_versions_of_the_matrix_are_the_lower_bounds():
+    """And no bound is one that `make matrix` does not run."""
+    root = Path(__file__).parents[2]
+    bounds = dict(re.findall(r'"([a-z-]+)>=([0-9.]+)', (root / "pyproject.toml").read_text()))
+    pins = re.findall(r"^([a-z-]+)==([0-9.]+)$", (root / "tests/matrix/oldest.txt").read_text(), re.MULTILINE)
+    assert bounds and bounds.keys() == dict(pins).keys()
+    assert all(f"{pin}.".startswith(f"{bounds[name]}.") for name, pin in pins)
