@@ -117,7 +117,8 @@ $(VENV)/.docs: $(READY)
 
 docs: $(VENV)/.docs  ## the documentation, into build/docs; a warning or a link that leads nowhere is an error
 	$(PY) docs/draw.py
-	$(PY) -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs
+	$(PY) -m sphinx --fail-on-warning --keep-going --quiet -c docs -d build/doctrees . build/docs
+	@echo build/docs/docs/index.html
 
 dist: $(VENV)/dist/bin/python  ## wheel and sdist of what is committed, into dist/, checked where nothing else is (minutes)
 	$< .ci/dist.py

@@ -6,12 +6,15 @@ from tdpo_kernels import __version__
 
 project, author, release = "tdpo-kernels", "the tdpo-kernels authors", __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+# The tree's other Markdown is rendered too, so that links between it and the pages are links, and are checked.
+root_doc = "docs/index"
+include_patterns = ["docs/*.md", "*.md", "python/*/*.md", "bench/results/*/*.md"]
+exclude_patterns = [".*", "build", "dist", "tdpo_kernels", "tests", "README.draft.md"]
 html_theme, html_title = "furo", "tdpo-kernels"
 html_show_copyright = html_copy_source = False
 
 default_role = "py:obj"  # a name in single backquotes is code, and a link where the API has it
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
 myst_heading_anchors, myst_enable_extensions = 3, ["attrs_inline"]
 
