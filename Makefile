@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo test interpreted trainer frameworks parallel families lint verify kernels kernels-versions matrix bench report reproduce gpu clean help
+.PHONY: demo test interpreted trainer frameworks parallel families lint verify kernels kernels-versions matrix bench report reproduce gpu docs dist clean help
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -120,5 +120,23 @@ OUT ?= build/gpu
 gpu:  ## the GPU campaign into OUT=build/gpu; goes on where it was cut off; ARGS="--minutes 9", "--stages env tune"
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m bench.gpu --out $(OUT) $(ARGS)
 
+# The generator reads docstrings, so it goes where torch and the trainers are.
+$(VENV)/.docs: $(READY)
+	@$(PY) -m pip install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## the documentation, into build/docs; a warning or a link that leads nowhere is an error
+	$(PY) docs/draw.py
+	$(PY) -m sphinx --fail-on-warning --keep-going --quiet -c docs -d build/doctrees . build/docs
+	@echo build/docs/docs/index.html
+
+dist: $(VENV)/dist/bin/python  ## wheel and sdist of what is committed, into dist/, checked where nothing else is (minutes)
+	$< .ci/dist.py
+
+$(VENV)/dist/bin/python: constraints.txt
+	@$(PYTHON) -m venv $(VENV)/dist
+	@$@ -m pip install -q -c constraints.txt build twine
+	@touch $@
+
 clean:  ## remove the environment and outputs
-	rm -rf $(VENV) build *.egg-info demo-out
+	rm -rf $(VENV) build dist *.egg-info demo-out
