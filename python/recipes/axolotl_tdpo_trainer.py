@@ -8,9 +8,10 @@ from typing import Any
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 from axolotl_tdpo import TDPOPlugin
-from dpo_mixin import TDPOMixin, loss_options, refuse, settings_of
+from dpo_mixin import loss_options, refuse, settings_of
 from tdpo_trainer.config import FIXED
-from tdpo_trainer.step import Batch, model_inputs
+from tdpo_trainer.mixin import TDPOMixin
+from tdpo_trainer.step import Batch
 from torch import nn
 
 
@@ -23,13 +24,12 @@ class TDPOTrainer(TDPOMixin, AxolotlDPOTrainer):
         options = loss_options(args.beta, _settings())
         super().__init__(model, ref_model, args=args, **kwargs)
         refuse({"router_aux_loss_coef": (self.router_aux_loss_coef if self.aux_loss_enabled else 0.0, 0.0)})
-        self.start_tdpo(options)
+        self.begin(options, self.args)
+        self.check_models()
 
     def _compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False) -> Any:
-        loss, means = self.tdpo_loss(model, model_inputs(inputs), inputs)
-        for name, value in means.items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
-        return (loss, means) if return_outputs else loss
+        loss = self.tdpo_loss(model, inputs)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def _settings() -> Mapping[str, Any]:

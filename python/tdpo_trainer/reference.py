@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from torch import nn
 
 from .adapters import names_of_adapters
 from .forward import Reference, reference_side
-from .kernels import LMHead
 from .step import Batch, model_inputs
 
 OWN = "ref"  # the adapter that TRL makes of one that was trained before
@@ -27,10 +27,6 @@ def from_adapter(wrapped: nn.Module, policy: nn.Module, batch: Batch) -> Referen
     """Return the reference's side by a PEFT policy's base model. One head serves both, unless an adapter is on it."""
     within = partial(adapter_of_reference, policy)
     return reference_side(wrapped, model_inputs(batch), unwrapped=policy, policy_within=within)
-
-
-def from_cache(batch: Batch, head: LMHead | None) -> Reference:
-    return Reference(batch["ref_hidden"], head)
 
 
 @contextmanager
@@ -49,11 +45,13 @@ def adapter_of_reference(policy: nn.Module) -> Iterator[None]:
 
 
 def check_own_reference(policy: nn.Module) -> None:
-    """Check that a PEFT policy's base model is what training begins with, and stays so.
+    """Check that a policy is a PEFT model whose base model is what training begins with, and stays so.
 
     Raises:
-        ValueError: it is not, naming the option or the weight, and a way out.
+        ValueError: not so, naming the option or the weight, and a way out.
     """
+    if not is_peft_model(policy):
+        raise ValueError("ref_model: got None, wanted a model: only a PEFT model is its own reference")
     adapters, active = policy.peft_config, list(policy.active_adapters)
     if OWN in active:
         raise ValueError(f"model: got an adapter in training named {OWN!r}, the reference's; wanted another name")
