@@ -1,6 +1,6 @@
 """Which families of transformers' causal LMs can be trained: each is built tiny, with random weights, and tried.
 
-``python -m tdpo_trainer.families > FAMILIES.md`` writes the table; with names it tries only those. A family is *exact*
+``make families`` writes the table, docs/families.md; ``python python/tools/families.py NAMES`` tries those. A family is *exact*
 when its logits and the gradients of all its parameters are those of `head.run_backbone` and `head.head_pair`, in fp32.
 """
 
@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 import transformers
+from tdpo_trainer.head import UnsupportedModel, _accepted, _compare, head_pair, logits, run_backbone
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-
-from .head import UnsupportedModel, _accepted, _compare, head_pair, logits, run_backbone
 
 LARGEST = 20_000_000  # parameters: what is larger was not made tiny
 VOCABULARY = 48
