@@ -30,7 +30,6 @@ class TDPOMixin:
         self.loss_options = options
         self._sums: dict[str, Tensor] = {}
         self._heads_checked = False
-        self._tokens_seen = 0
         if args.process_index == 0:
             print(options.describe(args.device), flush=True)
 
@@ -41,6 +40,11 @@ class TDPOMixin:
             ValueError: not so, naming the argument, what was seen and a way out.
         """
         policy = self.accelerator.unwrap_model(self.model)
+        if not any(x.requires_grad for x in policy.parameters()):
+            raise ValueError(
+                "model: got nothing to train, no parameter requires a gradient; wanted one that does (an adapter that "
+                "is loaded: PeftModel.from_pretrained(..., is_trainable=True))"
+            )
         if self.ref_model is None and (is_peft_model(policy) or not getattr(self.args, "reference_cache", None)):
             reference.check_own_reference(policy)
         check_parallelism(getattr(self.accelerator, "parallelism_config", None), policy, self.ref_model)
@@ -88,12 +92,16 @@ class TDPOMixin:
         counted = len(sums) if mode == "train" else pairs_that_count(self.accelerator, len(sums), copies)
         total = total_over_processes(sums[:counted], self.accelerator.gather)
         if mode == "train":
-            self._tokens_seen += int(means_of(total)[TOKENS_SEEN]) // copies
+            self._kept()[TOKENS_SEEN] += int(means_of(total)[TOKENS_SEEN]) // copies
         self._sums[mode] = self._sums.get(mode, 0) + total
+
+    def _kept(self) -> dict[str, int]:
+        """Return what a checkpoint keeps of the run beside the trainer's own: it lies in the trainer's state."""
+        return self.state.stateful_callbacks.setdefault("TDPO", {TOKENS_SEEN: 0})
 
     def _means(self, mode: str) -> dict[str, float]:
         """Return what `mode` has added up, and begin anew. Tokens are those of training, as in TRL."""
-        return means_of(self._sums.pop(mode)) | {TOKENS_SEEN: self._tokens_seen} if mode in self._sums else {}
+        return means_of(self._sums.pop(mode)) | self._kept() if mode in self._sums else {}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what training has added up since the last call, too."""

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from .mixin import TDPOMixin
 from .redirect import refuse_compiled
-from .step import LossOptions, refuse_functions_of_logits, refuse_torch_compile
+from .step import LossOptions, datasets_of, refuse_functions_of_logits, refuse_torch_compile
 
 
 class PlainTDPOTrainer(TDPOMixin, Trainer):
@@ -56,7 +56,9 @@ class PlainTDPOTrainer(TDPOMixin, Trainer):
             raise ValueError(f"processing_class: got {type(tokenizer).__name__}, wanted a tokenizer with a pad token")
         args = TrainingArguments("tmp_trainer") if args is None else args  # transformers' own default
         args.remove_unused_columns = False
-        kwargs.setdefault("data_collator", partial(collate, pad=tokenizer.pad_token_id, max_length=max_length))
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = partial(collate, pad=tokenizer.pad_token_id, max_length=max_length)
+            _check_columns(kwargs)
         self.begin(options or LossOptions(), args)
         self.ref_model = ref_model
         super().__init__(model=model, args=args, **kwargs)
@@ -78,6 +80,15 @@ def _router_aux_loss_coef(model: nn.Module, given: float | None) -> float:
     if given and not makes_one:
         raise ValueError(f"router_aux_loss_coef: got {given:g} for a {config.model_type}, which has no auxiliary loss")
     return given if given is not None else getattr(config, "router_aux_loss_coef", 0.0) if makes_one else 0.0
+
+
+def _check_columns(kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for rows that are not `tokenize`'s, where there is a first one to look at."""
+    for name, rows in datasets_of(kwargs):
+        seen = rows[0] if hasattr(rows, "__getitem__") and len(rows) else COLUMNS
+        if not set(COLUMNS) <= set(seen):
+            got, wanted = ", ".join(seen), ", ".join(COLUMNS)
+            raise ValueError(f"{name}: got rows of {got}; wanted {wanted}, as plain.tokenize makes them")
 
 
 def _refuse_what_has_no_effect(args: Any, others: Mapping[str, Any]) -> None:

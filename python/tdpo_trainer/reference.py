@@ -31,17 +31,25 @@ def from_adapter(wrapped: nn.Module, policy: nn.Module, batch: Batch) -> Referen
 
 @contextmanager
 def adapter_of_reference(policy: nn.Module) -> Iterator[None]:
-    """A PEFT policy as its own reference: its ``"ref"`` adapter where there is one, else no adapter at all."""
-    if OWN not in policy.peft_config:
-        with policy.disable_adapter():
-            yield
-        return
-    active = policy.active_adapter
-    policy.set_adapter(OWN)
+    """Make a PEFT policy its own reference: with its ``"ref"`` adapter where there is one, else without any.
+
+    PEFT switches ``requires_grad`` of adapters as it goes, and leaves all that are active trained. Here each flag is
+    put back: of the parameters there at the beginning, and of those that FSDP has put in their place at the end.
+    """
+    entered, active = list(policy.named_parameters()), policy.active_adapter
+    flags = {name: x.requires_grad for name, x in entered}
     try:
-        yield
+        if OWN in policy.peft_config:
+            policy.set_adapter(OWN)
+            yield
+        else:
+            with policy.disable_adapter():
+                yield
     finally:
-        policy.set_adapter(active)
+        if OWN in policy.peft_config:
+            policy.set_adapter(active)
+        for name, x in (*entered, *policy.named_parameters()):
+            x.requires_grad_(flags.get(name, x.requires_grad))
 
 
 def check_own_reference(policy: nn.Module) -> None:

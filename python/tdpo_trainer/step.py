@@ -88,6 +88,13 @@ def refuse_functions_of_logits(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: got {what}, wanted None: TDPO never makes them")
 
 
+def datasets_of(arguments: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return a trainer's datasets, each with its argument's name; several to evaluate on one by one."""
+    evaluated = arguments.get("eval_dataset")
+    evaluated = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
+    return [("train_dataset", arguments.get("train_dataset")), *(("eval_dataset", x) for x in evaluated)]
+
+
 def refuse_torch_compile(args: Any) -> None:
     """Raises ValueError for ``torch_compile`` in a trainer's arguments, which compiles the model as a whole."""
     if getattr(args, "torch_compile", False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from .fill import Source, write_cache
 from .forward import Reference
 from .kernels import LMHead, on_device
 from .mixin import TDPOMixin
+from .parallelism import copies_of_a_batch
 from .redirect import refuse_compiled
-from .step import Batch, refuse_functions_of_logits
+from .step import Batch, datasets_of, refuse_functions_of_logits
 
 
 class TDPOTrainer(TDPOMixin, DPOTrainer):
@@ -48,13 +50,9 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
     _paper = {
         "title": "Token-level Direct Preference Optimization",
         "id": "2404.11999",
-        "citation": "@inproceedings{zeng2024tdpo,\n"
-        "    title     = {{Token-level Direct Preference Optimization}},\n"
-        "    author    = {Yongcheng Zeng and Guoqing Liu and Weiyu Ma and Ning Yang and Haifeng Zhang and Jun Wang},\n"
-        "    booktitle = {International Conference on Machine Learning},\n"
-        "    year      = 2024,\n"
-        "    eprint    = {arXiv:2404.11999},\n"
-        "}",
+        "citation": "@inproceedings{zeng2024tdpo, title={{Token-level Direct Preference Optimization}}, year=2024,\n"
+        "author={Yongcheng Zeng and Guoqing Liu and Weiyu Ma and Ning Yang and Haifeng Zhang and Jun Wang},\n"
+        "booktitle={International Conference on Machine Learning}, eprint={arXiv:2404.11999}}",
     }
 
     def __init__(
@@ -69,6 +67,8 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
         refuse_compiled(*(x for x in (model, ref_model) if isinstance(x, nn.Module)))
         if ref_model is None and isinstance(model, nn.Module) and is_peft_model(model):
             reference.check_own_reference(model)  # before TRL adds a copy of its adapter
+        if ref_model is None and args.reference_cache is None and kwargs.get("peft_config") is None:
+            ref_model = _initial(model)
         self.begin(args.loss_options(), args)
         self._caches: dict[str, ReferenceCache] = {}
         self._ref_head: LMHead | None = None
@@ -78,6 +78,11 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
             self._model_digests = _model_digests(ref_model)  # before it is sharded
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         self.check_models()
+        if args.disable_dropout:
+            _stop_dropout(self.model)
+        if args.pairs_per_step is not None:
+            copies = copies_of_a_batch(self.accelerator.parallelism_config, self.model)
+            args.gradient_accumulation_steps = args.accumulation(self.accelerator.num_processes // copies)
         if args.reference_cache is not None:
             self._leave_reference_model()
         self._initialised = True
@@ -138,8 +143,8 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
         """The reference's side of a batch before training has begun, when the policy is still what it was."""
         own = self.ref_model is None
         model = self.model if own else self.accelerator.unwrap_model(self.ref_model)
-        if under_adapter := own and is_peft_model(model):
-            reference.check_own_reference(model)
+        under_adapter = own and is_peft_model(model)
+        self.check_models()  # before it is written
         side = reference.from_adapter if under_adapter else reference.from_model
 
         def side_of(batch: Batch) -> Reference:
@@ -190,6 +195,29 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
         self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
 
 
+def _initial(model: str | nn.Module) -> nn.Module | None:
+    """Return the reference that a model is to itself before it is trained, None where an adapter or TRL sees to that.
+
+    TRL loads one anew by its name: also that of a model which is given, whatever was done to it since.
+    """
+    if isinstance(model, str) or is_peft_model(model):
+        return None
+    if any(hasattr(x, "ds_id") or hasattr(x, "full_tensor") for x in model.parameters()):
+        raise ValueError(
+            "ref_model: got None for a model that is split over processes, wanted a second one of its kind"
+        )
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def _stop_dropout(model: nn.Module) -> None:
+    """Set to 0 the probabilities that a family's forward reads from itself or its config, which TRL leaves on."""
+    for module in model.modules():
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+
+
 def _model_digests(model: nn.Module) -> dict[str, str]:
     return {"model": fingerprint.of_model(model), "config": fingerprint.of_config(model)}
 
@@ -204,11 +232,7 @@ def _check_arguments(args: TDPOConfig, kwargs: dict[str, Any]) -> None:
         raise TypeError(f"args: got a {type(args).__name__}, wanted a TDPOConfig")
     refuse_functions_of_logits(kwargs)
     if args.reference_cache is not None:
-        evaluated = kwargs.get("eval_dataset")
-        for dataset in (
-            kwargs.get("train_dataset"),
-            *(evaluated.values() if isinstance(evaluated, dict) else [evaluated]),
-        ):
+        for _, dataset in datasets_of(kwargs):
             _check_cacheable(dataset)
 
 

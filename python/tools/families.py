@@ -1,7 +1,8 @@
-"""Which families of transformers' causal LMs can be trained: each is built tiny, with random weights, and tried.
+"""Try which families of transformers' causal LMs can be trained: each is built tiny, with random weights.
 
-``make families`` writes the table, docs/families.md; ``python python/tools/families.py NAMES`` tries those. A family is *exact*
-when its logits and the gradients of all its parameters are those of `head.run_backbone` and `head.head_pair`, in fp32.
+``make families`` writes docs/families.md; with names, ``python python/tools/families.py NAMES`` tries those alone. A
+family is *exact* when its logits and the gradients of all its parameters are those of `head.run_backbone` and
+`head.head_pair`, in fp32.
 """
 
 from __future__ import annotations

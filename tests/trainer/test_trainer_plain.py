@@ -100,6 +100,19 @@ def evaluated(rank: int, folder: Path, want: list[dict[str, float]]) -> None:
         assert {name: seen[f"eval_{name}"] for name in NAMES} == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.parametrize("run_of", [run, with_trl])
+def test_evaluation_sets_are_logged_under_their_own_names(run_of, tmp_path: Path):
+    """And the best model may be that of one of them."""
+    options = dict(eval_strategy="steps", eval_steps=2, metric_for_best_model="eval_few_kl/margin")
+    ours = run_of(tmp_path, llama(), llama(1), max_steps=2, **options)
+    ours.eval_dataset = {"few": ours.eval_dataset, "many": ours.train_dataset}
+    ours.train()
+    names = set().union(*ours.state.log_history)
+    assert {"eval_few_rewards/margins", "eval_many_rewards/margins"} <= names and "eval_rewards/margins" not in names
+    assert [ours.state.best_metric] == logged(ours, "eval_few_kl/margin") != logged(ours, "eval_many_kl/margin")
+    assert ours.predict(ours.train_dataset).metrics["test_kl/margin"] == logged(ours, "eval_many_kl/margin")[0]
+
+
 def test_processes_evaluate_as_one_does(tmp_path: Path):
     alone = [run_of(tmp_path, llama(), llama(1)).evaluate() for run_of in (run, with_trl)]
     processes.run(evaluated, tmp_path, [{name: seen[f"eval_{name}"] for name in NAMES} for seen in alone])
