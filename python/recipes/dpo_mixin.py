@@ -48,9 +48,7 @@ class LabelledTDPOMixin(TDPOMixin):
 
     not_model_inputs = frozenset({"labels"})
 
-    def get_batch_loss_metrics(
-        self, model: nn.Module, batch: Batch, *unused: Any, **more: Any
-    ) -> tuple[Tensor, dict[str, float]]:
+    def get_batch_loss_metrics(self, model: nn.Module, batch: Batch, *_: Any, **unused: Any) -> tuple[Tensor, dict]:
         inputs = {name: x for name, x in batch.items() if name not in self.not_model_inputs}
         labels = batch["labels"]
         pairs = {"input_ids": labels, "completion_mask": labels != IGNORED, "attention_mask": batch["attention_mask"]}

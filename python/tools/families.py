@@ -98,12 +98,8 @@ class Row:
     verdict: str
 
 
-def tiny_config(family: str) -> PreTrainedConfig:
-    """The config of a family at a size that builds in a moment."""
-    return _tiny(CONFIG_MAPPING[family])
-
-
 def _tiny(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """Return the config of a family at a size that builds in a moment."""
     default = cls()
     known = default.to_dict()
     sizes = {name: value for name, value in (SIZES | ON_LOGITS).items() if name in known}
@@ -114,7 +110,7 @@ def _tiny(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
 
 def tiny_model(family: str, auto: Any = AutoModelForCausalLM) -> nn.Module:
     """Return a model in fp32 and eval mode with random weights and biases, for zeros would hide what is left out."""
-    config = tiny_config(family)
+    config = _tiny(CONFIG_MAPPING[family])
     with torch.device("meta"):
         size = sum(x.numel() for x in auto.from_config(config).parameters())
     if size > LARGEST:
@@ -138,7 +134,7 @@ def try_family(family: str, auto: Any = AutoModelForCausalLM) -> Row:
     try:
         model, inputs = tiny_model(family, auto), tiny_inputs()
         name = type(model).__name__
-        own = _own(model, inputs)
+        own = model(**_accepted(model, inputs)).logits
         pull = torch.randn(own.shape, generator=torch.Generator().manual_seed(2))
         gradients = _gradients(model, own, pull)
     except Exception as error:  # as many kinds as there are families
@@ -148,10 +144,6 @@ def try_family(family: str, auto: Any = AutoModelForCausalLM) -> Row:
     except Exception as error:
         return Row(family, name, "", f"refused: {_first_line(error)}")
     return Row(family, name, head, EXACT)
-
-
-def _own(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    return model(**_accepted(model, inputs)).logits
 
 
 def _compare_with_own(
