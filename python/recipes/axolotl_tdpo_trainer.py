@@ -19,7 +19,7 @@ class TDPOTrainer(TDPOMixin, AxolotlDPOTrainer):
     """axolotl's DPO trainer with the TDPO loss; the reference is axolotl's, or the model without its adapter."""
 
     def __init__(self, model: Any = None, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        refuse({name: (getattr(args, name, only), only) for name, only in FIXED.items()})
+        refuse({name: (getattr(args, name, only), only) for name, (only, _) in FIXED.items()})
         refuse({"precompute_ref_log_probs": (args.precompute_ref_log_probs, False)})
         options = loss_options(args.beta, _settings())
         super().__init__(model, ref_model, args=args, **kwargs)

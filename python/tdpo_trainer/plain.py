@@ -14,6 +14,8 @@ from .mixin import TDPOMixin
 from .redirect import refuse_compiled
 from .step import LossOptions, datasets_of, refuse_functions_of_logits, refuse_torch_compile
 
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
 
 class PlainTDPOTrainer(TDPOMixin, Trainer):
     """`transformers.Trainer` with the TDPO loss, the mean over the pairs of a micro-batch.
@@ -88,7 +90,7 @@ def _check_columns(kwargs: Mapping[str, Any]) -> None:
         seen = rows[0] if hasattr(rows, "__getitem__") and len(rows) else COLUMNS
         if not set(COLUMNS) <= set(seen):
             got, wanted = ", ".join(seen), ", ".join(COLUMNS)
-            raise ValueError(f"{name}: got rows of {got}; wanted {wanted}, as plain.tokenize makes them")
+            raise ValueError(f"{name}: got rows of {got}; wanted {wanted}, as tokens.tokenize makes them")
 
 
 def _refuse_what_has_no_effect(args: Any, others: Mapping[str, Any]) -> None:

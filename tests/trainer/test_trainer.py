@@ -115,14 +115,14 @@ def test_under_lora_the_reference_is_what_training_began_with(adapter: str, tmp_
 
 @pytest.mark.parametrize("own", ["model", "adapter"])
 def test_the_reference_has_no_dropout(own: str, tmp_path: Path):
-    """Nor where it is an argument of a function, which `disable_dropout` leaves as it is."""
+    """Nor where the policy has it, and where it is an argument of a function."""
     noisy = llama(attention_dropout=0.9).train()
     if own == "model":
         ours = trainer(tmp_path, llama(), noisy, max_steps=1)
         ours.train()
         assert logged(ours, "kl/chosen") == [0.0] and noisy.training
         return
-    ours = trainer(tmp_path, noisy, peft_config=LoraConfig(**LORA))
+    ours = trainer(tmp_path, noisy, peft_config=LoraConfig(**LORA), disable_dropout=False)
     batch = next(iter(ours.get_train_dataloader()))
     layer = ours.model.train().get_base_model().model.layers[0].eval()
     seen = reference.from_adapter(ours.model, ours.model, batch).hidden
