@@ -54,9 +54,9 @@ frameworks: $(READY)  ## the recipes for other frameworks, each run by its own c
 parallel: $(READY)  ## what is split over ranks, on four and on eight processes (a minute)
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/test_parallel*.py
 
-families: $(READY)  ## python/tdpo_trainer/FAMILIES.md anew: every family of transformers, built tiny (5 minutes)
-	$(PY) -m tdpo_trainer.families > build-families.md
-	@mv build-families.md python/tdpo_trainer/FAMILIES.md
+families: $(READY)  ## docs/families.md anew: every family of transformers, built tiny (5 minutes)
+	$(PY) python/tools/families.py > build-families.md
+	@mv build-families.md docs/families.md
 
 lint: $(READY)  ## ruff
 	@$(PY) -m ruff check .

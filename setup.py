@@ -8,5 +8,5 @@ beside = find_packages("python", include=["tdpo_*"])
 setup(
     packages=library + beside,
     package_dir={name: f"python/{name.replace('.', '/')}" for name in beside},
-    package_data={"tdpo_kernels": ["py.typed", "tables/*.json"], "tdpo_trainer": ["py.typed", "*.md"]},
+    package_data={"tdpo_kernels": ["py.typed", "tables/*.json"], "tdpo_trainer": ["py.typed", "README.md"]},
 )

@@ -8,9 +8,10 @@ from typing import Any
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 from axolotl_tdpo import TDPOPlugin
-from dpo_mixin import TDPOMixin, loss_options, refuse, settings_of
+from dpo_mixin import loss_options, refuse, settings_of
 from tdpo_trainer.config import FIXED
-from tdpo_trainer.step import Batch, model_inputs
+from tdpo_trainer.mixin import TDPOMixin
+from tdpo_trainer.step import Batch
 from torch import nn
 
 
@@ -18,18 +19,17 @@ class TDPOTrainer(TDPOMixin, AxolotlDPOTrainer):
     """axolotl's DPO trainer with the TDPO loss; the reference is axolotl's, or the model without its adapter."""
 
     def __init__(self, model: Any = None, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        refuse({name: (getattr(args, name, only), only) for name, only in FIXED.items()})
+        refuse({name: (getattr(args, name, only), only) for name, (only, _) in FIXED.items()})
         refuse({"precompute_ref_log_probs": (args.precompute_ref_log_probs, False)})
         options = loss_options(args.beta, _settings())
         super().__init__(model, ref_model, args=args, **kwargs)
         refuse({"router_aux_loss_coef": (self.router_aux_loss_coef if self.aux_loss_enabled else 0.0, 0.0)})
-        self.start_tdpo(options)
+        self.begin(options, self.args)
+        self.check_models()
 
     def _compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False) -> Any:
-        loss, means = self.tdpo_loss(model, model_inputs(inputs), inputs)
-        for name, value in means.items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
-        return (loss, means) if return_outputs else loss
+        loss = self.tdpo_loss(model, inputs)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def _settings() -> Mapping[str, Any]:

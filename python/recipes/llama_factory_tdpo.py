@@ -28,7 +28,8 @@ class TDPOTrainer(LabelledTDPOMixin, dpo.CustomDPOTrainer):
     def __init__(self, model: Any, ref_model: Any, finetuning_args: Any, **kwargs: Any) -> None:
         _check(finetuning_args, kwargs["data_collator"])
         super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
-        self.start_tdpo(loss_options(self.beta, self.settings))
+        self.begin(loss_options(self.beta, self.settings), self.args)
+        self.check_models()
 
 
 def _check(args: Any, collator: Any) -> None:

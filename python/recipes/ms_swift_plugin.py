@@ -25,7 +25,8 @@ class TDPOTrainer(LabelledTDPOMixin, DPOTrainer):
         _check(kwargs["args"], kwargs["template"])
         super().__init__(model, ref_model, *args, **kwargs)
         environment = {name: value for name in SETTINGS if (value := os.environ.get(f"TDPO_{name.upper()}"))}
-        self.start_tdpo(loss_options(self.beta, environment))
+        self.begin(loss_options(self.beta, environment), self.args)
+        self.check_models()
 
 
 def _check(args: Any, template: Any) -> None:

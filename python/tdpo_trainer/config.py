@@ -47,7 +47,9 @@ class TDPOConfig(DPOConfig):
             and no reference model is kept. ``precompute_ref_log_probs=True`` is the same with
             ``<output_dir>/reference_cache``.
         pairs_per_step: pairs per optimizer step over all processes: sets ``gradient_accumulation_steps``, so that one
-            command trains alike on any number of processes.
+            command trains alike on any number of processes. Those that share a batch by tensor parallelism count once.
+            Where it does not divide an epoch, that epoch's last step takes what is left: there a pair of a smaller
+            micro-batch weighs more, and several processes repeat some pairs to even out their batches.
 
     ``bf16`` left unset is on where there is an accelerator, and off on a CPU.
 
@@ -65,7 +67,8 @@ class TDPOConfig(DPOConfig):
         default=None, metadata={"help": "directory of the reference's hidden states, written where it is incomplete"}
     )
     pairs_per_step: int | None = field(
-        default=None, metadata={"help": "pairs per optimizer step over all processes; sets gradient accumulation"}
+        default=None,
+        metadata={"help": "pairs per optimizer step, fewer in an epoch's last; sets gradient accumulation"},
     )
 
     def __post_init__(self) -> None:
@@ -73,7 +76,10 @@ class TDPOConfig(DPOConfig):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _has_accelerator()
         if self.pairs_per_step is not None:
-            self.gradient_accumulation_steps = self._accumulation(int(os.environ.get("WORLD_SIZE", "1")))
+            given, steps = self.gradient_accumulation_steps, self.accumulation(self._data_parallel())
+            if given not in (1, steps):
+                raise ValueError(f"gradient_accumulation_steps: got {given} with pairs_per_step, wanted one of them")
+            self.gradient_accumulation_steps = steps
         super().__post_init__()
         self._refuse_what_has_no_effect()
         refuse_torch_compile(self)
@@ -91,11 +97,15 @@ class TDPOConfig(DPOConfig):
     def loss_options(self) -> LossOptions:
         return LossOptions(self.beta, self.alpha, self.variant, self.backend, self.memory_budget)
 
-    def _accumulation(self, processes: int) -> int:
+    def _data_parallel(self) -> int:
+        """Return the processes with pairs of their own, as far as is known before there is a model."""
+        tensor_parallel = getattr(getattr(self, "parallelism_config", None), "tp_size", None)
+        tensor_parallel = tensor_parallel or os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1")
+        return max(1, int(os.environ.get("WORLD_SIZE", "1")) // int(tensor_parallel))
+
+    def accumulation(self, processes: int) -> int:
+        """Return the micro-batches of a step that make ``pairs_per_step`` of them on so many processes."""
         at_once = self.per_device_train_batch_size * processes
-        if self.gradient_accumulation_steps not in (1, self.pairs_per_step // at_once):
-            seen = self.gradient_accumulation_steps
-            raise ValueError(f"gradient_accumulation_steps: got {seen} with pairs_per_step, wanted one of them")
         if self.pairs_per_step < at_once or self.pairs_per_step % at_once:
             raise ValueError(
                 f"pairs_per_step: got {self.pairs_per_step}, wanted a multiple of {at_once} = "

@@ -150,7 +150,7 @@ def check_head(model: nn.Module, inputs: Mapping[str, Any], rows: int = 4, *, wr
         wrapped: the model as DDP, FSDP or DeepSpeed wrap it; then every process has to call this.
 
     Raises:
-        UnsupportedModel: naming the family, and by how much its logits differ.
+        UnsupportedModel: naming the family, and by how much its logits differ, or that they are not finite.
         TypeError: the model is compiled as a whole.
     """
     refuse_compiled(model if wrapped is None else wrapped, model)
@@ -169,11 +169,12 @@ def check_head(model: nn.Module, inputs: Mapping[str, Any], rows: int = 4, *, wr
             return model.forward(**inputs).logits
 
     with evaluating(model):  # no dropout: a resumed run, which checks anew, goes on with the same random numbers
-        theirs = redirect(model if wrapped is None else wrapped, model, compare, **_few(model, inputs, rows))
+        few = _few(model, inputs, rows)
+        theirs = redirect(model if wrapped is None else wrapped, model, compare, **few)
     if not seen:
         raise UnsupportedModel(model, "its forward does not call its LM head", "a head that is called")
     ours, columns = seen[-1]
-    _compare(model, ours, theirs if columns is None else theirs[..., columns])
+    _compare(model, ours, theirs if columns is None else theirs[..., columns], few.get("attention_mask"))
 
 
 def logits(hidden: Tensor, head: LMHead) -> Tensor:
@@ -319,15 +320,21 @@ def _check_given(model: nn.Module, given: list[Tensor], inputs: Mapping[str, Any
         raise UnsupportedModel(model, f"its LM head is given {tuple(given[0].shape)}{ids}", "(B, L, D) for (B, L)")
 
 
-def _compare(model: nn.Module, ours: Tensor, theirs: Tensor) -> None:
-    """Up to rounding in the model's dtype. Rows of padding may be nan in both."""
+def _compare(model: nn.Module, ours: Tensor, theirs: Tensor, mask: Tensor | None = None) -> None:
+    """Compare up to rounding in the model's dtype, but for padding, whose rows may be nan."""
     if ours.shape != theirs.shape:
         shapes = f"its logits are {tuple(theirs.shape)}, its LM head makes {tuple(ours.shape)}"
         raise UnsupportedModel(model, shapes, "the same")
     tolerance = max(1e-4, 4 * torch.finfo(ours.dtype).eps)
+    tokens = None if mask is None else mask[:, -theirs.shape[1] :].bool()
+    if tokens is not None and tokens.shape == theirs.shape[:2] and tokens.any():
+        ours, theirs = ours[tokens], theirs[tokens]
+    if theirs.isnan().any() or theirs.isposinf().any():
+        seen = f"its logits are not finite on the first batch, in {str(theirs.dtype).removeprefix('torch.')}"
+        raise UnsupportedModel(model, seen, "sound weights, and bfloat16 or float32 where float16 overflows")
     ours, theirs = ours.float(), theirs.float()
-    counts = ~(ours.isnan() & theirs.isnan())
-    worst, size = float((ours - theirs)[counts].abs().max()), float(theirs[counts].abs().max())
+    apart = torch.where(ours == theirs, 0.0, ours - theirs)  # ruled out in both is equal
+    worst, size = float(apart.abs().max()), float(theirs[theirs.isfinite()].abs().max())
     if not worst <= tolerance * size:
         seen = f"its logits are not its LM head of its last hidden states: off by {worst:.3g}"
         raise UnsupportedModel(model, seen, f"at most {tolerance:.1g} of the largest, {size:.3g}")

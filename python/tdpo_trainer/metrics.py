@@ -15,27 +15,29 @@ from .kernels import TDPOOutput, TokenStats
 
 EXTRAS = ("entropy", "mean_logit", "is_argmax")
 OVER_PAIRS = (
-    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-    "kl/chosen", "kl/rejected", "kl/margin",
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+    "logps/rejected", "kl/chosen", "kl/rejected", "kl/margin",
 )  # fmt: skip
 OVER_TOKENS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+AUX_LOSS = "aux_loss"  # a mixture of experts' alone
 TOKENS_SEEN = "num_tokens"
-NAMES = (*OVER_PAIRS, *OVER_TOKENS, TOKENS_SEEN)
+NAMES = (*OVER_PAIRS, *OVER_TOKENS, AUX_LOSS, TOKENS_SEEN)
 
 
 @torch.no_grad()
 def pair_sums(out: TDPOOutput, stats: TokenStats, completion: Tensor, attention_mask: Tensor) -> Tensor:
-    """``(P, len(NAMES), 2)``: what each pair of a batch adds to the sum and to the count of each name.
+    """Return ``(P, len(NAMES), 2)``: what each pair of a batch adds to the sum and to the count of each name.
 
     Args:
+        out: of a batch whose loss is one per pair, or their mean, which then stands for each of them.
         completion: ``(2P, L)`` bool. The first column has no predictor, and does not count.
     """
     chosen, rejected = out.chosen_rewards, out.rejected_rewards
     margin = chosen - rejected
     kl_margin = out.chosen_kl - out.rejected_kl
     of_pairs = (
-        chosen, rejected, (margin > 0).to(margin), margin, out.chosen_logps, out.rejected_logps,
-        out.chosen_kl, out.rejected_kl, kl_margin,
+        out.loss.detach().expand_as(margin), chosen, rejected, (margin > 0).to(margin), margin,
+        out.chosen_logps, out.rejected_logps, out.chosen_kl, out.rejected_kl, kl_margin,
     )  # fmt: skip
     counted = completion.clone()
     counted[:, 0] = False
@@ -44,10 +46,20 @@ def pair_sums(out: TDPOOutput, stats: TokenStats, completion: Tensor, attention_
     (logit_w, logit_l), (tokens_w, tokens_l) = of_rows["mean_logit"].chunk(2), counts.chunk(2)
     of_tokens = (
         (_of_pair(of_rows["entropy"]), _of_pair(counts)), (logit_w, tokens_w), (logit_l, tokens_l),
-        (of_rows["is_argmax"].chunk(2)[0], tokens_w), (_of_pair(attention_mask.sum(-1)), torch.ones_like(tokens_w)),
+        (of_rows["is_argmax"].chunk(2)[0], tokens_w), (torch.zeros_like(margin), torch.zeros_like(margin)),
+        (_of_pair(attention_mask.sum(-1)), torch.ones_like(tokens_w)),
     )  # fmt: skip
     columns = [*((x, torch.ones_like(x)) for x in of_pairs), *of_tokens]
     return torch.stack([torch.stack([x.to(_wide(margin)) for x in pair], -1) for pair in columns], 1)
+
+
+@torch.no_grad()
+def with_aux_loss(sums: Tensor, aux_loss: Tensor, weight: float) -> Tensor:
+    """Return `pair_sums` with a mixture's auxiliary loss, and with its part in each pair's loss."""
+    sums = sums.clone()
+    sums[:, NAMES.index("loss"), 0] += weight * aux_loss
+    sums[:, NAMES.index(AUX_LOSS)] = torch.stack([aux_loss, torch.ones_like(aux_loss)]).to(sums)
+    return sums
 
 
 def _of_pair(rows: Tensor) -> Tensor:
@@ -65,9 +77,15 @@ def total_over_processes(sums: Tensor, gather: Callable[[Tensor], Tensor]) -> Te
 
 
 def means_of(total: Tensor) -> dict[str, float]:
-    """Means by name (``num_tokens``: the sum), of totals of any number of batches. Nothing counted: 0, as in TRL."""
-    means = {name: value / count if count else 0.0 for name, (value, count) in zip(NAMES, total.tolist(), strict=True)}
-    return means | {TOKENS_SEEN: float(total[-1, 0])}
+    """Return means by name (``num_tokens``: the sum), of totals of any number of batches.
+
+    Nothing counted is 0, as in TRL, but for ``aux_loss``, which then is left out.
+    """
+    counted = dict(zip(NAMES, total.tolist(), strict=True))
+    if not counted[AUX_LOSS][1]:
+        del counted[AUX_LOSS]
+    means = {name: value / count if count else 0.0 for name, (value, count) in counted.items()}
+    return means | {TOKENS_SEEN: counted[TOKENS_SEEN][0]}
 
 
 def over_processes(sums: Tensor, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:

@@ -7,28 +7,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from . import reference
-from .forward import Reference, pair_outputs
-from .head import check_head
-from .metrics import TOKENS_SEEN, means_of, total_over_processes
-from .parallelism import check_parallelism, copies_of_a_batch, keep_pairs_together, pairs_that_count
+from .mixin import TDPOMixin
 from .redirect import refuse_compiled
-from .step import (
-    Batch,
-    LossOptions,
-    aux_loss_of,
-    model_inputs,
-    pair_loss,
-    refuse_functions_of_logits,
-    refuse_torch_compile,
-)
+from .step import LossOptions, datasets_of, refuse_functions_of_logits, refuse_torch_compile
+
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
-class PlainTDPOTrainer(Trainer):
+class PlainTDPOTrainer(TDPOMixin, Trainer):
     """`transformers.Trainer` with the TDPO loss, the mean over the pairs of a micro-batch.
 
     Args:
@@ -62,96 +51,29 @@ class PlainTDPOTrainer(Trainer):
             raise ValueError(
                 "ref_model: got the model itself, wanted another instance (copy.deepcopy), or None with PEFT"
             )
-        if ref_model is None and not is_peft_model(model):
-            raise ValueError("ref_model: got None, wanted a model: only a PEFT model is its own reference")
         refuse_compiled(*(x for x in (model, ref_model) if x is not None))
-        if ref_model is None:
-            reference.check_own_reference(model)
         _refuse_what_has_no_effect(args, kwargs)
         tokenizer = kwargs.get("processing_class")
         if getattr(tokenizer, "pad_token_id", None) is None:
             raise ValueError(f"processing_class: got {type(tokenizer).__name__}, wanted a tokenizer with a pad token")
         args = TrainingArguments("tmp_trainer") if args is None else args  # transformers' own default
         args.remove_unused_columns = False
-        kwargs.setdefault("data_collator", partial(collate, pad=tokenizer.pad_token_id, max_length=max_length))
-        super().__init__(model=model, args=args, **kwargs)
-        check_parallelism(self.accelerator.parallelism_config, model, ref_model)
-        keep_pairs_together(self.accelerator)
-        self.options = options or LossOptions()
-        self.model_accepts_loss_kwargs = False  # so that the loss is divided by gradient_accumulation_steps
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = partial(collate, pad=tokenizer.pad_token_id, max_length=max_length)
+            _check_columns(kwargs)
+        self.begin(options or LossOptions(), args)
         self.ref_model = ref_model
+        super().__init__(model=model, args=args, **kwargs)
+        self.check_models()
+        self.model_accepts_loss_kwargs = False  # so that the loss is divided by gradient_accumulation_steps
         if ref_model is not None:
             ref_model.requires_grad_(False).eval()
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self.router_aux_loss_coef = _router_aux_loss_coef(model, router_aux_loss_coef)
-        self._totals: dict[str, Tensor] = {}
-        self._aux_losses: dict[str, list[float]] = {"train": [], "eval": []}
-        self._heads_checked = False
-        self._tokens_seen = 0
-        self.accelerator.print(self.options.describe(self.accelerator.device), flush=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mode = "train" if self.model.training else "eval"
-        policy = self.accelerator.unwrap_model(model)
-        router = {"output_router_logits": True} if self.router_aux_loss_coef else {}
-        with self.accelerator.autocast():
-            self._check_heads(model, inputs)
-            theirs = self._reference_side(model, policy, inputs)
-            loss = pair_loss(inputs, self.options)
-            out = pair_outputs(model, theirs, model_inputs(inputs) | router, loss, unwrapped=policy)
-        self._record(mode, out["sums"])
-        total = out["loss"] + self._aux_loss(mode, out) if router else out["loss"]
-        return (total, out) if return_outputs else total
-
-    def _aux_loss(self, mode: str, out: dict[str, Tensor]) -> Tensor:
-        """Noted, and times its coefficient."""
-        loss = aux_loss_of(out)
-        self._aux_losses[mode].append(self.accelerator.gather(loss.detach()).mean().item())
-        return self.router_aux_loss_coef * loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss only: there are no logits to return."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to `logs` itself, as TRL does: `evaluate` returns it, and ``metric_for_best_model`` finds it."""
-        mode = "train" if self.model.training else "eval"
-        prefix = "eval_" if mode == "eval" else ""
-        means = means_of(self._totals.pop(mode)) if mode in self._totals else {}
-        if aux := self._aux_losses[mode]:
-            means["aux_loss"] = sum(aux) / len(aux)
-            aux.clear()
-        means = {f"{prefix}{name}": value for name, value in (means | {TOKENS_SEEN: self._tokens_seen}).items()}
-        logs.update(means)
-        super().log(logs, start_time)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Without what an earlier `predict` left unlogged."""
-        self._totals.pop("eval", None)
-        self._aux_losses["eval"].clear()
-        return super().evaluation_loop(*args, **kwargs)
-
-    def _reference_side(self, model: nn.Module, policy: nn.Module, inputs: Batch) -> Reference:
-        if self.ref_model is None:
-            return reference.from_adapter(model, policy, inputs)
-        return reference.from_model(self.ref_model, self.accelerator.unwrap_model(self.ref_model), inputs)
-
-    def _check_heads(self, model: nn.Module, inputs: Batch) -> None:
-        """Once, on the first batch: that the models' logits are what the loss takes them for."""
-        models = [x for x in (model, self.ref_model) if x is not None]  # a compiled one has no truth
-        for wrapped in [] if self._heads_checked else models:
-            check_head(self.accelerator.unwrap_model(wrapped), model_inputs(inputs), wrapped=wrapped)
-        self._heads_checked = True
-
-    def _record(self, mode: str, sums: Tensor) -> None:
-        copies = copies_of_a_batch(self.accelerator.parallelism_config, self.model)
-        counted = len(sums) if mode == "train" else pairs_that_count(self.accelerator, len(sums), copies)
-        total = total_over_processes(sums[:counted], self.accelerator.gather)
-        if mode == "train":
-            self._tokens_seen += int(means_of(total)[TOKENS_SEEN]) // copies
-        self._totals[mode] = self._totals.get(mode, 0) + total
+        loss = self.tdpo_loss(model, inputs, aux_weight=self.router_aux_loss_coef)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def _router_aux_loss_coef(model: nn.Module, given: float | None) -> float:
@@ -160,6 +82,15 @@ def _router_aux_loss_coef(model: nn.Module, given: float | None) -> float:
     if given and not makes_one:
         raise ValueError(f"router_aux_loss_coef: got {given:g} for a {config.model_type}, which has no auxiliary loss")
     return given if given is not None else getattr(config, "router_aux_loss_coef", 0.0) if makes_one else 0.0
+
+
+def _check_columns(kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for rows that are not `tokenize`'s, where there is a first one to look at."""
+    for name, rows in datasets_of(kwargs):
+        seen = rows[0] if hasattr(rows, "__getitem__") and len(rows) else COLUMNS
+        if not set(COLUMNS) <= set(seen):
+            got, wanted = ", ".join(seen), ", ".join(COLUMNS)
+            raise ValueError(f"{name}: got rows of {got}; wanted {wanted}, as tokens.tokenize makes them")
 
 
 def _refuse_what_has_no_effect(args: Any, others: Mapping[str, Any]) -> None:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from torch import nn
 
 from .adapters import names_of_adapters
 from .forward import Reference, reference_side
-from .kernels import LMHead
 from .step import Batch, model_inputs
 
 OWN = "ref"  # the adapter that TRL makes of one that was trained before
@@ -29,31 +29,37 @@ def from_adapter(wrapped: nn.Module, policy: nn.Module, batch: Batch) -> Referen
     return reference_side(wrapped, model_inputs(batch), unwrapped=policy, policy_within=within)
 
 
-def from_cache(batch: Batch, head: LMHead | None) -> Reference:
-    return Reference(batch["ref_hidden"], head)
-
-
 @contextmanager
 def adapter_of_reference(policy: nn.Module) -> Iterator[None]:
-    """A PEFT policy as its own reference: its ``"ref"`` adapter where there is one, else no adapter at all."""
-    if OWN not in policy.peft_config:
-        with policy.disable_adapter():
-            yield
-        return
-    active = policy.active_adapter
-    policy.set_adapter(OWN)
+    """Make a PEFT policy its own reference: with its ``"ref"`` adapter where there is one, else without any.
+
+    PEFT switches ``requires_grad`` of adapters as it goes, and leaves all that are active trained. Here each flag is
+    put back: of the parameters there at the beginning, and of those that FSDP has put in their place at the end.
+    """
+    entered, active = list(policy.named_parameters()), policy.active_adapter
+    flags = {name: x.requires_grad for name, x in entered}
     try:
-        yield
+        if OWN in policy.peft_config:
+            policy.set_adapter(OWN)
+            yield
+        else:
+            with policy.disable_adapter():
+                yield
     finally:
-        policy.set_adapter(active)
+        if OWN in policy.peft_config:
+            policy.set_adapter(active)
+        for name, x in (*entered, *policy.named_parameters()):
+            x.requires_grad_(flags.get(name, x.requires_grad))
 
 
 def check_own_reference(policy: nn.Module) -> None:
-    """Check that a PEFT policy's base model is what training begins with, and stays so.
+    """Check that a policy is a PEFT model whose base model is what training begins with, and stays so.
 
     Raises:
-        ValueError: it is not, naming the option or the weight, and a way out.
+        ValueError: not so, naming the option or the weight, and a way out.
     """
+    if not is_peft_model(policy):
+        raise ValueError("ref_model: got None, wanted a model: only a PEFT model is its own reference")
     adapters, active = policy.peft_config, list(policy.active_adapters)
     if OWN in active:
         raise ValueError(f"model: got an adapter in training named {OWN!r}, the reference's; wanted another name")

@@ -61,10 +61,12 @@ def pair_loss(batch: Batch, options: LossOptions) -> Loss:
     labels = labels_of(batch)
 
     def loss(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead) -> dict[str, Tensor]:
+        each = "mean" if torch.is_grad_enabled() else "none"  # in evaluation a pair may be one that does not count
         out = fused_tdpo_loss(
-            hidden, head, ref_hidden, ref_head, labels, ignore_index=IGNORED, extras=EXTRAS, **vars(options)
-        )
-        return {"loss": out.loss, "sums": pair_sums(out, out.tokens, labels != IGNORED, batch["attention_mask"])}
+            hidden, head, ref_hidden, ref_head, labels, ignore_index=IGNORED, extras=EXTRAS, reduction=each,
+            **vars(options),
+        )  # fmt: skip
+        return {"loss": out.loss.mean(), "sums": pair_sums(out, out.tokens, labels != IGNORED, batch["attention_mask"])}
 
     return loss
 
@@ -84,6 +86,13 @@ def refuse_functions_of_logits(arguments: Mapping[str, Any]) -> None:
     ):  # fmt: skip
         if arguments.get(name) is not None:
             raise ValueError(f"{name}: got {what}, wanted None: TDPO never makes them")
+
+
+def datasets_of(arguments: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return a trainer's datasets, each with its argument's name; several to evaluate on one by one."""
+    evaluated = arguments.get("eval_dataset")
+    evaluated = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
+    return [("train_dataset", arguments.get("train_dataset")), *(("eval_dataset", x) for x in evaluated)]
 
 
 def refuse_torch_compile(args: Any) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import trl
 from accelerate import DistributedType
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
@@ -20,16 +20,15 @@ from .attach import COLUMNS, CachedCollator, attach, is_attached
 from .cache import CacheError, ReferenceCache
 from .config import TDPOConfig
 from .fill import Source, write_cache
-from .forward import Reference, pair_outputs
-from .head import check_head
+from .forward import Reference
 from .kernels import LMHead, on_device
-from .metrics import TOKENS_SEEN, means_of, total_over_processes
-from .parallelism import check_parallelism, copies_of_a_batch, keep_pairs_together, pairs_that_count
+from .mixin import TDPOMixin
+from .parallelism import copies_of_a_batch
 from .redirect import refuse_compiled
-from .step import Batch, aux_loss_of, model_inputs, pair_loss, refuse_functions_of_logits
+from .step import Batch, datasets_of, refuse_functions_of_logits
 
 
-class TDPOTrainer(DPOTrainer):
+class TDPOTrainer(TDPOMixin, DPOTrainer):
     """TRL's `DPOTrainer` with the TDPO loss, its KL over the whole vocabulary, and no ``[tokens, vocabulary]``.
 
     The arguments are `DPOTrainer`'s, ``args`` a `TDPOConfig`; so are the data format, PEFT (the reference is the model
@@ -51,13 +50,9 @@ class TDPOTrainer(DPOTrainer):
     _paper = {
         "title": "Token-level Direct Preference Optimization",
         "id": "2404.11999",
-        "citation": "@inproceedings{zeng2024tdpo,\n"
-        "    title     = {{Token-level Direct Preference Optimization}},\n"
-        "    author    = {Yongcheng Zeng and Guoqing Liu and Weiyu Ma and Ning Yang and Haifeng Zhang and Jun Wang},\n"
-        "    booktitle = {International Conference on Machine Learning},\n"
-        "    year      = 2024,\n"
-        "    eprint    = {arXiv:2404.11999},\n"
-        "}",
+        "citation": "@inproceedings{zeng2024tdpo, title={{Token-level Direct Preference Optimization}}, year=2024,\n"
+        "author={Yongcheng Zeng and Guoqing Liu and Weiyu Ma and Ning Yang and Haifeng Zhang and Jun Wang},\n"
+        "booktitle={International Conference on Machine Learning}, eprint={arXiv:2404.11999}}",
     }
 
     def __init__(
@@ -72,21 +67,22 @@ class TDPOTrainer(DPOTrainer):
         refuse_compiled(*(x for x in (model, ref_model) if isinstance(x, nn.Module)))
         if ref_model is None and isinstance(model, nn.Module) and is_peft_model(model):
             reference.check_own_reference(model)  # before TRL adds a copy of its adapter
-        self.options = args.loss_options()
-        if args.process_index == 0:
-            print(self.options.describe(args.device), flush=True)
-        self._totals: dict[str, Tensor] = {}
+        if ref_model is None and args.reference_cache is None and kwargs.get("peft_config") is None:
+            ref_model = _initial(model)
+        self.begin(args.loss_options(), args)
         self._caches: dict[str, ReferenceCache] = {}
         self._ref_head: LMHead | None = None
-        self._heads_checked = self._initialised = self._ref_model_left = False
+        self._initialised = self._ref_model_left = False
         self._model_digests: dict[str, str] | None = None
         if args.reference_cache is not None and ref_model is not None and args.process_index == 0:
             self._model_digests = _model_digests(ref_model)  # before it is sharded
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
-        check_parallelism(self.accelerator.parallelism_config, self.model, self.ref_model)
-        keep_pairs_together(self.accelerator)
-        if self.ref_model is None and is_peft_model(self.model):
-            reference.check_own_reference(self.model)
+        self.check_models()
+        if args.disable_dropout:
+            _stop_dropout(self.model)
+        if args.pairs_per_step is not None:
+            copies = copies_of_a_batch(self.accelerator.parallelism_config, self.model)
+            args.gradient_accumulation_steps = args.accumulation(self.accelerator.num_processes // copies)
         if args.reference_cache is not None:
             self._leave_reference_model()
         self._initialised = True
@@ -102,66 +98,16 @@ class TDPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False):
         self._computed = True
-        mode = "train" if self.model.training else "eval"
-        policy = self.accelerator.unwrap_model(model)
-        router = {"output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else {}
-        with self.accelerator.autocast():
-            self._check_heads(model, inputs)
-            theirs = self._reference_side(model, policy, inputs)
-            loss = pair_loss(inputs, self.options)
-            out = pair_outputs(model, theirs, model_inputs(inputs) | router, loss, unwrapped=policy)
-        self._record(mode, out["sums"])
-        total = out["loss"] + self._aux_loss(mode, out) if router else out["loss"]
-        return (total, out) if return_outputs else total
+        weight = self.router_aux_loss_coef if getattr(self, "aux_loss_enabled", False) else 0.0
+        loss = self.tdpo_loss(model, inputs, aux_weight=weight)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _aux_loss(self, mode: str, out: dict[str, Tensor]) -> Tensor:
-        """Noted, and times its coefficient."""
-        loss = aux_loss_of(out)
-        self._metrics[mode]["aux_loss"].append(self.accelerator.gather(loss.detach()).mean().item())
-        return self.router_aux_loss_coef * loss
-
-    def _reference_side(self, model: nn.Module, policy: nn.Module, inputs: Batch) -> Reference:
-        if "ref_hidden" in inputs:
-            return reference.from_cache(inputs, self._ref_head)
-        if self.ref_model is not None:
-            return reference.from_model(self.ref_model, self.accelerator.unwrap_model(self.ref_model), inputs)
-        if self.args.reference_cache is not None:
+    def reference_side(self, model: nn.Module, policy: nn.Module, inputs: Batch, pairs: Batch) -> Reference:
+        if "ref_hidden" in pairs:
+            return Reference(pairs["ref_hidden"], self._ref_head)
+        if self.ref_model is None and self.args.reference_cache is not None:
             raise CacheError("the batch has no ref_hidden: wanted the trainer's own data_collator, or one within it")
-        return reference.from_adapter(model, policy, inputs)
-
-    def _check_heads(self, model: nn.Module, inputs: Batch) -> None:
-        """Once, on the first batch: that the models' logits are what the loss takes them for."""
-        models = [x for x in (model, self.ref_model) if x is not None]  # a compiled one has no truth
-        for wrapped in [] if self._heads_checked else models:
-            check_head(self.accelerator.unwrap_model(wrapped), model_inputs(inputs), wrapped=wrapped)
-        self._heads_checked = True
-
-    def _record(self, mode: str, sums: Tensor) -> None:
-        copies = copies_of_a_batch(self.accelerator.parallelism_config, self.model)
-        counted = len(sums) if mode == "train" else pairs_that_count(self.accelerator, len(sums), copies)
-        total = total_over_processes(sums[:counted], self.accelerator.gather)
-        if mode == "train":
-            self._total_train_tokens += int(means_of(total)[TOKENS_SEEN]) // copies
-        self._totals[mode] = self._totals.get(mode, 0) + total
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        if mode in self._totals:
-            means = means_of(self._totals.pop(mode)) | {TOKENS_SEEN: self._total_train_tokens}
-            self._metrics[mode].update({name: [value] for name, value in means.items()})
-        super().log(logs, start_time)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Without what an earlier `predict` left unlogged."""
-        self._totals.pop("eval", None)
-        self._metrics["eval"].clear()
-        return super().evaluation_loop(*args, **kwargs)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss only: there are no logits to return."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+        return super().reference_side(model, policy, inputs, pairs)
 
     # The reference cache.
 
@@ -197,8 +143,8 @@ class TDPOTrainer(DPOTrainer):
         """The reference's side of a batch before training has begun, when the policy is still what it was."""
         own = self.ref_model is None
         model = self.model if own else self.accelerator.unwrap_model(self.ref_model)
-        if under_adapter := own and is_peft_model(model):
-            reference.check_own_reference(model)
+        under_adapter = own and is_peft_model(model)
+        self.check_models()  # before it is written
         side = reference.from_adapter if under_adapter else reference.from_model
 
         def side_of(batch: Batch) -> Reference:
@@ -249,6 +195,29 @@ class TDPOTrainer(DPOTrainer):
         self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
 
 
+def _initial(model: str | nn.Module) -> nn.Module | None:
+    """Return the reference that a model is to itself before it is trained, None where an adapter or TRL sees to that.
+
+    TRL loads one anew by its name: also that of a model which is given, whatever was done to it since.
+    """
+    if isinstance(model, str) or is_peft_model(model):
+        return None
+    if any(hasattr(x, "ds_id") or hasattr(x, "full_tensor") for x in model.parameters()):
+        raise ValueError(
+            "ref_model: got None for a model that is split over processes, wanted a second one of its kind"
+        )
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def _stop_dropout(model: nn.Module) -> None:
+    """Set to 0 the probabilities that a family's forward reads from itself or its config, which TRL leaves on."""
+    for module in model.modules():
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+
+
 def _model_digests(model: nn.Module) -> dict[str, str]:
     return {"model": fingerprint.of_model(model), "config": fingerprint.of_config(model)}
 
@@ -263,11 +232,7 @@ def _check_arguments(args: TDPOConfig, kwargs: dict[str, Any]) -> None:
         raise TypeError(f"args: got a {type(args).__name__}, wanted a TDPOConfig")
     refuse_functions_of_logits(kwargs)
     if args.reference_cache is not None:
-        evaluated = kwargs.get("eval_dataset")
-        for dataset in (
-            kwargs.get("train_dataset"),
-            *(evaluated.values() if isinstance(evaluated, dict) else [evaluated]),
-        ):
+        for _, dataset in datasets_of(kwargs):
             _check_cacheable(dataset)
 
 

@@ -59,6 +59,19 @@ def test_check_head_sees_half_a_percent(dtype: torch.dtype):
         h.check_head(model, inputs)
 
 
+@pytest.mark.parametrize("weight, refused", [(float("nan"), True), (3e38, True), (float("-inf"), False)])
+def test_logits_that_are_not_finite_are_not_the_head_s_fault(weight: float, refused: bool):
+    """But -inf in a bias rules a token out, and padding may be anything."""
+    model, inputs = tiny.build("phi", dtype=torch.float32), tiny.inputs_of(tiny.batch())
+    model.lm_head.bias.data[5] = weight
+    if weight == 3e38:
+        model.lm_head.weight.data[5] = weight
+    if not refused:
+        return h.check_head(model, inputs)
+    with pytest.raises(h.UnsupportedModel, match=r"^phi \(\w+\): its logits are not finite on the first batch"):
+        h.check_head(model, inputs)
+
+
 def _times(out, factor: float):
     out.logits = factor * out.logits
     return out

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
-import tdpo_trainer
 import transformers
-from tdpo_trainer import families
 
-TABLE = (Path(tdpo_trainer.__file__).parent / "FAMILIES.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "python" / "tools"))
+import families  # noqa: E402
+
+TABLE = (ROOT / "docs" / "families.md").read_text()
 VERSION = f"with transformers {transformers.__version__}."
 CORE = [
     "bart", "bert", "bloom", "cohere2", "falcon_h1", "falcon_mamba", "gemma", "gemma2", "gemma3_text", "gpt2",
@@ -21,7 +24,7 @@ CORE = [
 @pytest.fixture(autouse=True)
 def _same_version() -> None:
     if VERSION not in TABLE:
-        pytest.skip(f"FAMILIES.md is not of transformers {transformers.__version__}: make families")
+        pytest.skip(f"docs/families.md is not of transformers {transformers.__version__}: make families")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -26,6 +26,8 @@ def test_the_plain_trainer_keeps_its_columns_without_args(tmp_path: Path, monkey
     trainer = PlainTDPOTrainer(llama(), llama(1), train_dataset=rows, processing_class=tokenizer())
     assert "completion_mask" in next(iter(trainer.get_train_dataloader()))
     assert not trainer.args.remove_unused_columns
+    with pytest.raises(ValueError, match="^eval_dataset: got rows of prompt, chosen, rejected; wanted prompt_ids"):
+        PlainTDPOTrainer(llama(), llama(1), eval_dataset={"a": text_pairs()}, processing_class=tokenizer())
 
 
 def test_the_oldest_versions_of_the_matrix_are_the_lower_bounds():

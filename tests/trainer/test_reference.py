@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from runs import llama, logged, trainer
 from tdpo_trainer.adapters import names_of_adapters
-from tdpo_trainer.reference import check_own_reference
+from tdpo_trainer.reference import adapter_of_reference, check_own_reference
 from test_trainer_plain import run
 
 PLAIN = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -76,6 +76,27 @@ def test_weights_trained_beside_the_adapter_are_refused(trained: str, tmp_path: 
     with pytest.raises(ValueError, match=f"^model: .*{trained}.* is trained beside the adapter"):
         trainer(tmp_path, policy)
     run(tmp_path, policy, llama(attention_bias=True))
+
+
+@pytest.mark.parametrize("run_of", [run, trainer])
+def test_an_adapter_that_was_loaded_frozen_is_refused(run_of, tmp_path: Path):
+    adapted().save_pretrained(tmp_path / "adapter")
+    for reference in (None, llama(attention_bias=True)):
+        policy = PeftModel.from_pretrained(llama(attention_bias=True), tmp_path / "adapter")
+        with pytest.raises(ValueError, match="^model: got nothing to train.*is_trainable=True"):
+            run_of(tmp_path, policy, reference)
+
+
+@pytest.mark.parametrize("own", ["ref", "no adapter"])
+def test_the_reference_leaves_what_is_trained_as_it_was(own: str):
+    policy = with_copy(adapted()) if own == "ref" else adapted()
+    for name, x in policy.named_parameters():
+        x.requires_grad_("lora_B" in name and "default" in name or name.endswith("norm.weight"))
+    before = {name: x.requires_grad for name, x in policy.named_parameters()}
+    with pytest.raises(ZeroDivisionError), adapter_of_reference(policy):
+        assert not any(x.requires_grad for name, x in policy.named_parameters() if "default" in name)
+        raise ZeroDivisionError
+    assert {name: x.requires_grad for name, x in policy.named_parameters()} == before
 
 
 def test_copies_of_modules_are_the_adapter_s():

@@ -74,7 +74,9 @@ def test_gradients_of_a_model_split_by_its_own_plan(tmp_path: Path):
 def training(rank: int, folder: Path, want: list[float], tokens: list[int], parameters: dict[str, Tensor]) -> None:
     ParallelismConfig._validate_accelerator = lambda *_: None  # it wants GPUs; nothing after it does
     model, reference = (split(folder / "model", rank, 2, torch.float32) for _ in range(2))
-    trainer = runs.trainer(folder / f"out{rank}", model, reference)
+    with pytest.raises(ValueError, match="^ref_model: got None for a model that is split over processes"):
+        runs.trainer(folder, model)
+    trainer = runs.trainer(folder / f"out{rank}", model, reference, pairs_per_step=4)
     trainer.train()
     torch.testing.assert_close(torch.tensor(runs.losses(trainer)), torch.tensor(want), rtol=2e-4, atol=2e-5)
     assert runs.logged(trainer, "num_tokens") == tokens
@@ -104,7 +106,7 @@ def models(tmp_path: Path) -> list[nn.Module]:
 
 
 def test_a_run_of_the_trainer_is_that_of_one_process(models: list[nn.Module], tmp_path: Path):
-    alone = runs.trainer(tmp_path / "alone", *models)
+    alone = runs.trainer(tmp_path / "alone", *models, pairs_per_step=4)
     alone.train()
     run(training, tmp_path, runs.losses(alone), runs.logged(alone, "num_tokens"), runs.parameters(models[0]))
 

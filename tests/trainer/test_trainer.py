@@ -17,6 +17,7 @@ from tdpo_trainer.config import TDPOConfig
 from tdpo_trainer.head import last_hidden
 from tdpo_trainer.step import LossOptions, model_inputs, pair_loss
 from tdpo_trainer.trainer import TDPOTrainer
+from transformers import GPTJConfig, GPTJForCausalLM
 from trl import DPOConfig
 
 from tdpo_kernels import LMHead
@@ -53,12 +54,33 @@ def test_default_is_the_initial_policy_as_reference(tmp_path: Path):
     assert logged(ours, "kl/chosen")[-1] > 0.0
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_model_that_was_changed_since_it_was_loaded_is_its_own_reference(cached: bool, tmp_path: Path):
+    llama().save_pretrained(tmp_path / "model")
+    model = type(llama()).from_pretrained(tmp_path / "model")
+    model.lm_head.weight.data.mul_(1.5)
+    ours = trainer(tmp_path, model, max_steps=2, reference_cache=str(tmp_path / "cache") if cached else None)
+    ours.train()
+    assert logged(ours, "kl/chosen")[0] == 0.0 < logged(ours, "kl/chosen")[1]
+
+
+GPTJ = dict(vocab_size=31, n_embd=16, n_layer=1, n_head=2, n_positions=64, rotary_dim=4, attn_pdrop=0.9)
+
+
+@pytest.mark.parametrize("model", [lambda: llama(attention_dropout=0.9), lambda: GPTJForCausalLM(GPTJConfig(**GPTJ))])
+def test_disabled_dropout_is_off_where_it_is_no_module(model, tmp_path: Path):
+    """Llama's is a number that its attention has, GPT-J's one that its config has."""
+    off, on = (trainer(tmp_path, model(), disable_dropout=disabled, max_steps=1) for disabled in (True, False))
+    off.train(), on.train()
+    assert logged(off, "kl/chosen") == [0.0] < logged(on, "kl/chosen")
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_resumed_run_is_the_uninterrupted_one(dropout: float, tmp_path: Path):
     """Also where the policy draws random numbers, which the check of the first batch must not."""
 
     def run(folder: str, **changes) -> TDPOTrainer:
-        options = dict(optim="adamw_torch", lr_scheduler_type="linear", max_steps=6)
+        options = dict(optim="adamw_torch", lr_scheduler_type="linear", max_steps=6, disable_dropout=False)
         return trainer(tmp_path / folder, llama(attention_dropout=dropout), llama(1), **options, **changes)
 
     whole = run("whole")
@@ -67,6 +89,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(dropout: float, tmp_path: Path):
     resumed = run("half", save_strategy="steps", save_steps=3)
     resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
     assert losses(resumed) == losses(whole)
+    assert logged(resumed, "num_tokens") == logged(whole, "num_tokens")
     assert worst(parameters(resumed.model), parameters(whole.model)) == 0.0
 
 
@@ -92,14 +115,14 @@ def test_under_lora_the_reference_is_what_training_began_with(adapter: str, tmp_
 
 @pytest.mark.parametrize("own", ["model", "adapter"])
 def test_the_reference_has_no_dropout(own: str, tmp_path: Path):
-    """Nor where it is an argument of a function, which `disable_dropout` leaves as it is."""
+    """Nor where the policy has it, and where it is an argument of a function."""
     noisy = llama(attention_dropout=0.9).train()
     if own == "model":
         ours = trainer(tmp_path, llama(), noisy, max_steps=1)
         ours.train()
         assert logged(ours, "kl/chosen") == [0.0] and noisy.training
         return
-    ours = trainer(tmp_path, noisy, peft_config=LoraConfig(**LORA))
+    ours = trainer(tmp_path, noisy, peft_config=LoraConfig(**LORA), disable_dropout=False)
     batch = next(iter(ours.get_train_dataloader()))
     layer = ours.model.train().get_base_model().model.layers[0].eval()
     seen = reference.from_adapter(ours.model, ours.model, batch).hidden

@@ -12,13 +12,15 @@ import runs
 import torch
 from peft import LoraConfig, get_peft_model
 from runs import SETTINGS, eager_run, llama, logged, losses, mixtral, parameters, recorded, text_pairs, tokenizer, worst
-from tdpo_trainer.metrics import NAMES
+from tdpo_trainer import metrics
 from tdpo_trainer.plain import PlainTDPOTrainer, collate
 from tdpo_trainer.step import LossOptions
 from tdpo_trainer.tokens import tokenize
 from tokenizers import processors
 from torch import nn
 from transformers import TrainingArguments
+
+NAMES = [name for name in metrics.NAMES if name != metrics.AUX_LOSS]
 
 
 def run(
@@ -73,7 +75,7 @@ def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path: Path):
 
 def test_what_is_logged_does_not_depend_on_how_pairs_are_batched(tmp_path: Path):
     evaluated = [run(tmp_path, llama(), llama(1), per_device_eval_batch_size=size).evaluate for size in (1, 2, 3)]
-    first, *others = ({name: seen[f"eval_{name}"] for name in (*NAMES, "loss")} for seen in (x() for x in evaluated))
+    first, *others = ({name: seen[f"eval_{name}"] for name in NAMES} for seen in (x() for x in evaluated))
     assert all(other == pytest.approx(first, rel=1e-4) for other in others)
     trained = []
     for size in (1, 4):
@@ -86,16 +88,34 @@ def test_what_is_logged_does_not_depend_on_how_pairs_are_batched(tmp_path: Path)
     assert ours.evaluate()["eval_kl/chosen"] == pytest.approx(ours.evaluate()["eval_kl/chosen"], rel=1e-6)
 
 
-def evaluated(rank: int, folder: Path, want: dict[str, float]) -> None:
-    """Three pairs, so that the last batch of two processes repeats one."""
+def with_trl(folder: Path, model: nn.Module, ref_model: nn.Module | None, **changes) -> runs.TDPOTrainer:
+    return runs.trainer(folder, model, ref_model, eval_dataset=runs.pairs().select(range(3)), **changes)
+
+
+def evaluated(rank: int, folder: Path, want: list[dict[str, float]]) -> None:
+    """Take three pairs, so that the last batch of two processes repeats one."""
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    seen = run(folder / str(rank), llama(), llama(1), per_device_eval_batch_size=1).evaluate()
-    assert {name: seen[f"eval_{name}"] for name in NAMES} == pytest.approx(want, rel=1e-4)
+    for run_of, one in zip((run, with_trl), want, strict=True):
+        seen = run_of(folder / str(rank), llama(), llama(1), per_device_eval_batch_size=2).evaluate()
+        assert {name: seen[f"eval_{name}"] for name in NAMES} == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("run_of", [run, with_trl])
+def test_evaluation_sets_are_logged_under_their_own_names(run_of, tmp_path: Path):
+    """And the best model may be that of one of them."""
+    options = dict(eval_strategy="steps", eval_steps=2, metric_for_best_model="eval_few_kl/margin")
+    ours = run_of(tmp_path, llama(), llama(1), max_steps=2, **options)
+    ours.eval_dataset = {"few": ours.eval_dataset, "many": ours.train_dataset}
+    ours.train()
+    names = set().union(*ours.state.log_history)
+    assert {"eval_few_rewards/margins", "eval_many_rewards/margins"} <= names and "eval_rewards/margins" not in names
+    assert [ours.state.best_metric] == logged(ours, "eval_few_kl/margin") != logged(ours, "eval_many_kl/margin")
+    assert ours.predict(ours.train_dataset).metrics["test_kl/margin"] == logged(ours, "eval_many_kl/margin")[0]
 
 
 def test_processes_evaluate_as_one_does(tmp_path: Path):
-    seen = run(tmp_path, llama(), llama(1)).evaluate()
-    processes.run(evaluated, tmp_path, {name: seen[f"eval_{name}"] for name in NAMES})
+    alone = [run_of(tmp_path, llama(), llama(1)).evaluate() for run_of in (run, with_trl)]
+    processes.run(evaluated, tmp_path, [{name: seen[f"eval_{name}"] for name in NAMES} for seen in alone])
 
 
 def test_what_is_wrong_is_said(tmp_path: Path):

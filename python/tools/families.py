@@ -1,7 +1,8 @@
-"""Which families of transformers' causal LMs can be trained: each is built tiny, with random weights, and tried.
+"""Try which families of transformers' causal LMs can be trained: each is built tiny, with random weights.
 
-``python -m tdpo_trainer.families > FAMILIES.md`` writes the table; with names it tries only those. A family is *exact*
-when its logits and the gradients of all its parameters are those of `head.run_backbone` and `head.head_pair`, in fp32.
+``make families`` writes docs/families.md; with names, ``python python/tools/families.py NAMES`` tries those alone. A
+family is *exact* when its logits and the gradients of all its parameters are those of `head.run_backbone` and
+`head.head_pair`, in fp32.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ from typing import Any
 
 import torch
 import transformers
+from tdpo_trainer.head import UnsupportedModel, _accepted, _compare, head_pair, logits, run_backbone
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-
-from .head import UnsupportedModel, _accepted, _compare, head_pair, logits, run_backbone
 
 LARGEST = 20_000_000  # parameters: what is larger was not made tiny
 VOCABULARY = 48
@@ -98,12 +98,8 @@ class Row:
     verdict: str
 
 
-def tiny_config(family: str) -> PreTrainedConfig:
-    """The config of a family at a size that builds in a moment."""
-    return _tiny(CONFIG_MAPPING[family])
-
-
 def _tiny(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """Return the config of a family at a size that builds in a moment."""
     default = cls()
     known = default.to_dict()
     sizes = {name: value for name, value in (SIZES | ON_LOGITS).items() if name in known}
@@ -114,7 +110,7 @@ def _tiny(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
 
 def tiny_model(family: str, auto: Any = AutoModelForCausalLM) -> nn.Module:
     """Return a model in fp32 and eval mode with random weights and biases, for zeros would hide what is left out."""
-    config = tiny_config(family)
+    config = _tiny(CONFIG_MAPPING[family])
     with torch.device("meta"):
         size = sum(x.numel() for x in auto.from_config(config).parameters())
     if size > LARGEST:
@@ -138,7 +134,7 @@ def try_family(family: str, auto: Any = AutoModelForCausalLM) -> Row:
     try:
         model, inputs = tiny_model(family, auto), tiny_inputs()
         name = type(model).__name__
-        own = _own(model, inputs)
+        own = model(**_accepted(model, inputs)).logits
         pull = torch.randn(own.shape, generator=torch.Generator().manual_seed(2))
         gradients = _gradients(model, own, pull)
     except Exception as error:  # as many kinds as there are families
@@ -148,10 +144,6 @@ def try_family(family: str, auto: Any = AutoModelForCausalLM) -> Row:
     except Exception as error:
         return Row(family, name, "", f"refused: {_first_line(error)}")
     return Row(family, name, head, EXACT)
-
-
-def _own(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    return model(**_accepted(model, inputs)).logits
 
 
 def _compare_with_own(
