@@ -109,6 +109,16 @@ def test_rows_of_no_cotangent_have_no_gradient_however_low_their_logits(dz):
         assert found.isfinite().all() and found[counts].any(1).all() and not found[~counts].count_nonzero()
 
 
+@DZ
+def test_a_softcap_has_its_slope_where_the_label_has_no_gradient(dz):
+    """The policy's logits are needed for it, though neither its softmax nor the label asks for them."""
+    p = problem("capped")
+    rows, others = row_values(p, *cotangents("equal", p.T)), torch.arange(p.V) != p.labels[:, None]
+    full = dz(p, rows)
+    rows[8] = 0
+    assert torch.equal(dz(p, rows)[others], full[others])
+
+
 @pytest.mark.parametrize("tile", SIZES, ids=str)
 @pytest.mark.parametrize("name", ("peaked", "capped", "loved"))
 def test_from_what_is_kept_dz_has_the_same_bits(name: str, tile: TileConfig):
