@@ -100,8 +100,8 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, nn.Modul
     with said_in_one_line("--data"):
         pairs = load_pairs(str(options.data), texts=True)
     with said_in_one_line(f"--model {options.model}"):
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
         policy, reference = (AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32) for _ in range(2))
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
     return tokenizer, policy, reference, tokenize(tokenizer, pairs)
 
 

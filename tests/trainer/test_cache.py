@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tdpo_trainer import fill, fingerprint
 from tdpo_trainer.cache import CacheError, read_meta
 from tdpo_trainer.trainer import TDPOTrainer
+from torch import nn
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 ALONE = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)  # a pair meets the same shapes in both runs
@@ -93,8 +94,9 @@ def test_a_second_run_finds_it_and_runs_no_reference(tmp_path: Path, model_folde
     assert files(tmp_path / "cache") == before
 
 
-def again(written: Path, model: str | Path, **changes) -> None:
-    trainer(written.parent.parent, str(model), reference_cache=str(written.parent), **changes).train()
+def again(written: Path, model: nn.Module | Path, **changes) -> None:
+    model = str(model) if isinstance(model, Path) else model
+    trainer(written.parent.parent, model, reference_cache=str(written.parent), **changes).train()
 
 
 def flipped(path: Path, name: str = "") -> bytes:
