@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import reference
 from .forward import Reference, pair_outputs
 from .head import check_head
+from .kernels import explain_way
 from .metrics import TOKENS_SEEN, means_of, total_over_processes, with_aux_loss
 from .parallelism import check_parallelism, copies_of_a_batch, keep_pairs_together, pairs_that_count
 from .step import Batch, LossOptions, aux_loss_of, model_inputs, pair_loss
@@ -33,8 +34,10 @@ class TDPOMixin:
         if args.process_index == 0:
             print(options.describe(args.device), flush=True)
 
-    def check_models(self) -> None:
+    def check_models(self, max_length: int | None = None) -> None:
         """Check that the trainer's models can be trained, and that the reference is what training begins with.
+
+        Then say how the loss of a full batch of sequences of `max_length` tokens goes.
 
         Raises:
             ValueError: not so, naming the argument, what was seen and a way out.
@@ -49,6 +52,15 @@ class TDPOMixin:
             reference.check_own_reference(policy)
         check_parallelism(getattr(self.accelerator, "parallelism_config", None), policy, self.ref_model)
         keep_pairs_together(self.accelerator)
+        if max_length is not None and self.args.process_index == 0:
+            print(f"TDPO: {self._way_of_the_loss(policy, max_length)}", flush=True)
+
+    def _way_of_the_loss(self, policy: nn.Module, max_length: int) -> str:
+        args, config, weight = self.args, policy.config.get_text_config(), policy.get_output_embeddings().weight
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weight.dtype
+        pairs, trained = args.per_device_train_batch_size, weight.requires_grad
+        return explain_way(2 * pairs * max_length, pairs, config.vocab_size, config.hidden_size, dtype, trained=trained,
+                           memory_budget=self.loss_options.memory_budget, device=args.device)  # fmt: skip
 
     def tdpo_loss(self, model: nn.Module, pairs: Batch, inputs: Batch | None = None, aux_weight: float = 0.0) -> Tensor:
         """Return the mean over the pairs of a batch, and keep what is logged of it.

@@ -64,7 +64,7 @@ class PlainTDPOTrainer(TDPOMixin, Trainer):
         self.begin(options or LossOptions(), args)
         self.ref_model = ref_model
         super().__init__(model=model, args=args, **kwargs)
-        self.check_models()
+        self.check_models(max_length)
         self.model_accepts_loss_kwargs = False  # so that the loss is divided by gradient_accumulation_steps
         if ref_model is not None:
             ref_model.requires_grad_(False).eval()

@@ -77,7 +77,7 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
         if args.reference_cache is not None and ref_model is not None and args.process_index == 0:
             self._model_digests = _model_digests(ref_model)  # before it is sharded
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
-        self.check_models()
+        self.check_models(args.max_length)
         if args.disable_dropout:
             _stop_dropout(self.model)
         if args.pairs_per_step is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def test_from_a_yaml_file_to_a_trained_model(here: Path, tmp_path: Path, capsys:
     said = capsys.readouterr().out
     assert status == 0
     assert said.startswith("TDPO: variant tdpo2, alpha 0.3, beta 0.5, backend tiled (asked for: auto; available:")
+    assert re.search(r"\nTDPO: a batch of 2 pairs of 2 x [\d,]+ tokens: all logits are kept: 4 products\n", said)
     assert len(losses_of(said)) == 3
     ours = AutoModelForCausalLM.from_pretrained(tmp_path)
     before = AutoModelForCausalLM.from_pretrained(here / "model")
