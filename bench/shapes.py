@@ -129,13 +129,14 @@ def _steps() -> list[Shape]:
     who, asks, found = ("eager", "trl", "ours@512MB", "ours@0"), "a whole training step", []
     for name, T, V, D, model, limit, how in (
         ("tiny", 2048, 32000, 256, (688, 4, 4, 4, False), 10**9, dict(device="cpu")),
+        ("tiny lora", 2048, 32000, 256, (688, 4, 4, 4, False), 10**9, dict(device="cpu", trainable=False)),
         ("smallest", 64, 500, 32, (64, 1, 2, 2, False), 3 * 10**7, dict(device="", pairs=1)),
         ("qwen2.5-0.5b", 8192, 151936, 896, (4864, 24, 14, 2, True), 40 * 10**9, CUDA),
         ("llama-3.2-1b", 8192, 128256, 2048, (8192, 16, 32, 8, True), 40 * 10**9, CUDA),
     ):
         how = how | dict(family="step", model=dict(zip(names, model, strict=True)))
-        found += [Shape(f"step {name}", T, V, D, asks, who, 3, **how),
-                  Shape(f"context {name}", T, V, D, asks, who, 3, limit=limit, **how)]  # fmt: skip
+        kinds = {"step": 0, "context": limit}
+        found += [Shape(f"{kind} {name}", T, V, D, asks, who, 3, limit=n, **how) for kind, n in kinds.items()]
     return found
 
 
