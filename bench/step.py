@@ -31,7 +31,7 @@ class Training:
         config = LlamaConfig(**sizes, **shape.model, bos_token_id=None, eos_token_id=None)
         self.policy = LlamaForCausalLM(config).to(device, getattr(torch, dtype))
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
-        if not shape.trainable:  # LoRA
+        if not shape.trainable:
             inject_adapter_in_model(LoraConfig(r=16, target_modules=["q_proj", "v_proj"]), self.policy)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
         sequences, length = 2 * shape.pairs, shape.T // (2 * shape.pairs)

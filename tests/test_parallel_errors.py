@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from packed import trained
+from batches import trained
 from processes import run
 from splitting import D, E, L, P, call_of, cut, leaf, rows_of
 from torch import nn
