@@ -114,8 +114,7 @@ def _settings() -> list[Shape]:
 
 
 def _drift() -> list[Shape]:
-    asks, both = "accuracy as the policy drifts", ("float32", "bfloat16")
-    who = ("eager", "compiled", "trl", "liger", *OURS)
+    asks, both, who = "accuracy with drift", ("float32", "bfloat16"), ("eager", "compiled", "trl", "liger", *OURS)
     return [
         Shape(f"drift-{nats:.0e}", 64, 4099, 128, asks, who, 1, both, drift=nats, family="drift", device="any")
         for nats in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 3.0, 10.0)
@@ -126,16 +125,16 @@ def _steps() -> list[Shape]:
     """Return whole training steps: of T tokens, and of as many as fit."""
     names = ("intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "tie_word_embeddings")  # fmt: skip
-    who, asks, found = ("eager", "trl", "ours@512MB", "ours@0"), "a whole training step", []
+    who, asks, kinds, found = ("eager", "trl", "ours@512MB", "ours@0"), "a whole training step", ("step", "context"), []
     for name, T, V, D, model, limit, how in (
         ("tiny", 2048, 32000, 256, (688, 4, 4, 4, False), 10**9, dict(device="cpu")),
+        ("tiny lora", 2048, 32000, 256, (688, 4, 4, 4, False), 10**9, dict(device="cpu", trainable=False)),
         ("smallest", 64, 500, 32, (64, 1, 2, 2, False), 3 * 10**7, dict(device="", pairs=1)),
         ("qwen2.5-0.5b", 8192, 151936, 896, (4864, 24, 14, 2, True), 40 * 10**9, CUDA),
         ("llama-3.2-1b", 8192, 128256, 2048, (8192, 16, 32, 8, True), 40 * 10**9, CUDA),
     ):
         how = how | dict(family="step", model=dict(zip(names, model, strict=True)))
-        found += [Shape(f"step {name}", T, V, D, asks, who, 3, **how),
-                  Shape(f"context {name}", T, V, D, asks, who, 3, limit=limit, **how)]  # fmt: skip
+        found += [Shape(f"{x} {name}", T, V, D, asks, who, 3, limit=limit * (x == "context"), **how) for x in kinds]
     return found
 
 

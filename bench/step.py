@@ -23,6 +23,7 @@ class Training:
     """Stand in for a `Problem` whose steps are whole ones: a policy, its frozen copy and an optimiser."""
 
     def __init__(self, shape: Shape, dtype: str, device: torch.device | str) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
@@ -30,6 +31,8 @@ class Training:
         config = LlamaConfig(**sizes, **shape.model, bos_token_id=None, eos_token_id=None)
         self.policy = LlamaForCausalLM(config).to(device, getattr(torch, dtype))
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        if not shape.trainable:
+            inject_adapter_in_model(LoraConfig(r=16, target_modules=["q_proj", "v_proj"]), self.policy)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
         sequences, length = 2 * shape.pairs, shape.T // (2 * shape.pairs)
         self.tokens = torch.randint(shape.V, (sequences, length + 1)).to(device)

@@ -8,9 +8,11 @@ from batches import EVERYTHING, VARIANTS, batch, headed, trained
 from closeness import same_bits
 from runnable import runnable
 from seeing import Ledger, Products
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tdpo_kernels import LMHead, api, directions, fused_tdpo_loss, groups, token_stats
+from tdpo_kernels import LMHead, api, directions, fused_tdpo_loss, groups, op, token_stats
 from tdpo_kernels.backends import grid, rowmath, tiled
+from tdpo_kernels.types import Needs
 
 ROW = 2 * 48 * 8  # bytes of a row's float64 logits, of 37 columns
 
@@ -79,6 +81,22 @@ def test_losses_per_pair_fp16_frozen_heads_and_forwards_without_grad_are_not_gro
     grouped(headed(torch.float16), 15 * ROW, expected=False)
     with torch.no_grad():
         grouped(headed(), 15 * ROW, expected=False)
+
+
+def test_nothing_is_grouped_while_a_graph_is_traced_or_captured(monkeypatch: pytest.MonkeyPatch):
+    """Only CUDA tensors are captured, for which fake ones stand in."""
+    call, leaves = trained(headed())
+    monkeypatch.setattr(groups, "run", lambda *_: pytest.fail("a group was made"))
+    step = torch.compile(lambda call: fused_tdpo_loss(**call, memory_budget=15 * ROW).loss, backend="eager")
+    assert all(x.any() for x in torch.autograd.grad(step(call), leaves))
+    options = dict(ignore_index=-100, shift=True, cu_seqlens=None, extras=(), backend="tiled", memory_budget=15 * ROW)
+    with FakeTensorMode():
+        x, w, labels = torch.empty(6, 9, 8, device="cuda"), torch.empty(37, 8, device="cuda"), torch.empty(6, 9)
+        model = op.Model(x, LMHead(w), x.dtype)
+        seen = op.Call(model, model, labels, needs=Needs(True, True, False), **options)
+        for capturing in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+            assert (groups.most_rows(seen, 7) is None) == capturing
 
 
 def test_many_tiny_pairs_make_groups_of_many_rows():

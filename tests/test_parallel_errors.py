@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from batches import trained
 from processes import run
 from splitting import D, E, L, P, call_of, cut, leaf, rows_of
 from torch import nn
 
-from tdpo_kernels import LMHead, fused_tdpo_loss, token_stats
+from tdpo_kernels import LMHead, directions, fused_tdpo_loss, token_stats
 from tdpo_kernels.parallel import sequence_parallel_loss, vocab_parallel
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
@@ -42,7 +43,9 @@ def refusals(rank: int, world: int) -> None:
     other = torch.where(call["labels"] < 0, -100, (call["labels"] + rank) % V)
     changes = {
         "labels: a checksum": {"labels": other},
-        "labels: how many count": {"labels": torch.where(torch.arange(L) < rank + 3, -100, call["labels"])},
+        "labels, memory_budget: how many go together": {
+            "labels": torch.where(torch.arange(L) < rank + 3, -100, call["labels"])
+        },
         "hidden: its gradient is wanted": {"hidden": call["hidden"].clone().requires_grad_(rank == 0)},
         "head.softcap": {"head": replace(head, softcap=5.0 + rank)},
         "head.logit_scale": {"head": replace(head, logit_scale=1.0 + rank)},
@@ -76,8 +79,9 @@ def refusals(rank: int, world: int) -> None:
     with pytest.raises(TypeError, match="^head: got a Linear with a forward of its own"):
         vocab_parallel(patched)
     stats, ids = token_stats(**call), torch.full(call["labels"].shape, 2 * P - 1)
+    stats.logp[1, 2] = stats.kl[1, 2] = 0.0  # a model may be that sure: no token is told by its numbers to count
     ids[1, 2] = 2 * P if rank == 0 else 0
-    with pytest.raises(ValueError, match=rf"^sequence_ids: got 1 outside \[0, {2 * P}\) where labels count"):
+    with pytest.raises(ValueError, match=rf"^sequence_ids: got 1 outside \[0, {2 * P}\), wanted none"):
         sequence_parallel_loss(stats, ids, P)
 
 
@@ -98,6 +102,20 @@ def _no_dtensor_is_taken_for_a_whole_one(call: dict, mesh) -> None:
 @pytest.mark.parametrize("world", (2, pytest.param(4, marks=pytest.mark.long)))
 def test_what_ranks_do_not_agree_on_is_refused(world: int):
     run(refusals, world, world=world)
+
+
+def other_budgets(rank: int, world: int, frozen: bool) -> None:
+    """A budget says which rows go together, so ranks of different ones would wait for one another."""
+    directions.LEAST["cpu"] = 7
+    call, _ = trained(call_of(37, 3, torch.float32), frozen)
+    call["head"] = vocab_parallel(cut(call["head"], rows_of(37, world, "even")[rank]))
+    with pytest.raises(ValueError, match="^labels, memory_budget: how many go together: .* have .*, wanted the same"):
+        fused_tdpo_loss(**call, memory_budget=(15, 24)[rank] * 2 * 32 * 4)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["groups", "directions"])
+def test_ranks_of_a_split_vocabulary_want_one_budget(frozen: bool):
+    run(other_budgets, 2, frozen, world=2)
 
 
 def one_of_them_dies(rank: int, world: int, reached) -> None:

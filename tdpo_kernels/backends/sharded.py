@@ -109,8 +109,8 @@ def _agree_once(inputs: Inputs, needs: Needs) -> None:
     if group in _agreed:
         return
     checksum = int((rows.labels_T * torch.arange(1, rows.count + 1).to(rows.labels_T)).sum())
-    facts = {"labels: how many count": rows.count, "labels: a checksum": checksum, "extras": inputs.extras}
-    facts["hidden: its gradient is wanted"] = needs.hidden
+    facts = {"labels, memory_budget: how many go together": rows.count, "labels: a checksum": checksum}
+    facts |= {"extras": inputs.extras, "hidden: its gradient is wanted": needs.hidden}
     for name, side in (("head", inputs.policy), ("ref_head", inputs.reference)):
         head = side.head
         facts |= {

@@ -33,13 +33,13 @@ def sequence_parallel_loss(
     A sigmoid is not linear: per-sequence sums (eq. 3) are added up over the ranks before it, ``48 P + 8`` bytes. Every
     rank returns the same loss. Its backward gives a rank the gradient through the rank's own tokens, and the sum over
     the ranks is the loss's gradient. Where gradients are averaged over the group (DDP, FSDP), multiply the loss by the
-    group's size.
+    group's size. It sees statistics and no head, so logits that `token_stats` had no room for are made twice.
 
     Args:
         stats: this rank's, from ``token_stats(..., shift=False)``. Shift labels before splitting them: label t is the
             one that hidden state t predicts, even where its token lies on another rank.
         sequence_ids: int64, shaped like ``stats.logp``: 0 to P - 1 for the chosen, P to 2 P - 1 for their rejected
-            partners, in any order. Where the label is ignored (padding) any value will do.
+            partners, in any order. Where the label is ignored (padding) any of these will do.
         pairs: P, counted over all ranks, and equal on all of them.
         beta, alpha, variant, reduction: as in `tdpo_kernels.fused_tdpo_loss`.
 
@@ -55,12 +55,11 @@ def sequence_parallel_loss(
     if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1:
         raise ValueError(f"pairs: got {seen(pairs)}, wanted an int >= 1")
     group = dist.group.WORLD if group is None else group
-    counts = (stats.logp != 0) | (stats.kl != 0)
-    astray = ((sequence_ids < 0) | (sequence_ids >= 2 * pairs)) & counts
+    astray = (sequence_ids < 0) | (sequence_ids >= 2 * pairs)
     own = torch.cat([_own_sums(stats, sequence_ids, 2 * pairs).flatten(), astray.sum(dtype=torch.float64)[None]])
     total = _Summed.apply(own, group)
     if found := int(total[-1]):  # raised on every rank, or the others would wait
-        raise ValueError(f"sequence_ids: got {found} outside [0, {2 * pairs}) where labels count, wanted none")
+        raise ValueError(f"sequence_ids: got {found} outside [0, {2 * pairs}), wanted none, ignored labels included")
     sums = total[:-1].view(3, -1)
     return sums_loss(*sums, stats, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
 
