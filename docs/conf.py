@@ -9,7 +9,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 # The tree's other Markdown is rendered too, so that links between it and the pages are links, and are checked.
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "*.md", "python/*/*.md", "bench/results/*/*.md"]
-exclude_patterns = [".*", "build", "dist", "tdpo_kernels", "tests", "README.draft.md"]
+exclude_patterns = [".*", "build", "dist", "tdpo_kernels", "tests"]
 html_theme, html_title = "furo", "tdpo-kernels"
 html_show_copyright = html_copy_source = False
 
