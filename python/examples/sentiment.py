@@ -48,8 +48,8 @@ SAMPLES = 512  # completions drawn at once, and drawn for the mean sentiment
 
 DETAILS = """\
 data:
-  --data takes a JSONL file with the string fields prompt, chosen and rejected, used as they are (apply a chat template
-  beforehand). A tenth of the pairs, with prompts of their own, is held out. Sentiment is not measured then.
+  --data takes a JSONL file with the string fields prompt, chosen and rejected, used as they are (a chat template applied
+  beforehand may hold the BOS). A tenth of the pairs, with prompts of their own, is held out. Sentiment is not measured then.
 model:
   Without --model, a small Llama with random weights and a tokenizer of one token per word is trained first, on the
   generated reviews, or with --data on the chosen completions of the file. With --model alone, that model is fine-tuned
@@ -168,7 +168,7 @@ def pairs_study(options: argparse.Namespace, rng: Random, device: torch.device) 
         raise UsageError(f"{options.data}: got {len(pairs)} pairs on {len(prompts)} prompts, {wanted}")
     training, held_out = split_by_prompt(pairs, rng)
     print(f"{len(pairs)} pairs on {len(prompts)} prompts, {len(held_out)} pairs held out")
-    texts = (f"{pair.prompt} {text}" for pair in training for text in (pair.chosen, pair.rejected))
+    texts = (f"{pair.prompt}{text}" for pair in training for text in (pair.chosen, pair.rejected))
     model, tokenizer = get_model(options, texts, device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = min(options.max_length, limit or options.max_length)

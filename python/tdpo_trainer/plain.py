@@ -26,8 +26,7 @@ from .step import (
     refuse_functions_of_logits,
     refuse_torch_compile,
 )
-
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+from .tokens import token_rows
 
 
 class PlainTDPOTrainer(Trainer):
@@ -171,21 +170,14 @@ def _refuse_what_has_no_effect(args: Any, others: Mapping[str, Any]) -> None:
         raise ValueError(f"label_smoothing_factor: got {seen:g}, wanted 0.0: TDPO's loss has none")
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[Mapping[str, str]]) -> list[dict[str, list[int]]]:
-    """Rows of token ids from rows of text under ``prompt``, ``chosen``, ``rejected``; completions end with the EOS.
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, pairs: Iterable[Mapping[str, str]], max_length: int | None = None
+) -> list[dict[str, list[int]]]:
+    """Return rows of token ids from rows of text under ``prompt``, ``chosen``, ``rejected``; completions end with EOS.
 
-    The prompt is tokenised apart, so that both completions follow the very same prompt.
+    They are the ids that TRL makes. Pairs whose prompt fills `max_length` are left out, and counted in a printed line.
     """
-    end = tokenizer.eos_token_id
-    rows = []
-    for pair in pairs:
-        prompt = tokenizer(pair["prompt"]).input_ids
-        prompt = prompt[:-1] if prompt[-1:] == [end] else prompt
-        chosen, rejected = (
-            tokenizer(pair[name], add_special_tokens=False).input_ids for name in ("chosen", "rejected")
-        )
-        rows.append(dict(zip(COLUMNS, (prompt, [*chosen, end], [*rejected, end]), strict=True)))
-    return rows
+    return token_rows(tokenizer, pairs, max_length)
 
 
 def collate(rows: Sequence[Mapping[str, list[int]]], *, pad: int, max_length: int | None) -> dict[str, Tensor]:

@@ -99,7 +99,7 @@ def _datasets(data: DataArguments, args: TDPOConfig) -> tuple[Pairs, Pairs | Non
 
     pairs = load(data.dataset_name, data.dataset_train_split, data.dataset_config)
     if data.test_split_size is not None:
-        return hold_out(pairs, data.test_split_size, args.seed)
+        return hold_out(pairs, data.test_split_size)
     if data.eval_dataset_name is not None:
         same = data.dataset_config if data.eval_dataset_name == data.dataset_name else None
         return pairs, load(data.eval_dataset_name, data.dataset_test_split, data.eval_dataset_config or same)
