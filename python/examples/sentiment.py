@@ -48,8 +48,9 @@ SAMPLES = 512  # completions drawn at once, and drawn for the mean sentiment
 
 DETAILS = """\
 data:
-  --data takes a JSONL file with the string fields prompt, chosen and rejected, used as they are (a chat template applied
-  beforehand may hold the BOS). A tenth of the pairs, with prompts of their own, is held out. Sentiment is not measured then.
+  --data takes a JSONL file with the string fields prompt, chosen and rejected, used as they are (apply a chat template
+  beforehand; its BOS is not doubled). A tenth of the pairs, with prompts of their own, is held out. Sentiment is not
+  measured then.
 model:
   Without --model, a small Llama with random weights and a tokenizer of one token per word is trained first, on the
   generated reviews, or with --data on the chosen completions of the file. With --model alone, that model is fine-tuned
