@@ -12,10 +12,11 @@ from typing import TypeVar
 
 import torch
 from tdpo_trainer.lines import FIELDS, BadPair, check_pair, records
-from tdpo_trainer.tokens import Ids, completion_ids, prompt_ids
+from tdpo_trainer.tokens import pair_ids
 from torch import Tensor
 
 IGNORED = -100
+Ids = tuple[int, ...]
 T = TypeVar("T")
 
 
@@ -89,18 +90,26 @@ def split_by_prompt(
     return [pair for pair in pairs if pair.prompt not in held], [pair for pair in pairs if pair.prompt in held]
 
 
+def prompt_ids(tokenizer, prompt: str) -> Ids:
+    """Return ids with whatever the tokenizer puts in front (a BOS), once, and without what it may put behind."""
+    return tuple(pair_ids(tokenizer, prompt)[0])
+
+
+def completion_ids(tokenizer, text: str) -> Ids:
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return tuple(ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id])
+
+
 def encode(tokenizer, pairs: Sequence[TextPair], max_length: int) -> list[Pair]:
-    """Token ids of prompt and completion, tokenised apart so that both completions see the very same prompt.
+    """Return token ids as both trainers make them (`tdpo_trainer.tokens`).
 
     Past `max_length` the prompt keeps its end, at most half of the room, and the completion its beginning.
     """
     encoded, cut = [], 0
     for pair in pairs:
-        try:
-            prompt = prompt_ids(tokenizer, pair.prompt)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        chosen, rejected = completion_ids(tokenizer, pair.chosen), completion_ids(tokenizer, pair.rejected)
+        prompt, chosen, rejected = map(tuple, pair_ids(tokenizer, pair.prompt, pair.chosen, pair.rejected))
+        if not prompt:
+            raise UsageError(f"the tokenizer makes no token of the prompt {pair.prompt!r}")
         if len(prompt) + max(len(chosen), len(rejected)) > max_length:
             cut += 1
             prompt = prompt[-(max_length // 2) :]

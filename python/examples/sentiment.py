@@ -22,18 +22,20 @@ import reviews
 import torch
 from pairs import (
     Batch,
+    Ids,
     Pair,
     UsageError,
     collate,
     collate_rows,
+    completion_ids,
     draw,
     encode,
+    prompt_ids,
     read_pairs,
     split_by_prompt,
 )
 from tdpo_loop import evaluate, metrics, train
 from tdpo_trainer.head import UnsupportedModel, check_head
-from tdpo_trainer.tokens import Ids, completion_ids, prompt_ids
 from torch import nn
 from tqdm import tqdm
 
@@ -47,8 +49,8 @@ SAMPLES = 512  # completions drawn at once, and drawn for the mean sentiment
 DETAILS = """\
 data:
   --data takes a JSONL file with the string fields prompt, chosen and rejected, used as they are (apply a chat template
-  beforehand; a BOS or EOS that it writes is not added again). A tenth of the pairs, with prompts of their own, is held
-  out. Sentiment is not measured then.
+  beforehand; its BOS is not doubled). A tenth of the pairs, with prompts of their own, is held out. Sentiment is not
+  measured then.
 model:
   Without --model, a small Llama with random weights and a tokenizer of one token per word is trained first, on the
   generated reviews, or with --data on the chosen completions of the file. With --model alone, that model is fine-tuned
@@ -167,7 +169,7 @@ def pairs_study(options: argparse.Namespace, rng: Random, device: torch.device) 
         raise UsageError(f"{options.data}: got {len(pairs)} pairs on {len(prompts)} prompts, {wanted}")
     training, held_out = split_by_prompt(pairs, rng)
     print(f"{len(pairs)} pairs on {len(prompts)} prompts, {len(held_out)} pairs held out")
-    texts = (f"{pair.prompt} {text}" for pair in training for text in (pair.chosen, pair.rejected))
+    texts = (f"{pair.prompt}{text}" for pair in training for text in (pair.chosen, pair.rejected))
     model, tokenizer = get_model(options, texts, device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = min(options.max_length, limit or options.max_length)

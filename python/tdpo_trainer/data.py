@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import takewhile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    Json,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 
-from .lines import FIELDS, check_pairs, records, says_prompt_twice
+from .lines import (
+    FIELDS,
+    MESSAGES,
+    TEXT,
+    Layout,
+    check_pairs,
+    held_out,
+    layout_of,
+    prompt_apart,
+    records,
+    refuse_other_prompt,
+)
+from .tokens import added_by, once, say_left_out
 
-JSON = (".jsonl", ".json")
-READERS = (*JSON, ".parquet")
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+OTHERS = ("image", "images", "tools", "chat_template_kwargs")  # what else TRL reads
 Pairs = Dataset | IterableDataset
 
 
 def load_pairs(
     name: str, split: str = "train", config: str | None = None, streaming: bool = False, texts: bool = False
 ) -> Pairs:
-    """Return rows with ``chosen`` and ``rejected``, and ``prompt`` unless the other two hold it (as TRL takes them).
+    """Return rows of ``prompt``, ``chosen`` and ``rejected``, texts or messages, as they are written.
 
-    All are checked: the lines of a JSONL file, streamed or not; of anything else the rows, unless they are streamed.
-    Texts in JSON stay as they are written, whatever they look like: Arrow's own reader makes dates of some.
+    A prompt that only the other two hold is parted from them, as TRL does. Pairs are checked: all of a JSON or CSV
+    file, streamed or not; of anything else the rows, unless they are streamed: then the first.
 
     Args:
-        name: a ``.jsonl``, ``.json`` or ``.parquet`` file; a folder written by ``save_to_disk`` or holding data files;
-            or the name of a dataset on the hub.
+        name: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; a folder written by ``save_to_disk`` or holding
+            data files; or the name of a dataset on the hub.
         split: of a folder or a hub dataset.
         texts: only texts will do, with a prompt; else lists of messages, too.
 
@@ -37,90 +56,92 @@ def load_pairs(
         ValueError: no such file or split, or what is not preference pairs, naming the line or row, and the field.
     """
     path = Path(name)
-    if path.suffix.lower() in JSON and path.is_file():
-        pairs = _load_json(path, streaming, texts)
-    else:
-        pairs = _load_other(name, path, split, config, streaming)
-        _check_columns(pairs, name)
-        if isinstance(pairs, Dataset):
-            fields = [field for field in FIELDS if field in pairs.column_names]
-            rows = ((f"{name}, row {number}", row) for number, row in enumerate(pairs.select_columns(fields), 1))
-            _check(name, rows, texts)
-    return pairs.remove_columns("prompt") if says_prompt_twice(next(iter(pairs))) else pairs
-
-
-def _load_json(path: Path, streaming: bool, texts: bool) -> Pairs:
-    if streaming:
-        _check(str(path), records(path), texts)
-        return IterableDataset.from_generator(_rows, gen_kwargs={"path": path})
-    found = list(records(path))
-    _check(str(path), found, texts)
-    rows = [row for _, row in found]
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
-
-
-def _rows(path: Path) -> Iterator[object]:
-    yield from (row for _, row in records(path))
-
-
-def _check(name: str, rows: Iterable[tuple[str, object]], texts: bool) -> None:
-    if not check_pairs(rows, texts):
-        raise ValueError(f"{name}: got no pairs")
-
-
-def _load_other(name: str, path: Path, split: str, config: str | None, streaming: bool) -> Pairs:
-    if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise ValueError(f"dataset_name: got {name}, wanted a file ending in {', '.join(READERS)}")
-        return _load(name, "parquet", data_files=str(path), split="train", streaming=streaming)
-    if path.suffix.lower() in READERS:
+    if path.is_file() and path.suffix.lower() not in FILES:
+        raise ValueError(f"dataset_name: got {name}, wanted a file ending in {', '.join(FILES)}")
+    if path.suffix.lower() in FILES and not path.is_file():
         raise ValueError(f"dataset_name: got {name}, and there is no such file")
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        return _split(load_from_disk(name), split, name)
-    return _split(_load(name, name, config, streaming=streaming), split, name)
+    if path.is_file() and path.suffix.lower() != ".parquet":
+        return _from_records(path, streaming, texts)
+    if path.is_file():
+        pairs = _load(name, load_dataset, "parquet", data_files=str(path), split="train", streaming=streaming)
+    elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        pairs = _split(load_from_disk(name), split, name)
+    else:
+        pairs = _split(_load(name, load_dataset, name, config, streaming=streaming), split, name)
+    layout = _check(pairs, name, texts)
+    return _with_prompt(pairs, layout)
 
 
 def hold_out(pairs: Pairs, share: float) -> tuple[Dataset, Dataset]:
-    """Return training and evaluation pairs, which have no prompt in common.
+    """Return training and evaluation pairs that share no prompt, the same ones whatever the seed.
 
-    Which prompts are held out depends on the prompts alone: the same at any seed, so that runs are compared on the same
-    pairs and share a reference cache.
-
-    Args:
-        share: a part below 1, or a number of pairs; whole prompts are held out until there are as many.
+    `share`: a part below 1, or a number of pairs; fewer are held out where prompts have several.
     """
     if not isinstance(pairs, Dataset):
         raise ValueError("test_split_size: got it with dataset_streaming, wanted eval_dataset_name")
     if not 0 < share < len(pairs):
         raise ValueError(f"test_split_size: got {share:g}, wanted a part below 1 or fewer than {len(pairs)} pairs")
-    prompts = [_prompt_of(row) for row in pairs.select_columns([x for x in FIELDS if x in pairs.column_names])]
-    sizes, held, count = Counter(prompts), set[str](), 0
-    wanted = max(1, round(share * len(pairs) if share < 1 else share))
-    for prompt in sorted(sizes, key=lambda prompt: hashlib.sha256(prompt.encode()).digest()):
-        if count < wanted and count + sizes[prompt] < len(pairs):
-            held.add(prompt)
-            count += sizes[prompt]
-    if not held:
-        raise ValueError(f"test_split_size: got {share:g} of pairs with one prompt, wanted eval_dataset_name")
-    inside = [i for i, prompt in enumerate(prompts) if prompt in held]
-    outside = [i for i, prompt in enumerate(prompts) if prompt not in held]
-    return pairs.select(outside), pairs.select(inside)
+    wanted = max(1, round(share * len(pairs)) if share < 1 else int(share))
+    held = held_out(pairs["prompt"][:], wanted)
+    if not held or len(held) == len(pairs):
+        raise ValueError(f"test_split_size: got {share:g} of pairs of a single prompt, wanted prompts for both parts")
+    return pairs.select([i for i in range(len(pairs)) if i not in held]), pairs.select(sorted(held))
 
 
-def _prompt_of(row: dict) -> str:
-    """Return the prompt, as a string; without one, what chosen and rejected begin with."""
-    if "prompt" in row:
-        return json.dumps(row["prompt"], sort_keys=True)
-    same = takewhile(lambda both: both[0] == both[1], zip(row["chosen"], row["rejected"], strict=False))
-    return json.dumps([x for x, _ in same], sort_keys=True)
+def prepared(prepare: Callable[..., Pairs], pairs: Pairs, processing_class: object, args: object, name: str) -> Pairs:
+    """Return token ids by TRL's own `prepare`, without a BOS or EOS twice, and say what it dropped.
+
+    Raises:
+        ValueError: what would end in a traceback (pairs of another form, no chat template), or no pair left.
+    """
+    layout = _check(pairs, f"{name}_dataset", False)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if layout.wanted == MESSAGES and not getattr(processing_class, "chat_template", None):
+        raise ValueError(f"{name}_dataset: got messages, and the tokenizer has no chat_template, wanted one or texts")
+    if layout.wanted == TEXT and getattr(tokenizer, "eos_token", None) is None:
+        raise ValueError(f"{name}_dataset: got texts, and the tokenizer has no eos_token to end them with, wanted one")
+    made = prepare(_with_prompt(pairs, layout), processing_class, args, name)
+    if isinstance(made, Dataset):
+        say_left_out(f"{name}_dataset", len(pairs), len(made), args.max_length)
+    front, back = added_by(tokenizer)
+    if layout.wanted == MESSAGES or not (front or back):
+        return made
+    return made.map(once, fn_kwargs={"front": front, "back": back})
 
 
-def _load(name: str, *args: object, **kwargs: object) -> Pairs | DatasetDict | IterableDatasetDict:
+def _from_records(path: Path, streaming: bool, texts: bool) -> Pairs:
+    """Return rows whose types are those of the file: nothing guesses that a string is a date."""
+    others: set[str] = set()
+
+    def seen() -> Iterator[tuple[str, object]]:
+        for where, record in records(path):
+            others.update(set(OTHERS) & set(record) if isinstance(record, dict) else ())
+            yield where, record
+
+    layout = check_pairs(str(path), seen(), texts)
+    kind = Value("string") if layout.wanted == TEXT else List(Json())
+    features = Features(dict.fromkeys(FIELDS, kind) | {name: Json() for name in sorted(others)})
+    if streaming:
+        arguments = {"path": str(path), "layout": tuple(layout), "others": tuple(sorted(others))}
+        return IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
+    written = path.stat()  # a changed file is another one to the cache of `datasets`
+    arguments = {"path": str(path.resolve()), "layout": tuple(layout), "others": tuple(sorted(others))}
+    arguments["written"] = (written.st_mtime_ns, written.st_size)
+    return _load(str(path), Dataset.from_generator, _rows, features=features, gen_kwargs=arguments)
+
+
+def _rows(path: str, layout: tuple, others: tuple[str, ...], written: tuple[int, int] | None = None) -> Iterator[dict]:
+    for _, record in records(Path(path)):
+        row = {name: record[name] for name in FIELDS} if "prompt" in layout[0] else prompt_apart(record)
+        yield row | {name: record.get(name, {} if name == "chat_template_kwargs" else None) for name in others}
+
+
+def _load(name: str, load: Callable[..., Pairs], *args: object, **kwargs: object) -> Pairs:
     try:
-        return load_dataset(*args, **kwargs)
+        return load(*args, **kwargs)
     except (DatasetGenerationError, ValueError, StopIteration) as error:  # the last where there is nothing in a file
-        raise ValueError(f"{name}: cannot be read: {str(error.__cause__ or error) or 'it is empty'}") from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{name}: cannot be read: {reason or 'it is empty'}") from error
 
 
 def _split(data: Pairs | DatasetDict | IterableDatasetDict, split: str, name: str) -> Pairs:
@@ -131,7 +152,20 @@ def _split(data: Pairs | DatasetDict | IterableDatasetDict, split: str, name: st
     return data[split]
 
 
-def _check_columns(pairs: Pairs, name: str) -> None:
-    columns = pairs.column_names or list(next(iter(pairs), {}))
+def _with_prompt(pairs: Pairs, layout: Layout) -> Pairs:
+    if "prompt" in layout.fields:
+        return pairs
+    return (pairs.remove_columns("prompt") if layout.repeated else pairs).map(prompt_apart)
+
+
+def _check(pairs: Pairs, name: str, texts: bool) -> Layout:
+    """Return what all rows look like; of a stream, what the first does."""
+    first = next(iter(pairs), None)
+    columns = pairs.column_names or list(first or ())
     if not {"chosen", "rejected"} <= set(columns):
         raise ValueError(f"{name}: got columns {', '.join(columns)}, wanted prompt, chosen and rejected")
+    refuse_other_prompt(name, columns)
+    if not isinstance(pairs, Dataset):
+        return layout_of(f"{name}, row 1", first, texts)
+    rows = pairs.select_columns([field for field in FIELDS if field in columns])
+    return check_pairs(name, ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1)), texts)

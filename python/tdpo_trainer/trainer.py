@@ -19,6 +19,7 @@ from . import fingerprint, reference
 from .attach import COLUMNS, CachedCollator, attach, is_attached
 from .cache import CacheError, ReferenceCache
 from .config import TDPOConfig
+from .data import Pairs, prepared
 from .fill import Source, write_cache
 from .forward import Reference
 from .kernels import LMHead, on_device
@@ -86,6 +87,9 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
         if args.reference_cache is not None:
             self._leave_reference_model()
         self._initialised = True
+
+    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Pairs:
+        return prepared(super()._prepare_dataset, *args, **kwargs)
 
     # The loss.
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
-from tdpo_trainer.data import hold_out, load_pairs
-from tdpo_trainer.lines import check_pairs, records
+from tdpo_trainer.data import hold_out, load_pairs, prepared
+from tdpo_trainer.lines import TEXT, check_pairs, records
+from tdpo_trainer.tokens import tokenize
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from trl import DPOTrainer
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 ASKED, SAID, TOLD = ({"role": role, "content": "a"} for role in ("user", "assistant", "system"))
-CALL = {"role": "assistant", "tool_calls": []}
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}
 CHAT = {"prompt": [TOLD, ASKED], "chosen": [SAID], "rejected": [CALL]}
 BLOCKS = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
-IMPLICIT = {"chosen": "a b", "rejected": "a c"}
-IN_BOTH = {"prompt": "a", "chosen": [TOLD, ASKED, SAID], "rejected": [TOLD, ASKED, CALL]}
 TWICE = json.dumps(PAIR)
 
 
@@ -30,16 +33,16 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def without_prompt(pair: dict) -> dict:
-    return {name: value for name, value in pair.items() if name != "prompt"}
+    return {name: pair["prompt"] + pair[name] for name in ("chosen", "rejected")}
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(
     "pair",
     [
-        PAIR, {"chosen": "a b", "rejected": "a c"}, CHAT, CHAT | {"prompt": [BLOCKS]},
+        PAIR, without_prompt(PAIR), CHAT, CHAT | {"prompt": [BLOCKS]},
         {"chosen": [ASKED, SAID], "rejected": [ASKED, CALL]}, PAIR | {"prompt": "", "rejected": ""},
-        PAIR | {"score": float("nan"), "images": [], "tools": None},
+        PAIR | {"score": float("nan"), "images": [], "tools": None, "made": "2021-03-04"},
     ],
     ids=["texts", "implicit", "chat", "blocks", "implicit_chat", "empty", "more_columns"],
 )  # fmt: skip
@@ -69,18 +72,14 @@ def test_every_layout_of_json_is_taken(text: str, tmp_path: Path):
     "first, second, said",
     [
         (PAIR, without_prompt(PAIR), "field 'prompt' is missing"),
-        (IMPLICIT, IMPLICIT | {"prompt": "a"}, "field 'prompt' is there, and was not in the pairs before"),
+        (without_prompt(PAIR), PAIR, "field 'prompt' is there, and was not in the pairs before"),
         (PAIR, PAIR | {"chosen": 7}, "field 'chosen' is a number, wanted a string"),
         (PAIR, PAIR | {"rejected": None}, "field 'rejected' is null, wanted a string"),
         (PAIR, PAIR | {"chosen": [SAID]}, "field 'chosen' is an array, wanted a string"),
-        (CHAT, CHAT | {"chosen": "b"}, "field 'chosen' is a string, wanted messages (objects with a role, and content"),
-        (CHAT, CHAT | {"chosen": [{"role": "assistant"}]}, "field 'chosen' is an array, wanted messages"),
-        (IN_BOTH, IN_BOTH | {"prompt": "b"}, "field 'prompt' is a text with which chosen and rejected do not begin"),
-        (CHAT, CHAT | {"chosen": []}, "field 'chosen' is an array, wanted messages"),
-        (CHAT, CHAT | {"chosen": [{"from": "gpt", "value": "b"}]}, "field 'chosen' is an array, wanted messages"),
+        (CHAT, CHAT | {"chosen": "b"}, "field 'chosen' is a string, wanted messages (objects with a role and content)"),
+        (CHAT, CHAT | {"chosen": []}, "field 'chosen' is an empty array, wanted messages"),
+        (CHAT, CHAT | {"chosen": [{"from": "gpt", "value": "b"}]}, "field 'chosen' has no role in message 1, wanted"),
         (CHAT, PAIR, "field 'prompt' is a string, wanted messages"),
-        (IMPLICIT, {"chosen": "b", "rejected": "c"}, "chosen and rejected have no common start"),
-        (without_prompt(IN_BOTH), {"chosen": [TOLD, SAID], "rejected": [ASKED, SAID]}, "chosen and rejected have no"),
         (PAIR, None, "got null, wanted an object with the fields prompt, chosen, rejected"),
     ],
 )
@@ -119,8 +118,6 @@ def test_only_texts_where_only_texts_will_do(pair: dict, said: str, tmp_path: Pa
     [
         ("", "got no pairs"), (" \n", "got no pairs"), ("[]", "got no pairs"), (f"[{TWICE}, oh", "not JSON in UTF-8"),
         (TWICE.replace('"b"', '"b", "chosen": "d"'), "specified twice"), ("{'prompt'", "line 1: not JSON in UTF-8"),
-        (json.dumps(PAIR | {"chosen": "c"}), "chosen and rejected are equal in all 1 pairs"),
-        (json.dumps(without_prompt(PAIR) | {"instruction": "a"}), "there is 'instruction'; wanted it renamed"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_said_with_the_file(text: str, said: str, tmp_path: Path):
@@ -131,57 +128,108 @@ def test_what_cannot_be_read_is_said_with_the_file(text: str, said: str, tmp_pat
     assert str(caught.value).startswith(str(path)) and said in str(caught.value)
 
 
-LOOKS = ("2021-03-04", "2020-01-02T03:04:05", "12:30:00", "7", "1e5", "true", "null", "NaN", "-inf")
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("layout", ["lines", "array"])
-def test_texts_stay_as_they_are_written_whatever_they_look_like(layout: str, streaming: bool, tmp_path: Path):
-    texts = [{"prompt": x, "chosen": x, "rejected": f"{x} "} for x in LOOKS]
-    chats = [{name: [{"role": "user", "content": x}] for name, x in pair.items()} for pair in texts]
-    for rows in (texts, chats):
-        path = tmp_path / f"{layout}.json"
-        path.write_text(json.dumps(rows) if layout == "array" else "\n".join(map(json.dumps, rows)))
-        assert list(load_pairs(str(path), streaming=streaming)) == rows
-
-
-def test_a_file_of_dates_is_refused_rather_than_trained_on(tmp_path: Path):
-    rows = [{"role": "user", "content": datetime(2021, 3, 4, n)} for n in (0, 1)]
-    Dataset.from_list([{"prompt": rows[:1], "chosen": rows[:1], "rejected": rows[1:]}]).save_to_disk(tmp_path / "pairs")
-    with pytest.raises(ValueError, match="row 1: field 'prompt' is an array, wanted messages .* content that is text"):
-        load_pairs(str(tmp_path / "pairs"))
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-def test_a_prompt_that_is_in_both_conversations_is_said_once(streaming: bool, tmp_path: Path):
-    """UltraFeedback's layout."""
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(IN_BOTH))
-    (row,) = load_pairs(str(tmp_path / "pairs.jsonl"), streaming=streaming)
-    assert "prompt" not in row and row["chosen"][1]["content"] == "a"
-
-
-@pytest.mark.parametrize("kind", ["text", "implicit", "chat"])
-@pytest.mark.parametrize("share", [0.25, 10])
-def test_what_is_held_out_shares_no_prompt_with_training(kind: str, share: float):
-    """The same pairs in any order, four answers a prompt."""
-
-    def row(prompt: int, answer: int) -> dict:
-        start = f"q {prompt} " if kind == "implicit" else ""
-        asked = {"text": f"q {prompt} ", "chat": [ASKED | {"content": f"q {prompt} "}]}.get(kind)
-        said = {name: f"{start}{name} {answer}" for name in ("chosen", "rejected")}
-        return {"id": prompt, **({} if asked is None else {"prompt": asked}), **said}
-
-    pairs = Dataset.from_list([row(prompt, answer) for prompt in range(10) for answer in range(4)])
-    training, held = hold_out(pairs, share)
-    assert not {*training["id"]} & {*held["id"]} and len(training) + len(held) == 40 and len(held) == 12
-    assert sorted(hold_out(pairs.select(range(39, -1, -1)), share)[1]["id"]) == sorted(held["id"])
-    with pytest.raises(ValueError, match="pairs with one prompt"):
-        hold_out(pairs.select([0, 1]), 1)
-
-
 def test_a_file_is_read_line_by_line(tmp_path: Path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(f"{TWICE}\n{TWICE}\noh\n")
     found = records(path)
     assert next(found) == (f"{path}, line 1", PAIR)
-    assert check_pairs([next(found)]) == 1
+    assert check_pairs(str(path), [next(found)]).wanted == TEXT
+
+
+ODD = ("2021-03-04", "12:30:00", "2021-03-04T12:30:00Z", "1e3", "007", "true", "null", "NaN")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_a_string_stays_as_it_is_written(kind: str, streaming: bool, tmp_path: Path):
+    for odd in ODD:
+        said = [{"role": "assistant", "content": odd}]
+        for pair in (dict(prompt=odd, chosen=odd, rejected="b"), dict(prompt=said, chosen=said, rejected=[SAID])):
+            path = tmp_path / f"pairs{len(list(tmp_path.iterdir()))}.{kind}"
+            if kind == "parquet":
+                Dataset.from_list([pair]).to_parquet(path)
+            elif kind != "csv":
+                path.write_text(json.dumps(pair if kind == "jsonl" else [pair]))
+            elif isinstance(pair["prompt"], str):
+                with path.open("w") as file:
+                    csv.writer(file).writerows([pair, pair.values()])
+            if path.exists():
+                assert list(load_pairs(str(path), streaming=streaming)) == [pair]
+
+
+@pytest.mark.parametrize(
+    "pair, said",
+    [
+        ({"instruction": "q", "chosen": "ab", "rejected": "ac"}, "'instruction' would not be read: rename the column"),
+        ({"chosen": "b", "rejected": "c"}, "do not begin alike"),
+        ({"chosen": [ASKED], "rejected": [ASKED]}, "do not begin alike"),
+        (PAIR | {"rejected": "b"}, "the same in every pair"),
+        (CHAT | {"chosen": [{"role": "assistant"}]}, "no content in message 1"),
+        ({"prompt": "z", "chosen": [ASKED, SAID], "rejected": [ASKED, CALL]}, "'prompt' is a string that is not in"),
+    ],
+)
+def test_what_would_train_on_something_else_is_refused(pair: dict, said: str, tmp_path: Path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    Dataset.from_list([pair]).to_parquet(tmp_path / "pairs.parquet")
+    for name in ("pairs.jsonl", "pairs.parquet"):
+        with pytest.raises(ValueError, match=said):
+            load_pairs(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
+def test_a_prompt_within_the_conversations_is_taken_from_them(name: str, tmp_path: Path):
+    pair = {"prompt": "a", "chosen": [ASKED, SAID], "rejected": [ASKED, TOLD]}
+    path = tmp_path / name
+    path.write_text(json.dumps(pair)) if name == "pairs.jsonl" else Dataset.from_list([pair]).to_parquet(path)
+    assert load_pairs(str(path)).to_list() == [{"prompt": [ASKED], "chosen": [SAID], "rejected": [TOLD]}]
+
+
+def test_whole_prompts_are_held_out():
+    rows = [{"prompt": f"question {n % 10}", "chosen": str(n), "rejected": "b"} for n in range(40)]
+    for share in (0.2, 8.0):
+        trained, kept = hold_out(Dataset.from_list(rows), share)
+        assert len(kept) == 8 and len(trained) == 32 and not {*trained["prompt"]} & {*kept["prompt"]}
+        again = hold_out(Dataset.from_list(rows[::-1]), share)[1]
+        assert {*again["prompt"]} == {*kept["prompt"]}
+    with pytest.raises(ValueError, match="of a single prompt"):
+        hold_out(Dataset.from_list([PAIR, PAIR]), 0.5)
+
+
+def reader(kind: str, adds: str) -> PreTrainedTokenizerFast:
+    """Build a tokenizer of characters that puts `adds` around a text; sentencepiece's begins a text with a space."""
+    letters = {x: i for i, x in enumerate(["<pad>", "<s>", "</s>", "<unk>", "\u2581", *"abcdefgh", "bc"])}
+    made = Tokenizer(models.BPE(letters, [("b", "c")], unk_token="<unk>"))
+    if kind == "sentencepiece":
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    if adds != "$A":
+        made.post_processor = processors.TemplateProcessing(single=adds, special_tokens=[("<s>", 1), ("</s>", 2)])
+    names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+@pytest.mark.parametrize("adds", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize("prompt", ["a", "a</s>", "<s>a", "ab"])
+@pytest.mark.parametrize("chosen", ["d", "d</s>", "cd"])
+def test_both_trainers_make_the_same_ids_and_add_nothing_twice(kind, adds, prompt, chosen, tmp_path: Path):
+    tokenizer, pair = reader(kind, adds), {"prompt": prompt, "chosen": chosen, "rejected": "e"}
+    (ours,) = tokenize(tokenizer, [pair])
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    prepare = DPOTrainer._prepare_dataset.__get__(trainer)
+    theirs = prepared(prepare, Dataset.from_list([pair]), tokenizer, args, "train")[0]
+    assert ours == {name: theirs[name] for name in ours}
+    whole = ours["prompt_ids"] + ours["chosen_ids"]
+    assert whole.count(1) == ("<s>" in adds or "<s>" in prompt) and whole.count(2) == 1 + ("</s>" in prompt)
+
+
+def test_pairs_without_room_are_counted_and_none_left_is_one_line(capsys: pytest.CaptureFixture[str]):
+    tokenizer, rows = reader("bpe", "$A"), Dataset.from_list([PAIR, PAIR | {"prompt": "adadad"}])
+    args = SimpleNamespace(dataset_num_proc=None, max_length=4, truncation_mode="keep_start")
+    prepare = DPOTrainer._prepare_dataset.__get__(SimpleNamespace(_tokenizer=tokenizer))
+    assert len(prepared(prepare, rows, tokenizer, args, "train")) == len(tokenize(tokenizer, rows, 4)) == 1
+    assert capsys.readouterr().out.count("1 of 2 left out, their prompt fills max_length=4") == 2
+    with pytest.raises(ValueError, match="^eval_dataset: got 1, all with a prompt that fills max_length=4"):
+        prepared(prepare, rows.select([1]), tokenizer, args, "eval")
+    with pytest.raises(ValueError, match="no chat_template"):
+        prepared(prepare, Dataset.from_list([CHAT]), tokenizer, args, "train")
