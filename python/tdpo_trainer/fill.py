@@ -70,7 +70,7 @@ def write_cache(
         CacheError: what is there is corrupt, or was not made from this source; or the disk is too small.
     """
     if not len(source.dataset):
-        raise CacheError(f"{directory.name} dataset: got no pairs, wanted some that max_length leaves tokens of")
+        raise CacheError(f"{directory.name} dataset: got no pairs, wanted at least one")
     if not _of_main(accelerator, lambda: _is_complete(directory, source)):
         with _alone(directory, accelerator):
             _write(directory, source, accelerator, batch_size, quiet)

@@ -57,7 +57,9 @@ def tokenize(
 def say_left_out(name: str, before: int, after: int, max_length: int | None) -> None:
     """Print how many pairs were left out because their prompt leaves no room; raise where that is all."""
     if before and not after:
-        raise ValueError(f"{name}: got {before}, all with a prompt that fills max_length={max_length}, wanted room")
+        raise ValueError(
+            f"{name}: got {before} pairs, each with a prompt that fills max_length={max_length}, wanted shorter ones"
+        )
     if after < before:
         print(f"{name}: {before - after} of {before} left out, their prompt fills max_length={max_length}", flush=True)
 

@@ -107,10 +107,13 @@ def test_of_two_runs_that_begin_together_one_waits(tmp_path: Path, monkeypatch: 
     assert capsys.readouterr().out.count("another run writes it") == 1
 
 
-def test_an_evaluation_set_that_max_length_empties_is_refused(tmp_path: Path, model_folder: Path):
-    longer = pairs(2).map(lambda row: row | {"prompt": 30 * "a"})
-    with pytest.raises(CacheError, match="^eval dataset: got no pairs, wanted some that max_length leaves"):
-        trainer(tmp_path, str(model_folder), reference_cache=str(tmp_path / "c"), eval_dataset=longer, max_length=20)
+@pytest.mark.parametrize(
+    "long, got", [(True, "eval_dataset: got 2 pairs, each with a prompt"), (False, "eval_dataset: got no pairs")]
+)
+def test_an_evaluation_set_without_a_completion_is_refused(tmp_path: Path, model_folder: Path, long: bool, got: str):
+    rows = pairs(2).map(lambda row: row | {"prompt": 30 * "a"}) if long else pairs(2).select([])
+    with pytest.raises(ValueError, match=f"^{got}"):
+        trainer(tmp_path, str(model_folder), reference_cache=str(tmp_path / "c"), eval_dataset=rows, max_length=20)
 
 
 def test_what_the_main_process_finds_wrong_ends_every_process(monkeypatch: pytest.MonkeyPatch):

@@ -229,7 +229,7 @@ def test_pairs_without_room_are_counted_and_none_left_is_one_line(capsys: pytest
     prepare = DPOTrainer._prepare_dataset.__get__(SimpleNamespace(_tokenizer=tokenizer))
     assert len(prepared(prepare, rows, tokenizer, args, "train")) == len(tokenize(tokenizer, rows, 4)) == 1
     assert capsys.readouterr().out.count("1 of 2 left out, their prompt fills max_length=4") == 2
-    with pytest.raises(ValueError, match="^eval_dataset: got 1, all with a prompt that fills max_length=4"):
+    with pytest.raises(ValueError, match="^eval_dataset: got 1 pairs, each with a prompt that fills max_length=4"):
         prepared(prepare, rows.select([1]), tokenizer, args, "eval")
     with pytest.raises(ValueError, match="no chat_template"):
         prepared(prepare, Dataset.from_list([CHAT]), tokenizer, args, "train")
