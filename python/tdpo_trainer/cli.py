@@ -1,9 +1,10 @@
 """The command `tdpo`.
 
-usage: tdpo train | cache | verify | bench | env [options], or tdpo --version
+usage: tdpo train | cache | merge | verify | bench | env [options], or tdpo --version
 
   train   TDPO on preference pairs: a model directory or hub name, a JSONL or Parquet file or hub name
   cache   only writes the reference cache that `train` with the same options and --reference_cache will use
+  merge   an adapter that was trained and its model, into one model: tdpo merge ADAPTER FOLDER
   verify  every kernel backend against float64; a table, non-zero exit on a failure
   bench   time and memory against other implementations (in a checkout)
   env     versions, devices, and what runs here and why
@@ -47,7 +48,7 @@ def command_line() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status, 2 where the command line is wrong."""
     command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
-    if command in ("train", "cache"):
+    if command in ("train", "cache", "merge"):
         return _training(command, rest)
     if command in ("verify", "env"):
         return _env(rest) if command == "env" else _python_m("tdpo_kernels", "verify", *rest)
@@ -59,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"tdpo-kernels {_version('tdpo-kernels')}")
         return 0
-    return _wrong(f"got {command!r}, wanted train, cache, verify, bench or env")
+    return _wrong(f"got {command!r}, wanted train, cache, merge, verify, bench or env")
 
 
 def _training(command: str, argv: list[str]) -> int:
     try:
-        from . import run
+        from . import merge, run
         from .errors import UsageError
         from .head import UnsupportedModel
     except ModuleNotFoundError as error:
@@ -72,7 +73,7 @@ def _training(command: str, argv: list[str]) -> int:
             raise
         return _wrong(f"{command} needs {error.name}, which is not installed: {INSTALL}")
     try:
-        return getattr(run, command)(argv)
+        return merge.merge(argv) if command == "merge" else getattr(run, command)(argv)
     except (UsageError, UnsupportedModel) as error:
         if os.environ.get("TDPO_TRACEBACK"):
             raise

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
@@ -85,7 +87,10 @@ def check(data: DataArguments, args: TDPOConfig, model: ModelConfig, command: st
     _check_evaluation(data, args)
     if command == "train":
         _find_checkpoint(args)
-    _check_model("model_name_or_path", model.model_name_or_path, args.model_init_kwargs)
+    name = model.model_name_or_path
+    if is_adapter(name) and model.use_peft:
+        raise ValueError(f"use_peft: got it with {name}, an adapter, which is trained on; wanted one of them")
+    _check_model("model_name_or_path", base_of(name) if is_adapter(name) else name, args.model_init_kwargs)
     if data.ref_model_name_or_path is not None:
         _check_model("ref_model_name_or_path", data.ref_model_name_or_path, loading_of_reference(data, args))
 
@@ -155,9 +160,9 @@ def _of_options(args: TDPOConfig, model: ModelConfig) -> dict[str, Any]:
 def _check_model(option: str, name: str, loading: dict[str, Any]) -> None:
     """Check, before data are read, that there is a model of this name, and that its files have their whole length."""
     folder = Path(name)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+    if is_adapter(name):
         raise ValueError(
-            f"{option}: got {name}, an adapter, wanted a whole model: merge it into its own (peft's merge_and_unload)"
+            f"{option}: got {name}, an adapter, wanted a whole model: `tdpo merge {name} FOLDER` makes one"
         )
     if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ValueError(f"{option}: got {name}, and there is no such folder")
@@ -169,6 +174,19 @@ def _check_model(option: str, name: str, loading: dict[str, Any]) -> None:
             pass
 
 
+def is_adapter(name: str) -> bool:
+    """Return whether a folder holds a PEFT adapter without its model."""
+    return (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists()
+
+
+def base_of(adapter: str) -> str:
+    """Return the model that an adapter is for. Raises ValueError where its config names none."""
+    path = Path(adapter) / "adapter_config.json"
+    if base := json.loads(path.read_text()).get("base_model_name_or_path"):
+        return base
+    raise ValueError(f"model_name_or_path: got {adapter}, whose adapter_config.json has no base_model_name_or_path")
+
+
 def loading_of_reference(data: DataArguments, args: TDPOConfig) -> dict[str, Any]:
     """Return how the reference is loaded: as the model is, but with the revision of its own repository."""
     options = {name: value for name, value in args.model_init_kwargs.items() if name != "revision"}
@@ -176,12 +194,36 @@ def loading_of_reference(data: DataArguments, args: TDPOConfig) -> dict[str, Any
 
 
 def _find_checkpoint(args: TDPOConfig) -> None:
-    """Put the last checkpoint's folder in the place of ``last``."""
+    """Put a folder in the place of ``last``, the last checkpoint, and ``auto``, the last whole one if there is any."""
     wanted = args.resume_from_checkpoint
-    if wanted in ("last", True):
+    if wanted == "auto":
+        args.resume_from_checkpoint = _last_whole(args.output_dir)
+        if args.process_index == 0:
+            where = args.resume_from_checkpoint or "the beginning: there is no whole checkpoint"
+            print(f"resume_from_checkpoint: auto: from {where}", flush=True)
+    elif wanted in ("last", True):
         there = os.path.isdir(args.output_dir)
         args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if there else None
         if args.resume_from_checkpoint is None:
             raise ValueError(f"resume_from_checkpoint: got last, and there is no checkpoint in {args.output_dir}")
     elif wanted and not os.path.isdir(wanted):
-        raise ValueError(f"resume_from_checkpoint: got {wanted}, and there is no such folder, wanted one, or last")
+        raise ValueError(f"resume_from_checkpoint: got {wanted}, and there is no such folder, wanted one, last or auto")
+
+
+def _last_whole(folder: str) -> str | None:
+    """Return the checkpoint of the latest step that was written to its end."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    latest_first = sorted(found, key=lambda path: -int(path.name.partition("-")[2]))
+    return next((str(path) for path in latest_first if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Return whether files that are cut off, or missing because a save was, show that a checkpoint is not whole."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())  # the last file of a save
+        for path in checkpoint.rglob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(path) for path in checkpoint.rglob("*.pt"))

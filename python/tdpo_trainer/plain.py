@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from .mixin import TDPOMixin
+from .record import Record
 from .redirect import refuse_compiled
 from .step import LossOptions, datasets_of, refuse_functions_of_logits, refuse_torch_compile
 
@@ -65,6 +66,7 @@ class PlainTDPOTrainer(TDPOMixin, Trainer):
         self.ref_model = ref_model
         super().__init__(model=model, args=args, **kwargs)
         self.check_models(max_length)
+        self.add_callback(Record(self.loss_options, self.train_dataset))
         self.model_accepts_loss_kwargs = False  # so that the loss is divided by gradient_accumulation_steps
         if ref_model is not None:
             ref_model.requires_grad_(False).eval()

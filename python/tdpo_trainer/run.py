@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
 from torch import nn
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import get_peft_config
 
 from .config import TDPOConfig
 from .data import Pairs, hold_out, load_pairs
 from .errors import OF_OPTIONS, UsageError, one_line, said_in_one_line
-from .options import DataArguments, check, loading_of_reference, parse
+from .options import DataArguments, base_of, check, is_adapter, loading_of_reference, parse
 from .trainer import TDPOTrainer
 
 
 def train(argv: Sequence[str]) -> int:
-    """Train, and save the model in ``output_dir``. ``--resume_from_checkpoint last``: from the last one there."""
+    """Train, and save the model in ``output_dir``."""
     trainer = make_trainer(argv, "train")
     _warn_of_rounded_weights(trainer)
     _train(trainer)
     trainer.save_model(trainer.args.output_dir)
+    trainer.create_model_card()
     trainer.accelerator.print(f"saved in {trainer.args.output_dir}")
     trainer.accelerator.wait_for_everyone()
     return 0
@@ -45,14 +47,30 @@ def make_trainer(argv: Sequence[str], command: str) -> TDPOTrainer:
         check(data, args, model, command)
         pairs, evaluated = _datasets(data, args)
     with said_in_one_line(command):
+        policy, tokenizer = _policy(model.model_name_or_path, args)
         return TDPOTrainer(
-            model=model.model_name_or_path,
+            model=policy,
             ref_model=_reference(data, args),
             args=args,
             train_dataset=pairs,
             eval_dataset=evaluated,
+            processing_class=tokenizer,
             peft_config=get_peft_config(model),
         )
+
+
+def _policy(name: str, args: TDPOConfig) -> tuple[str | nn.Module, object | None]:
+    """Return a model's name, which TRL loads with its tokenizer; or a model with its adapter, and the tokenizer."""
+    if not is_adapter(name):
+        return name, None
+    from peft import PeftModel
+    from trl.trainer.utils import create_model_from_path
+
+    loading, args.model_init_kwargs = args.model_init_kwargs, None  # TRL warns of them beside a model
+    base = base_of(name)
+    policy = PeftModel.from_pretrained(create_model_from_path(base, **loading), name, is_trainable=True)
+    own = (Path(name) / "tokenizer_config.json").exists()
+    return policy, AutoTokenizer.from_pretrained(name if own else base)
 
 
 def _datasets(data: DataArguments, args: TDPOConfig) -> tuple[Pairs, Pairs | None]:

@@ -31,9 +31,14 @@ class LossOptions:
     def __post_init__(self) -> None:
         TDPOLoss(**vars(self))
 
+    @property
+    def alpha_used(self) -> float | None:
+        """The weight of TDPO2's KL difference, its default where none was given; None for TDPO1, which has none."""
+        return None if self.variant == "tdpo1" else 0.5 if self.alpha is None else self.alpha
+
     def describe(self, device: torch.device) -> str:
         """The first line of a run. Raises ValueError where the backend does not run on `device`."""
-        alpha = "none" if self.variant == "tdpo1" else f"{0.5 if self.alpha is None else self.alpha:g}"
+        alpha = "none" if self.alpha_used is None else f"{self.alpha_used:g}"
         backend = explain_backend(self.backend, device)
         return f"TDPO: variant {self.variant}, alpha {alpha}, beta {self.beta:g}, backend {backend}"
 

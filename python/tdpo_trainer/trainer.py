@@ -25,6 +25,7 @@ from .forward import Reference
 from .kernels import LMHead, on_device
 from .mixin import TDPOMixin
 from .parallelism import copies_of_a_batch
+from .record import Record
 from .redirect import refuse_compiled
 from .step import Batch, datasets_of, refuse_functions_of_logits
 
@@ -86,7 +87,15 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
             args.gradient_accumulation_steps = args.accumulation(self.accelerator.num_processes // copies)
         if args.reference_cache is not None:
             self._leave_reference_model()
+        self._recorder = Record(self.loss_options, self.train_dataset)
+        self.add_callback(self._recorder)
         self._initialised = True
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card, and add the variant, alpha, beta, data, and the curves."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._recorder.add_to_card(self.args, self._kept())
 
     def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Pairs:
         return prepared(super()._prepare_dataset, *args, **kwargs)

@@ -49,7 +49,7 @@ WRONG = [  # a command line, and what is said of it; {} is the folder of all the
     ("--model_name_or_path {}/nowhere", "model_name_or_path: got {}/nowhere, and there is no such folder"),
     ("--model_name_or_path no/such", "model_name_or_path: got no/such, no folder here, wanted a model: "),
     ("--model_name_or_path {}/empty", "model_name_or_path: got {}/empty, wanted a model: "),
-    ("--model_name_or_path {}/adapter", "model_name_or_path: got {}/adapter, an adapter, wanted a whole model"),
+    ("--model_name_or_path {}/adapter", "model_name_or_path: got {}/adapter, whose adapter_config.json has no"),
     ("--model_name_or_path {}/cut", "model_name_or_path: got {}/cut/model.safetensors, wanted a whole file: "),
     ("--model_name_or_path {}/mute", ""),
     ("--ref_model_name_or_path {}/nowhere", "ref_model_name_or_path: got {}/nowhere, and there is no such folder"),

@@ -1,0 +1,111 @@
+"""What a run leaves on disk, how it is taken up again, and what becomes of an adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from runs import config, llama, pairs, trainer
+from tdpo_trainer import PlainTDPOTrainer, cli, options
+from tdpo_trainer.record import METRICS
+from tdpo_trainer.step import LossOptions
+from tdpo_trainer.tokens import tokenize
+from transformers import AutoModelForCausalLM
+
+LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def test_both_trainers_leave_what_they_logged_and_curves(tmp_path: Path):
+    ours = trainer(tmp_path / "a", llama(), eval_dataset=pairs(4), eval_strategy="steps", eval_steps=2)
+    tokens = tokenize(ours.processing_class, pairs())
+    plain = PlainTDPOTrainer(
+        llama(), llama(), config(tmp_path / "b"), options=LossOptions(beta=0.5), train_dataset=tokens,
+        processing_class=ours.processing_class,
+    )  # fmt: skip
+    for each in (ours, plain):
+        each.train()
+        folder = Path(each.args.output_dir)
+        assert lines(folder) == each.state.log_history and len(lines(folder)) >= 4
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {"eval_kl/chosen", "step"} <= set(lines(tmp_path / "a")[2])
+
+
+def test_rewards_without_the_kl_are_those_of_dpo():
+    from tdpo_trainer.record import _with_log_ratios
+
+    entry = {"eval_rewards/chosen": 3.0, "eval_kl/chosen": 4.0, "step": 1}
+    assert _with_log_ratios(entry, 0.5)["eval_ratio/chosen"] == 1.0
+
+
+def test_a_command_leaves_a_card_and_a_resumed_run_says_what_is_changed(here: Path, tmp_path: Path, capsys):
+    flags = ["train", "--config", str(here / "run.yaml"), "--output_dir", str(tmp_path)]
+    flags += ["--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint", "auto"]
+    assert cli.main([*flags, "--max_steps", "2"]) == 0
+    assert "auto: from the beginning: there is no whole checkpoint" in capsys.readouterr().out
+    first = lines(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        "| alpha | 0.7 |" in card
+        and "| beta | 0.5 |" in card
+        and "| data | 12 pairs (" in card
+        and "curves.png" in card
+    )
+    os.truncate(next((tmp_path / "checkpoint-2").glob("*.safetensors")), 99)
+    assert cli.main([*flags, "--alpha", "0.1"]) == 0
+    said = capsys.readouterr().out
+    assert f"resume_from_checkpoint: auto: from {tmp_path}/checkpoint-1" in said
+    assert "TDPO: the checkpoint is of a run with other settings: alpha 0.7 -> 0.1\n" in said
+    steps = [entry["step"] for entry in lines(tmp_path) if "loss" in entry]
+    assert steps == [1, 2, 3] and lines(tmp_path)[0] == first[0]
+
+
+@pytest.mark.parametrize("fault", ["trainer_state.json", "optimizer.pt", "model.safetensors"])
+def test_a_checkpoint_that_is_cut_off_is_passed_over(fault: str, checkpoints: Path, tmp_path: Path):
+    folder = shutil.copytree(checkpoints, tmp_path / "c")
+    assert options._last_whole(str(folder)) == str(folder / "checkpoint-2")
+    os.truncate(folder / "checkpoint-2" / fault, 20)
+    assert options._last_whole(str(folder)) == str(folder / "checkpoint-1")
+
+
+def test_an_adapter_is_trained_on_and_merged(here: Path, tmp_path: Path, capsys):
+    flags = ["train", "--config", str(here / "run.yaml"), "--max_steps", "2"]
+    one, two, whole = (tmp_path / name for name in ("one", "two", "whole"))
+    assert cli.main([*flags, *LORA, "--output_dir", str(one)]) == 0
+    capsys.readouterr()
+    assert cli.main([*flags, "--model_name_or_path", str(one), "--output_dir", str(two)]) == 0
+    said = capsys.readouterr().out
+    assert "{'loss': '0.6931'" in said and "'kl/chosen': '0'" in said  # the reference is the first adapter's model
+    assert cli.main(["merge", str(two), str(whole)]) == 0
+
+    def made(model: torch.nn.Module) -> list[int]:
+        ids = torch.tensor([[5, 6, 7]])
+        return model.generate(ids, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(ids)).tolist()
+
+    base, again = (AutoModelForCausalLM.from_pretrained(here / "model") for _ in range(2))
+    adapted = made(PeftModel.from_pretrained(base, two))
+    assert made(AutoModelForCausalLM.from_pretrained(whole)) == adapted
+    ours = AutoModelForCausalLM.from_pretrained(whole).model.layers[0].self_attn.q_proj.weight
+    assert not torch.equal(ours, again.model.layers[0].self_attn.q_proj.weight)
+    assert not torch.equal(
+        ours, PeftModel.from_pretrained(again, one).merge_and_unload().model.layers[0].self_attn.q_proj.weight
+    )
+
+
+@pytest.mark.parametrize("command, wanted", [
+    ("merge {}/model {}/new", "adapter: got {}/model, wanted a folder with an adapter_config.json"),
+    ("merge {}/adapter {}/model", "output: got {}/model, which is there already, wanted a new folder"),
+    ("train --config {}/run.yaml --model_name_or_path {}/adapter --use_peft", "use_peft: got it with {}/adapter, an"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(command: str, wanted: str, here: Path, capsys):
+    assert cli.main(command.replace("{}", str(here)).split()) == 2
+    said = capsys.readouterr().err
+    assert wanted.replace("{}", str(here)) in said and said.count("\n") == 1
