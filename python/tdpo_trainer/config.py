@@ -51,6 +51,9 @@ class TDPOConfig(DPOConfig):
             Where it does not divide an epoch, that epoch's last step takes what is left: there a pair of a smaller
             micro-batch weighs more, and several processes repeat some pairs to even out their batches.
 
+        samples: evaluation prompts whose completions by the model are written to ``samples.txt`` in `output_dir`, and
+            sent to the trackers of TRL's `LogCompletionsCallback`, at each evaluation.
+
     ``bf16`` left unset is on where there is an accelerator, and off on a CPU.
 
     Raises:
@@ -69,6 +72,9 @@ class TDPOConfig(DPOConfig):
     pairs_per_step: int | None = field(
         default=None,
         metadata={"help": "pairs per optimizer step, fewer in an epoch's last; sets gradient accumulation"},
+    )
+    samples: int = field(
+        default=0, metadata={"help": "evaluation prompts whose completions go to samples.txt at each evaluation"}
     )
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from .mixin import TDPOMixin
 from .parallelism import copies_of_a_batch
 from .record import Record
 from .redirect import refuse_compiled
+from .samples import Samples
 from .step import Batch, datasets_of, refuse_functions_of_logits
 
 
@@ -89,6 +90,8 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
             self._leave_reference_model()
         self._recorder = Record(self.loss_options, self.train_dataset)
         self.add_callback(self._recorder)
+        if args.samples:
+            self.add_callback(Samples(self, args.samples))
         self._initialised = True
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

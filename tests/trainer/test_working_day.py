@@ -46,6 +46,30 @@ def test_rewards_without_the_kl_are_those_of_dpo():
     assert _with_log_ratios(entry, 0.5)["eval_ratio/chosen"] == 1.0
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_completions_of_evaluation_prompts_are_a_text(several: bool, tmp_path: Path, monkeypatch):
+    """Greedy ones are what `generate` makes; TRL's callback sends the same to its trackers."""
+    held = pairs(4, seed=3)
+    ours = trainer(
+        tmp_path, llama(), eval_dataset={"a": held, "b": pairs(3)} if several else held, eval_strategy="epoch",
+        num_train_epochs=2, max_steps=-1, samples=2,
+    )  # fmt: skip
+    ours.train()
+    assert ours.processing_class.padding_side == "right"
+    blocks = (tmp_path / "samples.txt").read_text().split("--- step ")[1:]
+    assert [block.partition("\n")[0] for block in blocks] == ["6", "6", "12", "12"]
+    prompt, said = blocks[-1].partition("\n")[2].removesuffix("\n\n").split("\n>>> ")
+    assert prompt == held[1]["prompt"]
+    given = ours.processing_class(prompt, return_tensors="pt")
+    made = ours.model.generate(**given, do_sample=False)[0, given.input_ids.shape[1] :]
+    assert said == ours.processing_class.decode(made, skip_special_tokens=True)
+
+
+def test_samples_without_an_evaluation_set_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="^samples: got 2 and no evaluation dataset"):
+        trainer(tmp_path, llama(), samples=2)
+
+
 def test_a_command_leaves_a_card_and_a_resumed_run_says_what_is_changed(here: Path, tmp_path: Path, capsys):
     flags = ["train", "--config", str(here / "run.yaml"), "--output_dir", str(tmp_path)]
     flags += ["--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint", "auto"]
