@@ -25,7 +25,6 @@ FIXED = {  # options that would be silently without effect, at the only value th
     "use_weighting": (False, DPO),
     "use_liger_kernel": (False, LIGER),
     "liger_kernel_config": (None, LIGER),
-    "padding_free": (False, "batches are padded; the loss itself spends nothing on padding"),
     "include_for_metrics": ([], METRICS),
     "batch_eval_metrics": (False, METRICS),
 }
@@ -43,6 +42,8 @@ class TDPOConfig(DPOConfig):
         beta: > 0, default 0.1, inherited.
         backend: of `tdpo_kernels`: ``"auto"``, ``"fused"``, ``"tiled"`` or ``"naive"``.
         memory_budget: bytes kept from forward to backward, to save recomputation.
+        padding_free: the model gets a batch as one row of tokens without padding, where its attention keeps sequences
+            apart (checked on the first batch); inherited. The loss itself never spends anything on padding.
         reference_cache: a directory. The reference's hidden states are written there before training, or found there,
             and no reference model is kept. ``precompute_ref_log_probs=True`` is the same with
             ``<output_dir>/reference_cache``.

@@ -25,12 +25,17 @@ NAMES = (*OVER_PAIRS, *OVER_TOKENS, AUX_LOSS, TOKENS_SEEN)
 
 
 @torch.no_grad()
-def pair_sums(out: TDPOOutput, stats: TokenStats, completion: Tensor, attention_mask: Tensor) -> Tensor:
+def pair_sums(
+    out: TDPOOutput, stats: TokenStats, completion: Tensor, lengths: Tensor, cu_seqlens: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Return ``(P, len(NAMES), 2)``: what each pair of a batch adds to the sum and to the count of each name.
 
     Args:
         out: of a batch whose loss is one per pair, or their mean, which then stands for each of them.
-        completion: ``(2P, L)`` bool. The first column has no predictor, and does not count.
+        completion: bool, ``(2P, L)``, or ``(N,)`` with `cu_seqlens`. A sequence's first token has no predictor and does
+            not count.
+        lengths: ``(2P,)``, the tokens of each sequence, prompts included.
+        cu_seqlens: ``(2P + 1,)``, where sequences begin in a row without padding; None: rows are padded.
     """
     chosen, rejected = out.chosen_rewards, out.rejected_rewards
     margin = chosen - rejected
@@ -40,14 +45,17 @@ def pair_sums(out: TDPOOutput, stats: TokenStats, completion: Tensor, attention_
         out.chosen_logps, out.rejected_logps, out.chosen_kl, out.rejected_kl, kl_margin,
     )  # fmt: skip
     counted = completion.clone()
-    counted[:, 0] = False
-    counts = counted.sum(-1)
-    of_rows = {name: stats.extras[name].sum(-1, dtype=_wide(margin)) for name in EXTRAS}
+    if cu_seqlens is None:
+        counted[:, 0] = False
+    else:
+        counted[cu_seqlens[:-1][lengths > 0].long()] = False
+    counts = _per_sequence(counted.to(_wide(margin)), cu_seqlens)
+    of_rows = {name: _per_sequence(stats.extras[name].to(_wide(margin)), cu_seqlens) for name in EXTRAS}
     (logit_w, logit_l), (tokens_w, tokens_l) = of_rows["mean_logit"].chunk(2), counts.chunk(2)
     of_tokens = (
         (_of_pair(of_rows["entropy"]), _of_pair(counts)), (logit_w, tokens_w), (logit_l, tokens_l),
         (of_rows["is_argmax"].chunk(2)[0], tokens_w), (torch.zeros_like(margin), torch.zeros_like(margin)),
-        (_of_pair(attention_mask.sum(-1)), torch.ones_like(tokens_w)),
+        (_of_pair(lengths), torch.ones_like(tokens_w)),
     )  # fmt: skip
     columns = [*((x, torch.ones_like(x)) for x in of_pairs), *of_tokens]
     return torch.stack([torch.stack([x.to(_wide(margin)) for x in pair], -1) for pair in columns], 1)
@@ -60,6 +68,10 @@ def with_aux_loss(sums: Tensor, aux_loss: Tensor, weight: float) -> Tensor:
     sums[:, NAMES.index("loss"), 0] += weight * aux_loss
     sums[:, NAMES.index(AUX_LOSS)] = torch.stack([aux_loss, torch.ones_like(aux_loss)]).to(sums)
     return sums
+
+
+def _per_sequence(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return x.sum(-1) if cu_seqlens is None else torch.segment_reduce(x, "sum", offsets=cu_seqlens.long())
 
 
 def _of_pair(rows: Tensor) -> Tensor:

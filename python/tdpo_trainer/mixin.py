@@ -13,6 +13,7 @@ from .forward import Reference, pair_outputs
 from .head import check_head
 from .kernels import explain_way
 from .metrics import TOKENS_SEEN, means_of, total_over_processes, with_aux_loss
+from .packed import check_packing, packed
 from .parallelism import check_parallelism, copies_of_a_batch, keep_pairs_together, pairs_that_count
 from .step import Batch, LossOptions, aux_loss_of, model_inputs, pair_loss
 
@@ -26,11 +27,11 @@ class TDPOMixin:
     Logged are the names of `metrics`, of each evaluation set under its own; rewards include the KL, as in the paper.
     """
 
-    def begin(self, options: LossOptions, args: Any) -> None:
+    def begin(self, options: LossOptions, args: Any, padding_free: bool = False) -> None:
         """Say what the run computes, and where. Raises ValueError where the backend does not run there."""
         self.loss_options = options
         self._sums: dict[str, Tensor] = {}
-        self._heads_checked = False
+        self._heads_checked, self._packs = False, padding_free
         if args.process_index == 0:
             print(options.describe(args.device), flush=True)
 
@@ -71,10 +72,11 @@ class TDPOMixin:
             aux_weight: the weight of a mixture of experts' auxiliary loss.
         """
         policy = self.accelerator.unwrap_model(model)
+        pairs = packed(pairs) if self._packs else pairs
         inputs = model_inputs(pairs) if inputs is None else inputs
         router = {"output_router_logits": True} if aux_weight else {}
         with self.accelerator.autocast():
-            self._check_heads(model, inputs)
+            self._check_heads(model, inputs, pairs.get("cu_seqlens"))
             theirs = self.reference_side(model, policy, inputs, pairs)
             loss = pair_loss(pairs, self.loss_options)
             out = pair_outputs(model, theirs, {**inputs, **router}, loss, unwrapped=policy)
@@ -91,11 +93,14 @@ class TDPOMixin:
             return reference.from_adapter(model, policy, inputs)
         return reference.from_model(self.ref_model, self.accelerator.unwrap_model(self.ref_model), inputs)
 
-    def _check_heads(self, model: nn.Module, inputs: Batch) -> None:
+    def _check_heads(self, model: nn.Module, inputs: Batch, cu_seqlens: Tensor | None) -> None:
         """Check once, on the first batch, that the models' logits are what the loss takes them for."""
         models = [x for x in (model, self.ref_model) if x is not None]  # a compiled one has no truth
         for wrapped in [] if self._heads_checked else models:
-            check_head(self.accelerator.unwrap_model(wrapped), inputs, wrapped=wrapped)
+            unwrapped = self.accelerator.unwrap_model(wrapped)
+            if cu_seqlens is not None:
+                check_packing(unwrapped, inputs, cu_seqlens, wrapped)
+            check_head(unwrapped, inputs, wrapped=wrapped)
         self._heads_checked = True
 
     def _record(self, sums: Tensor) -> None:

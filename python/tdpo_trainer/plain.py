@@ -28,6 +28,7 @@ class PlainTDPOTrainer(TDPOMixin, Trainer):
         options: beta, alpha, variant, backend, memory_budget.
         train_dataset, eval_dataset: rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, as `tokenize` makes them.
         max_length: of prompt and completion together; what is longer loses its end.
+        padding_free: the model gets one row of tokens without padding, where its attention keeps sequences apart.
         router_aux_loss_coef: the weight of a mixture of experts' auxiliary loss; None: its config's own.
         kwargs: the other arguments of `transformers.Trainer`; ``processing_class`` is needed.
 
@@ -45,6 +46,7 @@ class PlainTDPOTrainer(TDPOMixin, Trainer):
         *,
         options: LossOptions | None = None,
         max_length: int | None = 1024,
+        padding_free: bool = False,
         router_aux_loss_coef: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -62,7 +64,7 @@ class PlainTDPOTrainer(TDPOMixin, Trainer):
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = partial(collate, pad=tokenizer.pad_token_id, max_length=max_length)
             _check_columns(kwargs)
-        self.begin(options or LossOptions(), args)
+        self.begin(options or LossOptions(), args, padding_free)
         self.ref_model = ref_model
         super().__init__(model=model, args=args, **kwargs)
         self.check_models(max_length)

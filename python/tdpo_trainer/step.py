@@ -14,7 +14,7 @@ from .kernels import LMHead, TDPOLoss, explain_backend, fused_tdpo_loss
 from .metrics import EXTRAS, pair_sums
 
 IGNORED = -100
-NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_hidden", "ref_chosen_logps", "ref_rejected_logps"})
+NOT_MODEL_INPUTS = frozenset({"completion_mask", "cu_seqlens", "ref_hidden", "ref_chosen_logps", "ref_rejected_logps"})
 Batch = Mapping[str, Tensor]
 
 
@@ -57,21 +57,25 @@ def pair_loss(batch: Batch, options: LossOptions) -> Loss:
     """The loss `forward.pair_outputs` wants for this batch.
 
     Args:
-        batch: ``input_ids``, ``attention_mask``, ``completion_mask``, all ``(2P, L)``, the P chosen rows first.
+        batch: ``input_ids``, ``attention_mask``, ``completion_mask``, all ``(2P, L)``, the P chosen rows first; or one
+            row of them as `packed.packed` makes it.
 
     Returns:
         A function of ``(hidden, head, ref_hidden, ref_head)`` to ``loss``, a scalar, the mean over the P pairs, and
         ``sums``, those of `metrics.pair_sums`, detached.
     """
-    labels = labels_of(batch)
+    labels, offsets = labels_of(batch), batch.get("cu_seqlens")
+    lengths = batch["attention_mask"].sum(-1) if offsets is None else offsets.diff()
+    labels = labels if offsets is None else labels[0]
 
     def loss(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead) -> dict[str, Tensor]:
         each = "mean" if torch.is_grad_enabled() else "none"  # in evaluation a pair may be one that does not count
+        ours, theirs = (x if offsets is None else x[0] for x in (hidden, ref_hidden))
         out = fused_tdpo_loss(
-            hidden, head, ref_hidden, ref_head, labels, ignore_index=IGNORED, extras=EXTRAS, reduction=each,
-            **vars(options),
+            ours, head, theirs, ref_head, labels, ignore_index=IGNORED, extras=EXTRAS, reduction=each,
+            cu_seqlens=offsets, **vars(options),
         )  # fmt: skip
-        return {"loss": out.loss.mean(), "sums": pair_sums(out, out.tokens, labels != IGNORED, batch["attention_mask"])}
+        return {"loss": out.loss.mean(), "sums": pair_sums(out, out.tokens, labels != IGNORED, lengths, offsets)}
 
     return loss
 

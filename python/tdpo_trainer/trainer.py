@@ -26,7 +26,7 @@ from .kernels import LMHead, on_device
 from .mixin import TDPOMixin
 from .parallelism import copies_of_a_batch
 from .record import Record
-from .redirect import refuse_compiled
+from .redirect import instead, refuse_compiled
 from .samples import Samples
 from .step import Batch, datasets_of, refuse_functions_of_logits
 
@@ -72,14 +72,15 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
             reference.check_own_reference(model)  # before TRL adds a copy of its adapter
         if ref_model is None and args.reference_cache is None and kwargs.get("peft_config") is None:
             ref_model = _initial(model)
-        self.begin(args.loss_options(), args)
+        self.begin(args.loss_options(), args, args.padding_free)
         self._caches: dict[str, ReferenceCache] = {}
         self._ref_head: LMHead | None = None
         self._initialised = self._ref_model_left = False
         self._model_digests: dict[str, str] | None = None
         if args.reference_cache is not None and ref_model is not None and args.process_index == 0:
             self._model_digests = _model_digests(ref_model)  # before it is sharded
-        super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        with instead(args, "padding_free", False):  # of which TRL says that its own does not work
+            super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         self.check_models(args.max_length)
         if args.disable_dropout:
             _stop_dropout(self.model)

@@ -21,7 +21,6 @@ WRONG = [  # a command line, and what is said of it; {} is the folder of all the
     ("--variant tdpo1", "alpha: got float 0.7 with variant='tdpo1'"),
     ("--backend fused", "backend: got 'fused', which does not run here"),
     ("--loss_type ipo", "loss_type: got ['ipo'], wanted ['sigmoid']: it is an option of DPO's loss"),
-    ("--padding_free", "padding_free: got True, wanted False: batches are padded"),
     ("--use_liger_kernel", "use_liger_kernel: got True, wanted False: Liger's kernels are of DPO's loss"),
     ("--batch_eval_metrics", "batch_eval_metrics: got True, wanted False: it is for functions of logits"),
     ("--ignore_bias_buffers", "ignore_bias_buffers: got True, wanted False"),
