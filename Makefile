@@ -55,7 +55,7 @@ parallel: $(READY)  ## what is split over ranks, on four and on eight processes 
 	$(PY) -m pytest -n 2 -m long $(ARGS) tests/test_parallel*.py
 
 families: $(READY)  ## docs/families.md anew: every family of transformers, built tiny (5 minutes)
-	$(PY) python/tools/families.py > build-families.md
+	$(PY) docs/families.py > build-families.md
 	@mv build-families.md docs/families.md
 
 lint: $(READY)  ## ruff

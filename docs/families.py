@@ -1,6 +1,6 @@
 """Try which families of transformers' causal LMs can be trained: each is built tiny, with random weights.
 
-``make families`` writes docs/families.md; with names, ``python python/tools/families.py NAMES`` tries those alone. A
+``make families`` writes docs/families.md; with names, ``python docs/families.py NAMES`` tries those alone. A
 family is *exact* when its logits and the gradients of all its parameters are those of `head.run_backbone` and
 `head.head_pair`, in fp32.
 """
@@ -28,29 +28,27 @@ VOCABULARY = 48
 EXACT = "exact"
 
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(
-        ("vocab_size", "text_vocab_size", "vocab_size_per_layer_input", "pronunciation_vocab_size"), VOCABULARY
-    ),
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "emb_dim", "embed_dim"), 32),
-    **dict.fromkeys(("out_hidden_size", "output_channels", "projection_dim", "encoder_hidden_size"), 32),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "decoder_layers"), 2),
-    **dict.fromkeys(("encoder_layers", "num_blocks", "num_encoder_layers", "num_decoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 4),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dim_ff"), 48),
-    **dict.fromkeys(("ffn_hidden_size", "mlp_dim", "expert_ffn_hidden_size", "feed_forward_size"), 48),
-    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "attention_head_dim"), 8),
-    **dict.fromkeys(("global_head_dim", "hidden_size_per_layer_input", "laurel_rank", "attention_head_size"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "moe_intermediate_size", "shared_expert_intermediate_size"), 16),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "ffn_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions"), 64),
-    **dict.fromkeys(("num_kv_shared_layers",), 0),
-    **dict.fromkeys(("image_size",), 16),
-    **dict.fromkeys(("patch_size",), 8),
+    name: size
+    for size, names in (
+        (VOCABULARY, "vocab_size text_vocab_size vocab_size_per_layer_input pronunciation_vocab_size"),
+        (1, "pad_token_id bos_token_id eos_token_id decoder_start_token_id n_group topk_group n_shared_experts"),
+        (32, "hidden_size d_model n_embd dim embedding_size emb_dim embed_dim"),
+        (32, "out_hidden_size output_channels projection_dim encoder_hidden_size"),
+        (2, "num_hidden_layers n_layer n_layers num_layers depth decoder_layers"),
+        (2, "encoder_layers num_blocks num_encoder_layers num_decoder_layers"),
+        (4, "num_attention_heads n_head n_heads num_heads decoder_attention_heads num_decoder_attention_heads"),
+        (4, "encoder_attention_heads num_encoder_attention_heads num_key_value_heads num_kv_heads"),
+        (4, "swa_num_key_value_heads num_experts num_local_experts n_routed_experts moe_num_experts ffn_num_experts"),
+        (48, "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff"),
+        (48, "ffn_hidden_size mlp_dim expert_ffn_hidden_size feed_forward_size"),
+        (8, "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim attention_head_dim global_head_dim"),
+        (8, "hidden_size_per_layer_input laurel_rank attention_head_size patch_size"),
+        (16, "q_lora_rank kv_lora_rank moe_intermediate_size shared_expert_intermediate_size image_size"),
+        (2, "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k"),
+        (64, "max_position_embeddings n_positions max_seq_len n_ctx max_target_positions"),
+        (0, "num_kv_shared_layers"),
+    )
+    for name in names.split()
 }
 """Settings that make a config tiny, by the names that families use."""
 
