@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .loss import DEFAULT_ALPHA, REDUCTIONS, VARIANTS
+from .loss import DEFAULT_ALPHA, REDUCTIONS, VARIANTS, Terms
 from .reference import EXTRAS
 from .types import LMHead, VocabParallelHead
 
@@ -191,16 +191,23 @@ def check_pairs(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
         )
 
 
-def check_loss(beta: float, alpha: float | None, variant: str, reduction: str) -> tuple[float, float]:
-    """Return beta and alpha as floats, with alpha's default filled in."""
+def check_loss(
+    beta: float, alpha: float | None, variant: str, reduction: str, sft_weight: float = 0.0, normalized: bool = False
+) -> Terms:  # fmt: skip
+    """Return the terms of the loss, with alpha's default filled in."""
     for name, value, allowed in (("variant", variant, VARIANTS), ("reduction", reduction, REDUCTIONS)):
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, allowed))}")
     number = _number(beta, "beta")
     if number <= 0:
         raise wrong("beta", beta, "> 0")
+    if not isinstance(normalized, bool):
+        raise wrong("length_normalized", normalized, "True or False", TypeError)
+    weight = _number(sft_weight, "sft_weight")
+    if weight < 0:
+        raise wrong("sft_weight", sft_weight, ">= 0")
     if alpha is None:
-        return number, DEFAULT_ALPHA
+        return Terms(number, DEFAULT_ALPHA, variant, weight, normalized)
     if variant == "tdpo1":
         raise ValueError(
             f"alpha: got {seen(alpha)} with variant='tdpo1', which has no alpha; wanted None (leave it out), "
@@ -208,7 +215,7 @@ def check_loss(beta: float, alpha: float | None, variant: str, reduction: str) -
         )
     if _number(alpha, "alpha") < 0:
         raise wrong("alpha", alpha, ">= 0")
-    return number, float(alpha)
+    return Terms(number, float(alpha), variant, weight, normalized)
 
 
 def check_backend(backend: str, known: Iterable[str]) -> None:

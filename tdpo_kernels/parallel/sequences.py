@@ -39,7 +39,7 @@ def sequence_parallel_loss(
     Raises:
         TypeError, ValueError: if an argument is wrong; the message says which, what was seen and what is wanted.
     """
-    beta, alpha = check_loss(beta, alpha, variant, reduction)
+    terms = check_loss(beta, alpha, variant, reduction)
     check_tensor(sequence_ids, "sequence_ids")
     if sequence_ids.shape != stats.logp.shape or sequence_ids.dtype not in (torch.int64, torch.int32):
         raise wrong("sequence_ids", sequence_ids, f"int64 or int32 {tuple(stats.logp.shape)} as stats.logp has")
@@ -52,7 +52,7 @@ def sequence_parallel_loss(
     if found := int(total[-1]):  # raised on every rank, or the others would wait
         raise ValueError(f"sequence_ids: got {found} outside [0, {2 * pairs}), wanted none, ignored labels included")
     sums = total[:-1].view(3, -1)
-    return sums_loss(*sums, stats, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
+    return sums_loss(*sums, stats, terms, reduction)
 
 
 def _own_sums(stats: TokenStats, sequence_ids: Tensor, count: int) -> Tensor:
