@@ -11,6 +11,7 @@ from . import checks, groups
 from .backends import BACKENDS
 from .loss import cotangent_ratios, preference_loss, sums_gradient
 from .op import DEFAULT_BUDGET, checked, statistics
+from .pack import counted
 from .types import LMHead, TDPOOutput
 
 
@@ -18,7 +19,8 @@ def fused_tdpo_loss(
     hidden: Tensor, head: Tensor | nn.Linear | LMHead, ref_hidden: Tensor, ref_head: Tensor | nn.Linear | LMHead,
     labels: Tensor, *, beta: float = 0.1, alpha: float | None = None, variant: str = "tdpo2",
     ignore_index: int | None = -100, shift: bool = True, reduction: str = "mean", cu_seqlens: Tensor | None = None,
-    extras: tuple[str, ...] = (), backend: str = "auto", memory_budget: int = DEFAULT_BUDGET,
+    extras: tuple[str, ...] = (), backend: str = "auto", memory_budget: int = DEFAULT_BUDGET, sft_weight: float = 0.0,
+    length_normalized: bool = False,
 ) -> TDPOOutput:  # fmt: skip
     """Return the loss of Token-level Direct Preference Optimization (Zeng et al. 2024, arXiv 2404.11999).
 
@@ -38,6 +40,10 @@ def fused_tdpo_loss(
         memory_budget: as in `token_stats`. With a frozen head, or with a trained one where not all logits fit, forward
             already makes the gradients, so that no logits are made twice. Backward then multiplies them, and does not
             notice that a weight was changed in between.
+        sft_weight: >= 0, the weight of a term added to each pair's loss: the chosen completion's mean negative
+            log-probability a token (``pref_ftx`` in LLaMA-Factory). It is no part of TDPO.
+        length_normalized: True: log-ratios and KLs of a sequence, eq. (3), and so its reward, are means over its tokens
+            instead of sums. beta then wants to be as many times larger as completions have tokens.
 
     Returns:
         `TDPOOutput`. An empty completion counts as m = k = 0. With every label ignored the loss is log 2 and
@@ -46,7 +52,7 @@ def fused_tdpo_loss(
     Raises:
         TypeError, ValueError: if an argument is wrong; the message says which, what was seen and what is wanted.
     """
-    beta, alpha = checks.check_loss(beta, alpha, variant, reduction)
+    terms = checks.check_loss(beta, alpha, variant, reduction, sft_weight, length_normalized)
     checks.check_tensor(hidden, "hidden")
     if cu_seqlens is not None:
         checks.check_tensor(cu_seqlens, "cu_seqlens")
@@ -55,13 +61,17 @@ def fused_tdpo_loss(
         hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
         extras=extras, backend=backend, memory_budget=memory_budget,
     )  # fmt: skip
-    options, ratios = dict(beta=beta, alpha=alpha, variant=variant), cotangent_ratios(alpha, variant)
-    loss = partial(preference_loss, **options, reduction=reduction, cu_seqlens=cu_seqlens)
+    which = counted(labels, cu_seqlens, call.ignore_index, shift) if terms.counts_tokens else None
+    loss = partial(preference_loss, terms=terms, reduction=reduction, cu_seqlens=cu_seqlens, counted=which)
     plan = groups.plan(call) if reduction != "none" else None
     if plan is None:
-        return loss(statistics(call, ratios))
+        return loss(statistics(call, cotangent_ratios(terms)))
     pairs = len(plan.counts_S) // 2 if reduction == "mean" else 1
-    stats, gradients = groups.run(call, plan, ratios, lambda *sums: sums_gradient(*sums, **options) / pairs)
+
+    def gradient(logp_S: Tensor, ref_S: Tensor, kl_S: Tensor, count_S: Tensor) -> list[Tensor]:
+        return [g_S / pairs for g_S in sums_gradient(logp_S, ref_S, kl_S, terms, count_S)]
+
+    stats, gradients = groups.run(call, plan, gradient)
     out, (hidden, head, _) = loss(stats), call.policy
     return replace(out, loss=groups.Given.apply(out.loss, gradients, hidden, head.weight, head.bias))
 
@@ -72,15 +82,16 @@ class TDPOLoss(nn.Module):
     def __init__(
         self, *, beta: float = 0.1, alpha: float | None = None, variant: str = "tdpo2", ignore_index: int | None = -100,
         shift: bool = True, reduction: str = "mean", extras: tuple[str, ...] = (), backend: str = "auto",
-        memory_budget: int = DEFAULT_BUDGET,
+        memory_budget: int = DEFAULT_BUDGET, sft_weight: float = 0.0, length_normalized: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        checks.check_loss(beta, alpha, variant, reduction)
+        checks.check_loss(beta, alpha, variant, reduction, sft_weight, length_normalized)
         checks.check_options(ignore_index, shift, extras, memory_budget)
         checks.check_backend(backend, BACKENDS)
         self.options = dict(
             beta=beta, alpha=alpha, variant=variant, ignore_index=ignore_index, shift=shift,
-            reduction=reduction, extras=extras, backend=backend, memory_budget=memory_budget,
+            reduction=reduction, extras=extras, backend=backend, memory_budget=memory_budget, sft_weight=sft_weight,
+            length_normalized=length_normalized,
         )  # fmt: skip
 
     def forward(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from numbers import Integral, Real
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .loss import DEFAULT_ALPHA, REDUCTIONS, VARIANTS
+from .loss import DEFAULT_ALPHA, REDUCTIONS, VARIANTS, Terms
 from .reference import EXTRAS
 from .types import LMHead, VocabParallelHead
 
@@ -26,37 +27,61 @@ def seen(x: object) -> str:
     return f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str, bool, type(None))) else type(x).__name__
 
 
+def wrong(name: str, x: object, wanted: str, kind: type[Exception] = ValueError) -> Exception:
+    """Return the error to raise for an argument x that is not what is wanted."""
+    return kind(f"{name}: got {seen(x)}, wanted {wanted}")
+
+
 def as_head(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
     """Return the head that a ``(V, D)`` tensor, an ``nn.Linear`` or an ``LMHead`` stands for, or raise."""
     if isinstance(head, nn.Linear):
-        head = _of_linear(head, name)
-    elif isinstance(head, Tensor):
-        head = LMHead(head)
-    if not isinstance(head, LMHead):
-        raise TypeError(f"{name}: got {seen(head)}, wanted a (V, D) tensor, an nn.Linear or an LMHead")
+        _check_linear(head, name)
+    head = head_of(head, name)
     _tensor(head.weight, f"{name}.weight", FLOATS)
     if head.weight.dim() != 2 or head.vocab == 0:
-        raise ValueError(f"{name}.weight: got {seen(head.weight)}, wanted (V, D) with V >= 1")
+        raise wrong(f"{name}.weight", head.weight, "(V, D) with V >= 1")
     if head.bias is not None:
         _tensor(head.bias, f"{name}.bias", (head.weight.dtype,))
         if head.bias.shape != head.weight.shape[:1]:
-            raise ValueError(
-                f"{name}.bias: got {seen(head.bias)}, wanted ({head.weight.shape[0]},) as {name}.weight has rows"
-            )
+            raise wrong(f"{name}.bias", head.bias, f"({head.weight.shape[0]},) as {name}.weight has rows")
         _same_device(head.bias, f"{name}.bias", head.weight, f"{name}.weight")
-    logit_scale = _number(head.logit_scale, f"{name}.logit_scale")
-    softcap = None if head.softcap is None else _number(head.softcap, f"{name}.softcap")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted > 0, or None for no cap")
-    computed = torch.promote_types(head.weight.dtype, torch.float32)
-    if abs(logit_scale) > torch.finfo(computed).max:
-        raise ValueError(f"{name}.logit_scale: got {seen(head.logit_scale)}, wanted one that {computed} holds")
-    if softcap is not None and not torch.finfo(computed).tiny <= softcap <= torch.finfo(computed).max:
-        raise ValueError(f"{name}.softcap: got {seen(head.softcap)}, wanted one that {computed} holds")
     if isinstance(head, VocabParallelHead):
         _check_split(head, name)
-    floats = logit_scale is head.logit_scale and softcap is head.softcap
-    return head if floats else replace(head, logit_scale=logit_scale, softcap=softcap)
+    computed = torch.promote_types(head.weight.dtype, torch.float32)
+    scale = _number(head.logit_scale, f"{name}.logit_scale")
+    cap = None if head.softcap is None else _number(head.softcap, f"{name}.softcap")
+    if cap is not None and cap <= 0:
+        raise wrong(f"{name}.softcap", head.softcap, "> 0, or None for no cap")
+    for what, x, least in (("logit_scale", scale, 0.0), ("softcap", cap, torch.finfo(computed).tiny)):
+        if x is not None and not least <= abs(x) <= torch.finfo(computed).max:
+            raise wrong(f"{name}.{what}", getattr(head, what), f"one that {computed} holds")
+    floats = scale is head.logit_scale and cap is head.softcap
+    return head if floats else replace(head, logit_scale=scale, softcap=cap)
+
+
+def head_of(head: Tensor | nn.Linear | LMHead, name: str) -> LMHead:
+    """Return the head, unchecked, or raise TypeError: a linear must do what its weight and bias say, and no more."""
+    if isinstance(head, nn.Linear):
+        if type(head).forward is not nn.Linear.forward or "forward" in vars(head):  # LoRA, quantisation, offloading
+            raise TypeError(f"{name}: got a {seen(head)} with a forward of its own, wanted nn.Linear's, or an LMHead")
+        return LMHead(head.weight, head.bias)
+    head = LMHead(head) if isinstance(head, Tensor) else head
+    if not isinstance(head, LMHead):
+        raise wrong(name, head, "a (V, D) tensor, an nn.Linear or an LMHead", TypeError)
+    return head
+
+
+def _check_linear(linear: nn.Linear, name: str) -> None:
+    """Raise TypeError for a linear without a weight, and for hooks, which would not run."""
+    if isinstance(linear.weight, nn.parameter.UninitializedParameter):
+        raise TypeError(f"{name}: got a {seen(linear)} that is not initialised, wanted one with a weight; run it once")
+    _tensor(linear.weight, f"{name}.weight", FLOATS)  # first, as a sharded weight has hooks too
+    kinds = ("forward hooks", "forward pre-hooks", "backward hooks", "backward pre-hooks")
+    there = [kind for kind in kinds if getattr(linear, f"_{kind}".replace(" ", "_").replace("-", "_"))]
+    if there and type(linear).forward is nn.Linear.forward:  # else that is said
+        raise TypeError(
+            f"{name}: got a {seen(linear)} with {' and '.join(there)}, which would not run; wanted an LMHead"
+        )
 
 
 def _check_split(head: VocabParallelHead, name: str) -> None:
@@ -67,22 +92,6 @@ def _check_split(head: VocabParallelHead, name: str) -> None:
             f"{name}.weight: got {seen(head.weight)} on rank {rank} of {world}, wanted the rows that {name}.sizes "
             f"{head.sizes} say; make it by tdpo_kernels.parallel.vocab_parallel"
         )
-
-
-def _of_linear(linear: nn.Linear, name: str) -> LMHead:
-    """Return the head that a linear stands for, or raise TypeError if it does more than its weight and bias say."""
-    if isinstance(linear.weight, nn.parameter.UninitializedParameter):
-        raise TypeError(f"{name}: got a {seen(linear)} that is not initialised, wanted one with a weight; run it once")
-    _tensor(linear.weight, f"{name}.weight", FLOATS)  # first, as a sharded weight has hooks too
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):  # LoRA, quantisation, offloading
-        raise TypeError(f"{name}: got a {seen(linear)} with a forward of its own, wanted nn.Linear's, or an LMHead")
-    hooks = {
-        "forward hooks": linear._forward_hooks, "forward pre-hooks": linear._forward_pre_hooks,
-        "backward hooks": linear._backward_hooks, "backward pre-hooks": linear._backward_pre_hooks,
-    }  # fmt: skip
-    if there := " and ".join(kind for kind, registered in hooks.items() if registered):
-        raise TypeError(f"{name}: got a {seen(linear)} with {there}, which would not run; wanted an LMHead")
-    return LMHead(linear.weight, linear.bias)
 
 
 def check_transforms(hidden: object) -> None:
@@ -109,26 +118,21 @@ def check_inputs(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMH
     _tensor(ref_hidden, "ref_hidden", FLOATS)
     _tensor(labels, "labels", (torch.int64, torch.int32))
     if hidden.dim() < 2:
-        raise ValueError(f"hidden: got {seen(hidden)}, wanted (..., L, D), or (N, D) when packed")
+        raise wrong("hidden", hidden, "(..., L, D), or (N, D) when packed")
     if hidden.device.type == "meta":
-        raise ValueError(f"hidden: got {seen(hidden)}, wanted a device that holds values, not 'meta'")
-    for name, x in (("labels", labels), ("ref_hidden", ref_hidden)):
-        want = hidden.shape[:-1]
-        have = x.shape if name == "labels" else x.shape[:-1]
-        if have != want:
-            tail = "" if name == "labels" else ", E"
-            raise ValueError(
-                f"{name}: got {seen(x)}, wanted ({', '.join(map(str, want))}{tail}) to match hidden {seen(hidden)}"
-            )
+        raise wrong("hidden", hidden, "a device that holds values, not 'meta'")
+    for name, x, have, tail in (
+        ("labels", labels, labels.shape, ""), ("ref_hidden", ref_hidden, ref_hidden.shape[:-1], ", E"),
+    ):  # fmt: skip
+        if have != hidden.shape[:-1]:
+            want = ", ".join(map(str, hidden.shape[:-1]))
+            raise wrong(name, x, f"({want}{tail}) to match hidden {seen(hidden)}")
     for name, x in (("hidden", hidden), ("ref_hidden", ref_hidden)):
         if x.shape[-1] == 0:
-            raise ValueError(f"{name}: got {seen(x)}, wanted at least one hidden dimension")
+            raise wrong(name, x, "at least one hidden dimension")
     for prefix, x, h in (("", hidden, head), ("ref_", ref_hidden, ref_head)):
         if x.shape[-1] != h.weight.shape[1]:
-            raise ValueError(
-                f"{prefix}head.weight: got {seen(h.weight)}, wanted (V, {x.shape[-1]}) to match "
-                f"{prefix}hidden {seen(x)}"
-            )
+            raise wrong(f"{prefix}head.weight", h.weight, f"(V, {x.shape[-1]}) to match {prefix}hidden {seen(x)}")
         _same_device(x, f"{prefix}hidden", hidden, "hidden")
         _same_device(h.weight, f"{prefix}head.weight", hidden, "hidden")
     _same_device(labels, "labels", hidden, "hidden")
@@ -157,10 +161,9 @@ def compute_dtype(hidden: Tensor, head: LMHead, prefix: str) -> torch.dtype:
     if torch.is_autocast_enabled(device) and torch.float64 not in pair:
         return torch.get_autocast_dtype(device)
     if pair[0] != pair[1]:
-        raise TypeError(
-            f"{prefix}head.weight: got {seen(head.weight)}, wanted {str(pair[0]).removeprefix('torch.')} as "
-            f"{prefix}hidden {seen(hidden)}; cast one of them, or call under torch.autocast as you would F.linear"
-        )
+        as_hidden = f"{str(pair[0]).removeprefix('torch.')} as {prefix}hidden {seen(hidden)}"
+        how = "cast one of them, or call under torch.autocast as you would F.linear"
+        raise wrong(f"{prefix}head.weight", head.weight, f"{as_hidden}; {how}", TypeError)
     return pair[0]
 
 
@@ -168,16 +171,16 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
     """Check shape, dtype and device; `pack` reads the values."""
     _tensor(cu_seqlens, "cu_seqlens", (torch.int32, torch.int64))
     if hidden.dim() != 2:
-        raise ValueError(f"hidden: got {seen(hidden)}, wanted packed (N, D) when cu_seqlens is given")
+        raise wrong("hidden", hidden, "packed (N, D) when cu_seqlens is given")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"cu_seqlens: got {seen(cu_seqlens)}, wanted (S + 1,) offsets from 0 to N")
+        raise wrong("cu_seqlens", cu_seqlens, "(S + 1,) offsets from 0 to N")
     _same_device(cu_seqlens, "cu_seqlens", hidden, "hidden")
 
 
 def check_pairs(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is None:
         if hidden.dim() != 3:
-            raise ValueError(f"hidden: got {seen(hidden)}, wanted (2P, L, D), or (N, D) with cu_seqlens")
+            raise wrong("hidden", hidden, "(2P, L, D), or (N, D) with cu_seqlens")
         count, name, x = hidden.shape[0], "hidden", hidden
     else:
         count, name, x = cu_seqlens.numel() - 1, "cu_seqlens", cu_seqlens
@@ -188,60 +191,68 @@ def check_pairs(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
         )
 
 
-def check_loss(beta: float, alpha: float | None, variant: str, reduction: str) -> tuple[float, float]:
-    """Return beta and alpha as floats, with alpha's default filled in."""
+def check_loss(
+    beta: float, alpha: float | None, variant: str, reduction: str, sft_weight: float = 0.0, normalized: bool = False
+) -> Terms:  # fmt: skip
+    """Return the terms of the loss, with alpha's default filled in."""
     for name, value, allowed in (("variant", variant, VARIANTS), ("reduction", reduction, REDUCTIONS)):
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, allowed))}")
     number = _number(beta, "beta")
     if number <= 0:
-        raise ValueError(f"beta: got {seen(beta)}, wanted > 0")
+        raise wrong("beta", beta, "> 0")
+    if not isinstance(normalized, bool):
+        raise wrong("length_normalized", normalized, "True or False", TypeError)
+    weight = _number(sft_weight, "sft_weight")
+    if weight < 0:
+        raise wrong("sft_weight", sft_weight, ">= 0")
     if alpha is None:
-        return number, DEFAULT_ALPHA
+        return Terms(number, DEFAULT_ALPHA, variant, weight, normalized)
     if variant == "tdpo1":
         raise ValueError(
             f"alpha: got {seen(alpha)} with variant='tdpo1', which has no alpha; wanted None (leave it out), "
             "or variant='tdpo2'"
         )
     if _number(alpha, "alpha") < 0:
-        raise ValueError(f"alpha: got {seen(alpha)}, wanted >= 0")
-    return number, float(alpha)
+        raise wrong("alpha", alpha, ">= 0")
+    return Terms(number, float(alpha), variant, weight, normalized)
 
 
 def check_backend(backend: str, known: Iterable[str]) -> None:
     """Check the name only: whether it runs is known once there is a device."""
     names = ("auto", *known)
     if not isinstance(backend, str) or backend not in names:
-        raise ValueError(f"backend: got {seen(backend)}, wanted {' or '.join(map(repr, names))}")
+        raise wrong("backend", backend, " or ".join(map(repr, names)))
 
 
 def check_options(ignore_index: int | None, shift: bool, extras: tuple[str, ...], memory_budget: int) -> None:
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
-        raise TypeError(f"ignore_index: got {seen(ignore_index)}, wanted an int, or None when every label counts")
+    if ignore_index is not None and not is_int(ignore_index):
+        raise wrong("ignore_index", ignore_index, "an int, or None when every label counts", TypeError)
     if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: got {seen(ignore_index)}, wanted one that int64 labels can hold")
+        raise wrong("ignore_index", ignore_index, "one that int64 labels can hold")
     if not isinstance(shift, bool):
-        raise TypeError(f"shift: got {seen(shift)}, wanted True or False")
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
-        raise ValueError(f"memory_budget: got {seen(memory_budget)}, wanted a number of bytes >= 0")
-    if (
-        not isinstance(extras, (tuple, list))
-        or len(set(map(repr, extras))) < len(extras)
-        or any(x not in EXTRAS for x in extras)
-    ):
+        raise wrong("shift", shift, "True or False", TypeError)
+    if not is_int(memory_budget) or memory_budget < 0:
+        raise wrong("memory_budget", memory_budget, "a number of bytes >= 0")
+    known = isinstance(extras, (tuple, list)) and all(x in EXTRAS for x in extras)
+    if not known or len(set(extras)) < len(extras):
         raise ValueError(f"extras: got {extras!r}, wanted a tuple of different names from {', '.join(EXTRAS)}")
 
 
 def check_tensor(x: object, name: str) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {seen(x)}, wanted a tensor")
+        raise wrong(name, x, "a tensor", TypeError)
+
+
+def is_int(x: object) -> bool:
+    """Return whether x is a whole number, of Python or numpy, and no bool."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 def _tensor(x: object, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
     check_tensor(x, name)
     if x.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name}: got {seen(x)}, wanted {wanted}")
+        raise wrong(name, x, " or ".join(str(d).removeprefix("torch.") for d in dtypes), TypeError)
     plain = type(x) in (Tensor, nn.Parameter) or not hasattr(x, "full_tensor")
     if x.layout != torch.strided or not plain:
         raise TypeError(
@@ -251,13 +262,13 @@ def _tensor(x: object, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
 
 def _number(x: object, name: str) -> float:
     """Return x as a finite float: torch multiplies by no int beyond int64."""
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"{name}: got {seen(x)}, wanted a number")
+    if isinstance(x, bool) or not isinstance(x, Real):
+        raise wrong(name, x, "a number", TypeError)
     if abs(x) > sys.float_info.max or x != x:
-        raise ValueError(f"{name}: got {seen(x)}, wanted a finite number")
+        raise wrong(name, x, "a finite number")
     return float(x)
 
 
 def _same_device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
     if x.device != other.device:
-        raise ValueError(f"{name}: got {seen(x)}, wanted it on {other.device} as {other_name}")
+        raise wrong(name, x, f"it on {other.device} as {other_name}")

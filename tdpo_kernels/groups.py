@@ -81,12 +81,12 @@ def _groups(counts_S: list[int], most: int) -> list[slice]:
 
 @torch.no_grad()
 def run(
-    call: Call, plan: Plan, ratios: tuple[float, float], gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
+    call: Call, plan: Plan, gradient: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[TokenStats, Gradients]:
     """Return the statistics, and the gradients for an upstream gradient of 1.
 
-    gradient: a function of sums of logp, ref_logp and kl over sequences ``(2p,)`` to the gradient of the loss in the
-        first of them; `ratios` has the one in the last, relative to it, for chosen and for rejected sequences.
+    gradient: a function of sums of logp, ref_logp and kl over sequences ``(2p,)``, and of their numbers of tokens, to
+        the gradients of the loss in the sums of logp and of kl.
     """
     policy, (rows, counts_S, groups, room) = call.policy, plan
     inputs = engine.inputs_of(policy, call.reference, rows, call.extras)
@@ -100,8 +100,7 @@ def run(
         blocks = [slice(ends[s.start], ends[s.stop]) for s in sides]
         part = replace(inputs, rows=pack.subset(rows, *blocks))
         shown, row = engine.statistics(part, call.backend, call.needs, kept)
-        g_logp_T = _per_row(shown[:3], [n for s in sides for n in counts_S[s]], gradient)
-        g_kl_T = torch.cat([g * x for g, x in zip(g_logp_T.split([grid.size(b) for b in blocks]), ratios, strict=True)])
+        g_logp_T, g_kl_T = _per_row(shown[:3], [n for s in sides for n in counts_S[s]], gradient)
         row = rowmath.cotangents(row, g_logp_T, g_kl_T, policy.head.logit_scale)
         dh = engine.gradients(part, call.backend, call.needs, kept, row, totals.heads).hidden
         totals.take(part.rows.hidden_T, blocks, shown, dh)
@@ -136,12 +135,15 @@ class _Totals:
         return Gradients(hidden, weight, bias)
 
 
-def _per_row(shown_3T: Tensor, counts: list[int], gradient: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """Return each row's gradient of the loss in logp, which is that of its sequence's sum."""
+def _per_row(
+    shown_3T: Tensor, counts: list[int], gradient: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """Return each row's gradients of the loss in logp and in kl, which are those of its sequence's sums."""
     offsets = torch.tensor([0, *accumulate(counts)], device=shown_3T.device)
     logp_S, kl_S, ref_S = sequence_sums(shown_3T, offsets)
-    g_S = gradient(logp_S, ref_S, kl_S).to(shown_3T.dtype)
-    return g_S.repeat_interleave(offsets.diff(), output_size=shown_3T.shape[-1])
+    count_S, T = offsets.diff(), shown_3T.shape[-1]
+    found = gradient(logp_S, ref_S, kl_S, count_S)
+    return [g_S.to(shown_3T.dtype).repeat_interleave(count_S, output_size=T) for g_S in found]
 
 
 class Given(torch.autograd.Function):

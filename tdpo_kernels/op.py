@@ -93,10 +93,9 @@ def checked(
     policy = Model(hidden, head, checks.compute_dtype(hidden, head, ""))
     reference = Model(ref_hidden, ref_head, checks.compute_dtype(ref_hidden, ref_head, "ref_"))
     needs = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias))
-    budget = min(memory_budget, 2**62) if backend != "naive" else 2**62
-    return Call(
-        policy, reference, labels, cu_seqlens, ignore_index, shift, tuple(extras), backend, budget, Needs(*needs)
-    )
+    budget = min(int(memory_budget), 2**62) if backend != "naive" else 2**62
+    ignored = None if ignore_index is None else int(ignore_index)
+    return Call(policy, reference, labels, cu_seqlens, ignored, shift, tuple(extras), backend, budget, Needs(*needs))
 
 
 def statistics(call: Call, ratios: tuple[float, ...] = ()) -> TokenStats:

@@ -65,6 +65,12 @@ def sequences(rows: Rows, shape: torch.Size, cu_seqlens: Tensor | None) -> Tenso
     return torch.bucketize(at_T, cu_seqlens[1:].long(), right=True)
 
 
+def counted(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int | None, shift: bool) -> Tensor:
+    """Return which labels count, in their shape."""
+    valid_N = _valid(labels.reshape(-1), labels.shape, cu_seqlens, ignore_index, shift)
+    return torch.ones_like(labels, dtype=torch.bool) if valid_N is None else valid_N.view(labels.shape)
+
+
 def _valid(
     labels_N: Tensor, shape: torch.Size, cu_seqlens: Tensor | None, ignore_index: int | None, shift: bool
 ) -> Tensor | None:

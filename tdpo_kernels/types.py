@@ -1,4 +1,4 @@
-"""Define the words of the library: its axes, its plain data, and what a backend is.
+"""Define the words of the library: its axes and its plain data.
 
 Axes, used as shape suffixes everywhere (``lse_T`` has shape ``(T,)``):
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,22 +175,6 @@ class Gradients(NamedTuple):
 
 
 SUMMANDS = Gradients(None, None, None)  # a `total` that adds to no gradient
-
-
-class Backend(Protocol):
-    """Compute eqs. (1), (2) and their gradients (6), (7). A module with these two functions is a backend."""
-
-    def forward(self, inputs: Inputs, kept: Tensor) -> Part:
-        """Return the part, and fill `kept`, which is flat, with as many tiles of both models' logits as fit."""
-        ...
-
-    def backward(self, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, total: Gradients | None) -> Gradients:
-        """Return the gradients from `kept` and from the values of each whole row that `rowmath.cotangents` returns.
-
-        total: given where these rows or columns are not all. Then dh is a summand, returned unrounded, ``(T, D)``; dW
-        and db are added to those of `total` that are not None, in the statistics' dtype.
-        """
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +41,17 @@ class Problem:
     g_kl: Tensor
 
     def to(self, dtype: torch.dtype) -> Problem:
-        def cast(head: LMHead) -> LMHead:
-            return replace(head, weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
+        heads = {
+            name: replace(x, weight=x.weight.to(dtype), bias=None if x.bias is None else x.bias.to(dtype))
+            for name, x in (("head", self.head), ("ref_head", self.ref_head))
+        }
+        return replace(self, hidden=self.hidden.to(dtype), ref_hidden=self.ref_hidden.to(dtype), **heads)
 
-        sides = {name: getattr(self, name).to(dtype) for name in ("hidden", "ref_hidden")}
-        return replace(self, head=cast(self.head), ref_head=cast(self.ref_head), **sides)
+    @cached_property
+    def logits(self) -> list[Tensor]:
+        """Return both models' logits in float64."""
+        sides = (self.hidden, self.head), (self.ref_hidden, self.ref_head)
+        return [logits(hidden, head, torch.float64) for hidden, head in sides]
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
@@ -116,8 +123,7 @@ def plain_torch(problem: Problem) -> list[Tensor]:
 
 def truth(problem: Problem) -> list[Tensor]:
     """Return `NAMES` by the specification, `reference.py`, in float64."""
-
-    return _with_gradients(problem.to(torch.float64), lambda p: statistics(*_logits(p), p.labels))
+    return _with_gradients(problem.to(torch.float64), lambda p: statistics(*p.logits, p.labels))
 
 
 def _with_gradients(problem: Problem, stats: Stats) -> list[Tensor]:
@@ -135,14 +141,10 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
     return error if error == error else math.inf
 
 
-def _logits(p: Problem) -> list[Tensor]:
-    return [logits(x, head, torch.float64) for x, head in ((p.hidden, p.head), (p.ref_hidden, p.ref_head))]
-
-
 def _scales(problem: Problem, exact: list[Tensor]) -> list[float]:
     """Return how many times larger each result's terms are: a log-probability is a difference of larger logits."""
     scales = [1.0] * len(exact)
-    for i, z in enumerate(_logits(problem)):
+    for i, z in enumerate(problem.logits):
         largest = z[torch.isfinite(z)].abs().amax() * exact[i].numel() ** 0.5
         scales[i] = max(1.0, (largest / torch.linalg.vector_norm(exact[i])).item())
     return scales
@@ -183,19 +185,15 @@ def verify(
             for backend in (b for b in backends if not lacks(b, device, DTYPES[dtype])):
                 for budget, size in BUDGETS.items() if backend != "naive" else [("-", 0)]:
                     what, found = (backend, dtype, problem.name, budget), evaluate(problem, backend, size)
-                    lines.append(_worst(what, found, exact, plain, _scales(problem, exact)))
+                    quantities = zip(NAMES, found, exact, plain, _scales(problem, exact), strict=False)
+                    judged = [_judge(what, *quantity) for quantity in quantities]
+                    lines.append(max(judged, key=lambda line: line.error / line.allowed))
                     report(lines[-1])
     return lines
 
 
-def _worst(
-    what: tuple[str, str, str, str], found: list[Tensor], exact: list[Tensor], plain: list[Tensor], scales: list[float]
-) -> Line:
-    """Return the quantity whose error is the largest share of its bound."""
-    candidates = []
-    for quantity, x, want, plainly, scale in zip(NAMES, found, exact, plain, scales, strict=False):
-        eps, by_plain = torch.finfo(x.dtype).eps, relative_error(plainly, want)
-        room = (16 if x.dtype == torch.float64 else 4) * eps * scale
-        allowed = 2 * (by_plain if math.isfinite(by_plain) else UNUSABLE * eps * scale) + room
-        candidates.append(Line(*what, quantity, relative_error(x, want), by_plain, allowed))
-    return max(candidates, key=lambda line: line.error / line.allowed)
+def _judge(what: tuple[str, ...], quantity: str, found: Tensor, exact: Tensor, plain: Tensor, scale: float) -> Line:
+    eps, by_plain = torch.finfo(found.dtype).eps * scale, relative_error(plain, exact)
+    allowed = 2 * (by_plain if math.isfinite(by_plain) else UNUSABLE * eps)
+    allowed += (16 if found.dtype == torch.float64 else 4) * eps
+    return Line(*what, quantity, relative_error(found, exact), by_plain, allowed)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpo_kernels import LMHead, TDPOOutput, TokenStats, reference
-from tdpo_kernels.loss import preference_loss
+from tdpo_kernels.loss import Terms, preference_loss
 
 EVERYTHING = 2**40
 EXTRAS = ("entropy", "mean_logit", "is_argmax")
@@ -52,7 +52,7 @@ def reference_stats(call: dict) -> TokenStats:
 
 def reference_loss(call: dict, beta: float = 0.1, alpha: float = 0.5, variant: str = "tdpo2") -> TDPOOutput:
     """Return eqs. (1) to (5) per pair, as `test_oracle` holds them to be."""
-    return preference_loss(reference_stats(call), beta=beta, alpha=alpha, variant=variant, reduction="none")
+    return preference_loss(reference_stats(call), Terms(beta, alpha, variant), "none")
 
 
 def grads(loss: Tensor, *leaves: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ from runnable import backends
 from torch import Tensor
 
 from tdpo_kernels import TokenStats, fused_tdpo_loss, reference, token_stats
-from tdpo_kernels.loss import preference_loss
+from tdpo_kernels.loss import Terms, preference_loss
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -23,8 +23,7 @@ def plain_tdpo2(call: dict) -> Tensor:
     logits = [F.linear(call[h], call[w]) for h, w in (("hidden", "head"), ("ref_hidden", "ref_head"))]
     wide = [(x if x.dtype == torch.float64 else x.float()).flatten(0, 1) for x in logits]
     logp, ref_logp, kl = (x.view_as(call["labels"]) for x in reference.statistics(*wide, call["labels"].flatten()))
-    options = dict(beta=0.1, alpha=0.5, variant="tdpo2", reduction="mean")
-    return preference_loss(TokenStats(logp, ref_logp, kl), **options).loss
+    return preference_loss(TokenStats(logp, ref_logp, kl), Terms(0.1, 0.5, "tdpo2"), "mean").loss
 
 
 FLOATS = ("hidden", "head", "ref_hidden", "ref_head")

@@ -14,7 +14,7 @@ from tdpo_kernels.backends import onednn
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Return the strides of every pair of matrices that oneDNN is given, as on such a CPU."""
     pairs, product = [], onednn.product
-    monkeypatch.setattr(onednn, "mkl_is_held_back", lambda: True)
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
     monkeypatch.setattr(onednn, "LEAST", 0)
     monkeypatch.setattr(onednn, "product", lambda a, b: pairs.append((a, b)) or product(a, b))
     return pairs

@@ -15,7 +15,7 @@ from torch import Tensor
 from truth import truth
 
 from tdpo_kernels import LMHead, TokenStats, reference
-from tdpo_kernels.loss import preference_loss, sequence_sums
+from tdpo_kernels.loss import Terms, preference_loss, sequence_sums
 
 F64 = torch.float64
 
@@ -129,8 +129,8 @@ def random_stats(pairs: int = 3, length: int = 5, size: float = 1.0, seed: int =
     return TokenStats(logp.requires_grad_(), ref_logp, kl.requires_grad_())
 
 
-def run(stats: TokenStats, **options) -> tuple[Tensor, Tensor, Tensor]:
-    out = preference_loss(stats, **dict(dict(beta=0.1, alpha=0.5, variant="tdpo2", reduction="sum"), **options))
+def run(stats: TokenStats, beta=0.1, alpha=0.5, variant="tdpo2", **options) -> tuple[Tensor, Tensor, Tensor]:
+    out = preference_loss(stats, Terms(beta, alpha, variant), **{"reduction": "sum", **options})
     return out, *torch.autograd.grad(out.loss.sum(), (stats.logp, stats.kl), materialize_grads=True)
 
 
@@ -184,7 +184,7 @@ def long_stats() -> TokenStats:
 @pytest.mark.parametrize("variant", ["tdpo1", "tdpo2"])
 def test_sums_over_long_sequences_are_exact_to_rounding(packed, variant):
     """Sequential fp32 sums are nats off at 131,072 tokens, and so would be the difference that the loss is made of."""
-    stats, options = long_stats(), dict(beta=0.5, alpha=0.5, variant=variant, reduction="sum")
+    stats, options = long_stats(), dict(terms=Terms(0.5, 0.5, variant), reduction="sum")
     sides = [oracle.Tokens(*(x[i].tolist() for x in (stats.logp, stats.ref_logp, stats.kl))) for i in range(2)]
     want = oracle.pair(*sides, 0.5, 0.5, variant)
     if packed:

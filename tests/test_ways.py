@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import EVERYTHING, headed, ragged_batch, reference_loss, trained
+from batches import EVERYTHING, headed, pack, ragged_batch, reference_loss, reference_stats, trained
 from closeness import same_bits
 from processes import run
 from seeing import Products
@@ -51,6 +51,27 @@ def test_no_way_is_less_accurate_than_plain_torch(way: str, upstream: float, red
     for x, y, z in zip(ours, yardstick, truth, strict=True):
         allowed = 2 * (y - z).norm() + 4 * torch.finfo(torch.float32).eps * z.norm()
         assert (x - z).norm() <= allowed
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("normalized, sft", [(True, 0.0), (False, 0.7), (True, 0.7)])
+@pytest.mark.parametrize("variant", [dict(variant="tdpo1"), dict(alpha=0.7)], ids=["tdpo1", "tdpo2"])
+def test_an_sft_term_and_means_in_place_of_sums(variant: dict, normalized: bool, sft: float, packed: bool, way: str):
+    """Against the formulas, written out with torch on the statistics of the reference."""
+    budget, frozen = WAYS[way]
+    call, leaves = trained(headed(), frozen)
+    stats, counts = reference_stats(call), (call["labels"] != -100).sum(-1)
+    per = 1.0 / counts if normalized else 1.0
+    m, k = ((x.sum(-1) * per).chunk(2) for x in (stats.logp - stats.ref_logp, stats.kl))
+    d = k[1] - k[0] if "variant" in variant else 0.7 * (k[1] - k[0].detach())
+    nll = -(stats.logp.sum(-1) / counts).chunk(2)[0]
+    want = (-torch.nn.functional.logsigmoid(0.5 * (m[0] - m[1] - d)) + sft * nll).mean()
+    options = dict(beta=0.5, sft_weight=sft, length_normalized=normalized, memory_budget=budget) | variant
+    out = fused_tdpo_loss(**(pack(call, [9] * 6) if packed else call), **options)
+    torch.testing.assert_close(out.loss, want)
+    torch.testing.assert_close(out.chosen_rewards, 0.5 * (m[0] + k[0]).detach())
+    torch.testing.assert_close(torch.autograd.grad(out.loss, leaves), torch.autograd.grad(want, leaves))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -10,12 +10,21 @@ import torch
 
 from ..checks import check_backend
 from ..tuning import winner
-from ..types import Backend, Model
-from . import fused, kerneltiles, launch, naive, tiled
+from ..types import Inputs, Model
+from . import launch
+from .kerneltiles import FusedTiles, RowTiles
+from .tiled import TorchTiles, naive
+from .walk import Backend
 
-BACKENDS: dict[str, Backend] = {"fused": fused, "tiled": tiled, "naive": naive}
+
+def _tiled(inputs: Inputs) -> TorchTiles | RowTiles:
+    by_kernels = inputs.stats_dtype == torch.float32 and not launch.unavailable(inputs.policy.hidden.device)
+    return RowTiles(inputs) if by_kernels else TorchTiles(inputs)
+
+
+BACKENDS = {"fused": Backend(FusedTiles), "tiled": Backend(_tiled), "naive": Backend(naive)}
 TILED_FROM = 2048  # the hidden size from which a model of a GPU, not a measurement, expects `tiled` to be faster
-KERNELS = {"fused": kerneltiles.FusedTiles.KERNELS, "tiled": kerneltiles.RowTiles.KERNELS}
+KERNELS = {"fused": FusedTiles.KERNELS, "tiled": RowTiles.KERNELS}
 
 
 def availability(device: torch.device) -> dict[str, str]:
@@ -53,7 +62,7 @@ def lacks(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def choose(backend: str, device: torch.device, sides: Sequence[Model] = ()) -> tuple[str, Backend]:
-    """Return a backend's name and module, or raise ValueError if the one that is named does not run.
+    """Return a backend's name and the backend, or raise ValueError if the one that is named does not run.
 
     ``"auto"`` takes the backend measured to be the fastest at such sizes on such a GPU, or the one estimated to be
     where nothing was measured. Elsewhere it takes `tiled`, which warns once where it must do without kernels on an

@@ -55,7 +55,7 @@ class RowTiles:
         self.kernels.dz(kept, *self._where(rows, cols), row_R, out)
         return self.check.dz("tile_dz", rows, cols, row_R, out)
 
-    def checked(self, inputs: Inputs, part: Part) -> Part:
+    def checked(self, part: Part) -> Part:
         return self.check.forward(part)
 
     def _products(self, m: int, rows: slice, cols: slice, kept: Tensor | None) -> Tensor:

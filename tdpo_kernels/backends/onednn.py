@@ -7,27 +7,26 @@ import platform
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 LEAST = 2**23  # multiplications: a smaller product costs more to hand over than it saves
 
 
-def takes(a: Tensor, b: Tensor) -> bool:
+def takes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether ``a @ b`` is better made here. Of a matrix with gaps oneDNN takes a thousand times as long."""
     if a.device.type != "cpu" or a.dtype != torch.float32 or a.numel() * b.shape[1] < LEAST:
         return False
-    dense = all(x.is_contiguous() or x.T.is_contiguous() for x in (a, b))
-    return dense and mkl_is_held_back() and torch.backends.mkldnn.enabled
+    return (
+        all(x.is_contiguous() or x.T.is_contiguous() for x in (a, b)) and is_faster() and torch.backends.mkldnn.enabled
+    )
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(a, b.T, None, "none", [], "")
 
 
 @functools.cache
-def mkl_is_held_back() -> bool:
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    info = Path("/proc/cpuinfo")
+def is_faster() -> bool:
+    info, there = Path("/proc/cpuinfo"), torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     is_intel = "GenuineIntel" in (info.read_text() if info.exists() else platform.processor())
-    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not is_intel
+    has_it = there and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not is_intel
+    return has_it and torch.backends.cpu.get_cpu_capability() == "AVX512"

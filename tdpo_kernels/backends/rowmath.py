@@ -71,13 +71,12 @@ class Buffers(NamedTuple):
     two: Tensor
     three: Tensor
 
-    @staticmethod
-    def of(work: Workspace, z: Tensor) -> Buffers:
-        return Buffers(*(work.get(f"scratch {name}", z.dtype, *z.shape) for name in Buffers._fields))
 
-    @staticmethod
-    def like(z: Tensor) -> Buffers:
+def buffers(z: Tensor, work: Workspace | None = None) -> Buffers:
+    """Return scratch in the shape and dtype of z, from a workspace if there is one."""
+    if work is None:
         return Buffers(*(torch.empty_like(z) for _ in Buffers._fields))
+    return Buffers(*(work.get(f"scratch {name}", z.dtype, *z.shape) for name in Buffers._fields))
 
 
 def reaches_far(y: Tensor) -> bool:
@@ -109,7 +108,7 @@ def divergence_(p: Tensor | None, out: Buffers, dim: int) -> tuple[Tensor, Tenso
 
 def part(z: Tensor, r: Tensor, extras: Extras, work: Workspace) -> Tensor:
     """Return the state ``(STATE, R)`` of a tile of logits ``(R, C)``, LOWEST in both where a column does not count."""
-    out = Buffers.of(work, z)
+    out = buffers(z, work)
     top_z, top_r = z.amax(-1), r.amax(-1)
     p = torch.sub(z, top_z[:, None], out=out.one)
     more = _entropy_sums(z, p, out.two) if extras else []
@@ -162,7 +161,7 @@ def _merge(parts_GKSR: Tensor) -> Tensor:
     top_z, top_r = top_z_K.amax(1, keepdim=True), top_r_K.amax(1, keepdim=True)
     log_P_K, log_Q_K = lse_z_K + (top_z_K - top_z), lse_r_K + (top_r_K - top_r)
     lse_z, lse_r = log_P_K.logsumexp(1, keepdim=True), log_Q_K.logsumexp(1, keepdim=True)
-    out, gap = Buffers.like(log_P_K), lse_z - lse_r
+    out, gap = buffers(log_P_K), lse_z - lse_r
     exact_difference_(top_z_K, top_r_K, top_z, top_r, gap - gap_K, out)
     P_K, Q_K = (log_P_K - lse_z).exp_(), torch.sub(log_Q_K, lse_r, out=out.q).exp_()
     own = (Q_K * kl_K).sum(1)
@@ -196,7 +195,7 @@ def whole(others: Tensor, labels_2T: Tensor, extras: Extras, vocab: int) -> Whol
     parts = torch.stack([others, label])
     state = merge(parts)
     top_z, top_r, lse_z, lse_r, kl, gap = state[:STATE].unbind()
-    Y_2T = exact_difference_(parts[:, 0], parts[:, 1], top_z, top_r, gap - parts[:, 5], Buffers.like(parts[:, 0]))
+    Y_2T = exact_difference_(parts[:, 0], parts[:, 1], top_z, top_r, gap - parts[:, 5], buffers(parts[:, 0]))
     down, lost = _two_difference(others[:2], labels_2T)
     odds, lost_too = _two_difference(down, -others[2:4])
     (x_z, x_r), lost = odds, lost.add_(lost_too)
@@ -270,16 +269,9 @@ def mostly_p(a: Tensor, c: Tensor) -> Tensor:
 # --- backward: dz of a tile by eq. (9), except at the label -----------------------------------------------------------
 
 
-def dz_from_p_(z: Tensor, row: Tensor, out: Buffers) -> None:
-    """Set ``out.one = b p``, for rows whose a is 0."""
-    top_z, _, lse_z, _, _, _, b, _, _ = row.unbind()
-    _softmax(z, top_z, lse_z, out.one).mul_(b[:, None])
-
-
-def dz_from_q_(r: Tensor, row: Tensor, out: Buffers) -> None:
-    """Set ``out.one = b q``, for rows whose c is 0."""
-    _, top_r, _, lse_r, _, _, b, _, _ = row.unbind()
-    _softmax(r, top_r, lse_r, out.one).mul_(b[:, None])
+def dz_from_one_(x: Tensor, m: int, row: Tensor, dz: Tensor) -> None:
+    """Set ``dz = b p`` (m = 0: a is 0 in all rows, x are the policy's logits) or ``dz = b q`` (m = 1: c is 0)."""
+    _softmax(x, row[m], row[2 + m], dz).mul_(row[6, :, None])
 
 
 def dz_from_both_(z: Tensor, r: Tensor, row: Tensor, out: Buffers) -> None:

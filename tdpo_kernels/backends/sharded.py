@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..collectives import exchanged, gathered, same, summed_, told
-from ..types import SUMMANDS, Backend, Gradients, Inputs, LMHead, Model, Needs, Part, VocabParallelHead
+from ..types import SUMMANDS, Gradients, Inputs, LMHead, Model, Needs, Part, VocabParallelHead
 from . import rowmath
 from .logits import ruled_out
+from .walk import Backend
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,8 +67,8 @@ def _own(inputs: Inputs) -> Inputs:
 
 def _nothing(own: Inputs) -> Part:
     """Return the part of a rank without columns."""
-    state = own.policy.hidden.new_zeros(rowmath.STATE + (2 if own.extras else 0), own.rows.count, dtype=own.stats_dtype)
-    return Part(rowmath.empty(state), state.new_zeros(2, own.rows.count))
+    like = own.policy.hidden.new_empty(rowmath.STATE + 2 * bool(own.extras), own.rows.count, dtype=own.stats_dtype)
+    return Part(rowmath.empty(like), like.new_zeros(2, own.rows.count))
 
 
 # --- a reference head that is whole, or split in other places ---------------------------------------------------------

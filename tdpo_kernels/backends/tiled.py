@@ -1,4 +1,4 @@
-"""Make cache-sized tiles by library products, and reduce them in torch, or in Triton's row kernels where those run."""
+"""Make tiles by library products and reduce them in torch: cache-sized ones, or all of ``[T, V]`` as one."""
 
 from __future__ import annotations
 
@@ -7,30 +7,23 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..types import Gradients, Inputs, Needs, Part
-from . import kerneltiles, launch, rowmath, walk
+from ..types import Inputs, Part
+from . import rowmath
 from .grid import Grid, cut, padded, size, tile_of
 from .logits import SIXTEEN_BIT, Side, affine_, block_of, capped, copied_bytes, sides_of
-from .rowmath import LOWEST, Buffers
+from .rowmath import LOWEST
 from .walk import Kind
 
 RUN = 32  # rows that are worth operations of their own
 STRIP = {"cpu": 2**18, "cuda": 2**22}  # entries that `rowmath` reduces at once: what caches hold, or a tile
 PLANES = 3  # tensors of a tile's size: both models' logits, dz
-SCRATCH = 8  # tensors of a strip's size: `rowmath.Buffers`, three more where a log-ratio is large
+SCRATCH = 8  # tensors of a strip's size: `rowmath.buffers`, three more where a log-ratio is large
 
 
-def forward(inputs: Inputs, kept: Tensor) -> Part:
-    return walk.forward(_tiles(inputs), inputs, kept)
-
-
-def backward(inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, total: Gradients | None) -> Gradients:
-    return walk.backward(_tiles(inputs), inputs, needs, kept, row, total)
-
-
-def _tiles(inputs: Inputs) -> walk.Tiles:
-    by_kernels = inputs.stats_dtype == torch.float32 and not launch.unavailable(inputs.policy.hidden.device)
-    return kerneltiles.RowTiles(inputs) if by_kernels else TorchTiles(inputs)
+def naive(inputs: Inputs) -> TorchTiles:
+    """Return ``[T, V]`` as one tile: a baseline for when in doubt."""
+    T, V = inputs.rows.count, inputs.policy.head.weight.shape[0]
+    return TorchTiles(inputs, Grid(T, V, max(T, 1), V))
 
 
 def _runs(kind: Kind, row_R: Tensor) -> list[tuple[slice, Kind]]:
@@ -51,7 +44,7 @@ def _runs(kind: Kind, row_R: Tensor) -> list[tuple[slice, Kind]]:
 
 
 class TorchTiles:
-    """Make tiles by library products and reduce them in torch."""
+    """Make both models' tiles by library products, and reduce each in torch, a strip of rows at a time."""
 
     def __init__(self, inputs: Inputs, grid: Grid | None = None) -> None:
         self.dtype, self.extras, self.labels_T = inputs.stats_dtype, inputs.extras, inputs.rows.labels_T
@@ -67,7 +60,7 @@ class TorchTiles:
         held = per_entry, per_row, per_col + scratch, scratch * self.strip  # a strip has a row at least
         self.grid = grid or cut(inputs, tile_of(device), held)
 
-    def checked(self, inputs: Inputs, part: Part) -> Part:
+    def checked(self, part: Part) -> Part:
         return part
 
     def part(self, rows: slice, cols: slice, labels_2R: Tensor, kept: Tensor | None) -> Tensor:
@@ -103,13 +96,13 @@ class TorchTiles:
         self, dz: Tensor, z: Tensor | None, r: Tensor | None, kind: Kind, strip: slice, row_R: Tensor
     ) -> None:  # fmt: skip
         """Write dz of a strip of one kind of rows."""
-        out, row = Buffers.of(self.work, dz)._replace(one=dz), row_R[:, strip]
+        row = row_R[:, strip]
         if kind is Kind.BOTH:
+            out = rowmath.buffers(dz, self.work)._replace(one=dz)
             rowmath.dz_from_both_(block_of(z, strip), block_of(r, strip), row, out)
-        elif kind is Kind.ONLY_P:
-            rowmath.dz_from_p_(block_of(z, strip), row, out)
         else:
-            rowmath.dz_from_q_(block_of(r, strip), row, out)
+            m = int(kind is Kind.ONLY_Q)
+            rowmath.dz_from_one_(block_of((z, r)[m], strip), m, row, dz)
 
     def _strips(self, rows: slice, cols: slice) -> list[slice]:
         """Return rows of a tile in strips of about as many entries as `STRIP` has."""

@@ -1,10 +1,11 @@
-"""Run forward and backward of a call tile by tile, whoever makes the tiles."""
+"""Run forward and backward of a call tile by tile: a backend is whoever makes the tiles."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,16 +45,40 @@ class Tiles(Protocol):
         """Return dz ``(R, C)`` by eq. (9) at the outputs of ``h W^T + b``, from the kept tile or from a new one."""
         ...
 
-    def checked(self, inputs: Inputs, part: Part) -> Part:
+    def checked(self, part: Part) -> Part:
         """Return `part`, once the kernels that made it are known to be sound."""
         ...
 
 
-def forward(tiles: Tiles, inputs: Inputs, kept: Tensor) -> Part:
-    grid = tiles.grid
-    labels_2T = kept.new_zeros(2, grid.T)
-    states = [_row_block(tiles, rows, labels_2T[:, rows], kept) for rows in grid.row_blocks() or (slice(0, 0),)]
-    return tiles.checked(inputs, Part(states[0] if len(states) == 1 else torch.cat(states, -1), labels_2T))
+class Backend(NamedTuple):
+    """Compute eqs. (1), (2) and their gradients (6), (7) of the rows of a call, by the tiles that `make` returns."""
+
+    make: Callable[[Inputs], Tiles]
+
+    def forward(self, inputs: Inputs, kept: Tensor) -> Part:
+        """Return the part, and fill `kept`, which is flat, with as many tiles of both models' logits as fit."""
+        tiles = self.make(inputs)
+        labels_2T, blocks = kept.new_zeros(2, tiles.grid.T), tiles.grid.row_blocks() or (slice(0, 0),)
+        states = [_row_block(tiles, rows, labels_2T[:, rows], kept) for rows in blocks]
+        return tiles.checked(Part(states[0] if len(states) == 1 else torch.cat(states, -1), labels_2T))
+
+    def backward(self, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, total: Gradients | None) -> Gradients:
+        """Return the gradients from `kept` and from the values of each whole row that `rowmath.cotangents` returns.
+
+        total: given where these rows or columns are not all. Then dh is a summand, returned unrounded, ``(T, D)``; dW
+        and db are added to those of `total` that are not None, in the statistics' dtype.
+        """
+        tiles = self.make(inputs)
+        kinds, scale = _read(tiles.grid, row, inputs.policy.dtype)
+        row = torch.cat([row[:5], row[5:] * scale]) if scale != 1.0 else row
+        sums = Sums(inputs, tiles.grid, needs, tiles.policy, scale, total)
+        for rows, cols in sums.tiles():
+            kind = kinds[rows.start]
+            if kind is not Kind.NOTHING:
+                dz_RC = tiles.dz(rows, cols, kind, row[:, rows], kept_tile(kept, tiles.grid, rows, cols))
+                sums.add(dz_RC, rows, cols)
+            sums.close(rows, cols)
+        return sums.finish()
 
 
 def _row_block(tiles: Tiles, rows: slice, labels_2R: Tensor, kept: Tensor) -> Tensor:
@@ -61,21 +86,6 @@ def _row_block(tiles: Tiles, rows: slice, labels_2R: Tensor, kept: Tensor) -> Te
     grid = tiles.grid
     parts = [tiles.part(rows, cols, labels_2R, kept_tile(kept, grid, rows, cols)) for cols in grid.col_blocks()]
     return rowmath.merge(parts[0] if len(parts) == 1 else torch.cat(parts))
-
-
-def backward(
-    tiles: Tiles, inputs: Inputs, needs: Needs, kept: Tensor, row: Tensor, total: Gradients | None
-) -> Gradients:  # fmt: skip
-    grid = tiles.grid
-    kinds, scale = _read(grid, row, inputs.policy.dtype)
-    row = torch.cat([row[:5], row[5:] * scale]) if scale != 1.0 else row
-    sums = Sums(inputs, grid, needs, tiles.policy, scale, total)
-    for rows, cols in sums.tiles():
-        kind = kinds[rows.start]
-        if kind is not Kind.NOTHING:
-            sums.add(tiles.dz(rows, cols, kind, row[:, rows], kept_tile(kept, grid, rows, cols)), rows, cols)
-        sums.close(rows, cols)
-    return sums.finish()
 
 
 def _read(grid: Grid, row: Tensor, compute: torch.dtype) -> tuple[dict[int, Kind], float]:

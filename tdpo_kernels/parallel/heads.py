@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_tensor, seen
+from ..checks import check_tensor, head_of, is_int, wrong
 from ..collectives import same, told
 from ..types import LMHead, VocabParallelHead
 
@@ -43,7 +44,12 @@ def vocab_parallel(
 
 
 def _made(head: Tensor | nn.Linear | LMHead, group: ProcessGroup | None, vocab_size: int | None) -> VocabParallelHead:
-    head = _as_head(head)
+    if isinstance(head, VocabParallelHead):
+        raise wrong("head", head, "a (V, D) tensor, an nn.Linear or an LMHead", TypeError)
+    head = head_of(head, "head")  # hooks do not matter here: torch's tensor parallelism works by them
+    for name, x in (("head.weight", head.weight), ("head.bias", head.bias)):
+        if x is not None:
+            check_tensor(x, name)
     if hasattr(head.weight, "device_mesh"):
         weight, group, sizes = _local(head.weight, "head.weight", group)
         bias = None if head.bias is None else _local(head.bias, "head.bias", group)[0]
@@ -57,27 +63,12 @@ def _made(head: Tensor | nn.Linear | LMHead, group: ProcessGroup | None, vocab_s
     return VocabParallelHead(weight, bias, head.logit_scale, head.softcap, group, sizes)
 
 
-def _as_head(head: Tensor | nn.Linear | LMHead) -> LMHead:
-    if isinstance(head, nn.Linear):  # hooks do not matter here: torch's tensor parallelism works by them
-        if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
-            raise TypeError(f"head: got a {seen(head)} with a forward of its own, wanted nn.Linear's, or an LMHead")
-        head = LMHead(head.weight, head.bias)
-    elif isinstance(head, Tensor):
-        head = LMHead(head)
-    if not isinstance(head, LMHead) or isinstance(head, VocabParallelHead):
-        raise TypeError(f"head: got {seen(head)}, wanted a (V, D) tensor, an nn.Linear or an LMHead")
-    check_tensor(head.weight, "head.weight")
-    if head.bias is not None:
-        check_tensor(head.bias, "head.bias")
-    return head
-
-
 def _members(group: ProcessGroup | None) -> ProcessGroup:
     group = dist.group.WORLD if group is None else group
     if group is None:
         raise ValueError("group: got None and no process group, wanted one; call torch.distributed's first")
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: got {seen(group)}, wanted a process group that this rank is in")
+        raise wrong("group", group, "a process group that this rank is in", TypeError)
     return group
 
 
@@ -86,7 +77,7 @@ def _local(x: Tensor, name: str, group: ProcessGroup | None) -> tuple[Tensor, Pr
     from torch.distributed.tensor import Shard
 
     if not hasattr(x, "device_mesh"):
-        raise TypeError(f"{name}: got {seen(x)}, wanted a DTensor as head.weight is")
+        raise wrong(name, x, "a DTensor as head.weight is", TypeError)
     mesh = x.device_mesh
     if mesh.ndim != 1 or tuple(x.placements) != (Shard(0),):
         raise ValueError(
@@ -106,15 +97,13 @@ def _local(x: Tensor, name: str, group: ProcessGroup | None) -> tuple[Tensor, Pr
 def _sizes(head: LMHead, group: ProcessGroup) -> tuple[int, ...]:
     """Return how many rows each rank has, or raise on all ranks if one rank's head is wrong."""
     weight, bias = head.weight, head.bias
-    fault, rows, D = None, 0, 0
+    fault, (rows, D) = None, weight.shape if weight.dim() == 2 else (0, 0)
     if weight.dim() != 2:
-        fault = f"head.weight: got {seen(weight)}, wanted this rank's rows (V_k, D)"
-    else:
-        rows, D = weight.shape
-        if bias is not None and bias.shape != (rows,):
-            fault = f"head.bias: got {seen(bias)}, wanted ({rows},), one for each of this rank's rows"
+        fault = wrong("head.weight", weight, "this rank's rows (V_k, D)")
+    elif bias is not None and bias.shape != (rows,):
+        fault = wrong("head.bias", bias, f"({rows},), one for each of this rank's rows")
     names = ("head.weight: D", "head.weight: dtype", "head.bias: there is one")
-    every = told((fault, rows, D, str(weight.dtype), bias is not None), group)
+    every = told((fault and str(fault), rows, D, str(weight.dtype), bias is not None), group)
     for rank, (theirs, *_) in enumerate(every):
         if theirs is not None:
             raise ValueError(f"{theirs} (rank {rank} of the group)")
@@ -124,10 +113,7 @@ def _sizes(head: LMHead, group: ProcessGroup) -> tuple[int, ...]:
 
 def _without_padding(sizes: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
     total = sum(sizes)
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= total:
-        raise ValueError(f"vocab_size: got {seen(vocab_size)}, wanted an int from 1 to {total}, the rows of all ranks")
-    kept, left = [], vocab_size
-    for size in sizes:
-        kept.append(min(size, left))
-        left -= kept[-1]
-    return tuple(kept)
+    if not is_int(vocab_size) or not 1 <= vocab_size <= total:
+        raise wrong("vocab_size", vocab_size, f"an int from 1 to {total}, the rows of all ranks")
+    ends = accumulate(sizes)
+    return tuple(max(min(size, int(vocab_size) - end + size), 0) for size, end in zip(sizes, ends, strict=True))

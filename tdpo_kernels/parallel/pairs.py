@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import check_tensor, seen
+from ..checks import check_tensor, wrong
 from ..collectives import summed_
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def mean_over_ranks(loss_P: Tensor, group: ProcessGroup | None = None) -> Tensor
     """
     check_tensor(loss_P, "loss_P")
     if loss_P.dim() != 1:
-        raise ValueError(f"loss_P: got {seen(loss_P)}, wanted (P,): one loss per pair, of reduction='none'")
+        raise wrong("loss_P", loss_P, "(P,): one loss per pair, of reduction='none'")
     group = dist.group.WORLD if group is None else group
     count = summed_(loss_P.new_tensor(len(loss_P), dtype=loss_P.dtype), group)
     return loss_P.sum() * (dist.get_world_size(group) / count.clamp(min=1))

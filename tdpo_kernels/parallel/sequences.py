@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import check_loss, check_tensor, seen
+from ..checks import check_loss, check_tensor, is_int, wrong
 from ..collectives import summed_
 from ..loss import sequence_sums, sums_loss
 from ..types import TDPOOutput, TokenStats
@@ -18,16 +18,9 @@ if TYPE_CHECKING:
 
 
 def sequence_parallel_loss(
-    stats: TokenStats,
-    sequence_ids: Tensor,
-    pairs: int,
-    group: ProcessGroup | None = None,
-    *,
-    beta: float = 0.1,
-    alpha: float | None = None,
-    variant: str = "tdpo2",
-    reduction: str = "mean",
-) -> TDPOOutput:
+    stats: TokenStats, sequence_ids: Tensor, pairs: int, group: ProcessGroup | None = None, *, beta: float = 0.1,
+    alpha: float | None = None, variant: str = "tdpo2", reduction: str = "mean",
+) -> TDPOOutput:  # fmt: skip
     """Return the preference loss of sequences that are split over the ranks of `group`, from each rank's tokens.
 
     A sigmoid is not linear: per-sequence sums (eq. 3) are added up over the ranks before it, ``48 P + 8`` bytes. Every
@@ -46,14 +39,12 @@ def sequence_parallel_loss(
     Raises:
         TypeError, ValueError: if an argument is wrong; the message says which, what was seen and what is wanted.
     """
-    beta, alpha = check_loss(beta, alpha, variant, reduction)
+    terms = check_loss(beta, alpha, variant, reduction)
     check_tensor(sequence_ids, "sequence_ids")
     if sequence_ids.shape != stats.logp.shape or sequence_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"sequence_ids: got {seen(sequence_ids)}, wanted int64 or int32 {tuple(stats.logp.shape)} as stats.logp has"
-        )
-    if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1:
-        raise ValueError(f"pairs: got {seen(pairs)}, wanted an int >= 1")
+        raise wrong("sequence_ids", sequence_ids, f"int64 or int32 {tuple(stats.logp.shape)} as stats.logp has")
+    if not is_int(pairs) or pairs < 1:
+        raise wrong("pairs", pairs, "an int >= 1")
     group = dist.group.WORLD if group is None else group
     astray = (sequence_ids < 0) | (sequence_ids >= 2 * pairs)
     own = torch.cat([_own_sums(stats, sequence_ids, 2 * pairs).flatten(), astray.sum(dtype=torch.float64)[None]])
@@ -61,7 +52,7 @@ def sequence_parallel_loss(
     if found := int(total[-1]):  # raised on every rank, or the others would wait
         raise ValueError(f"sequence_ids: got {found} outside [0, {2 * pairs}), wanted none, ignored labels included")
     sums = total[:-1].view(3, -1)
-    return sums_loss(*sums, stats, beta=beta, alpha=alpha, variant=variant, reduction=reduction)
+    return sums_loss(*sums, stats, terms, reduction)
 
 
 def _own_sums(stats: TokenStats, sequence_ids: Tensor, count: int) -> Tensor:
