@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from trl import DPOConfig
@@ -42,6 +42,9 @@ class TDPOConfig(DPOConfig):
         beta: > 0, default 0.1, inherited.
         backend: of `tdpo_kernels`: ``"auto"``, ``"fused"``, ``"tiled"`` or ``"naive"``.
         memory_budget: bytes kept from forward to backward, to save recomputation.
+        sft_weight: >= 0, of a term added to each pair's loss: the chosen completion's mean negative log-probability a
+            token, as LLaMA-Factory's ``pref_ftx``.
+        length_normalized: log-ratios and KLs are means over a completion's tokens instead of sums.
         padding_free: the model gets a batch as one row of tokens without padding, where its attention keeps sequences
             apart (checked on the first batch); inherited. The loss itself never spends anything on padding.
         reference_cache: a directory. The reference's hidden states are written there before training, or found there,
@@ -67,6 +70,12 @@ class TDPOConfig(DPOConfig):
     )
     backend: str = field(default="auto", metadata={"help": "backend of tdpo_kernels: auto, fused, tiled or naive"})
     memory_budget: int = field(default=2**30, metadata={"help": "bytes kept from forward to backward"})
+    sft_weight: float = field(
+        default=0.0, metadata={"help": "weight of the chosen completion's negative log-probability a token"}
+    )
+    length_normalized: bool = field(
+        default=False, metadata={"help": "means over a completion's tokens instead of sums, in log-ratios and KLs"}
+    )
     reference_cache: str | None = field(
         default=None, metadata={"help": "directory of the reference's hidden states, written where it is incomplete"}
     )
@@ -102,7 +111,7 @@ class TDPOConfig(DPOConfig):
             )
 
     def loss_options(self) -> LossOptions:
-        return LossOptions(self.beta, self.alpha, self.variant, self.backend, self.memory_budget)
+        return LossOptions(**{x.name: getattr(self, x.name) for x in fields(LossOptions)})
 
     def _data_parallel(self) -> int:
         """Return the processes with pairs of their own, as far as is known before there is a model."""

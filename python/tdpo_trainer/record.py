@@ -32,7 +32,9 @@ class Record(TrainerCallback):
     def __init__(self, options: LossOptions, pairs: object) -> None:
         self.options = options
         self.settings = {
-            "variant": options.variant, "alpha": options.alpha_used, "beta": options.beta, "data": _data(pairs),
+            "variant": options.variant, "alpha": options.alpha_used, "beta": options.beta,
+            "sft_weight": options.sft_weight or None, "length_normalized": options.length_normalized or None,
+            "data": _data(pairs),
         }  # fmt: skip
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

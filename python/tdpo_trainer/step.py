@@ -27,6 +27,8 @@ class LossOptions:
     variant: str = "tdpo2"
     backend: str = "auto"
     memory_budget: int = 2**30
+    sft_weight: float = 0.0
+    length_normalized: bool = False
 
     def __post_init__(self) -> None:
         TDPOLoss(**vars(self))
@@ -40,7 +42,9 @@ class LossOptions:
         """The first line of a run. Raises ValueError where the backend does not run on `device`."""
         alpha = "none" if self.alpha_used is None else f"{self.alpha_used:g}"
         backend = explain_backend(self.backend, device)
-        return f"TDPO: variant {self.variant}, alpha {alpha}, beta {self.beta:g}, backend {backend}"
+        terms = f", sft_weight {self.sft_weight:g}" if self.sft_weight else ""
+        terms += ", means over tokens" if self.length_normalized else ""
+        return f"TDPO: variant {self.variant}, alpha {alpha}, beta {self.beta:g}{terms}, backend {backend}"
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:

@@ -26,18 +26,18 @@ LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_we
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("variant, alpha", [("tdpo2", 0.7), ("tdpo2", None), ("tdpo1", None)])
-def test_losses_and_every_parameter_are_the_eager_implementation_s(
-    variant: str, alpha: float | None, accumulation: int, tmp_path: Path
-):
+@pytest.mark.parametrize("options", [
+    dict(alpha=0.7), dict(), dict(variant="tdpo1"), dict(alpha=0.7, sft_weight=0.3, length_normalized=True),
+    dict(variant="tdpo1", sft_weight=0.3),
+])  # fmt: skip
+def test_losses_and_every_parameter_are_the_eager_implementation_s(options: dict, accumulation: int, tmp_path: Path):
     model, reference = llama(dtype=torch.float64), llama(1, torch.float64)
     ours = trainer(
-        tmp_path, copy.deepcopy(model), copy.deepcopy(reference), variant=variant, alpha=alpha,
-        gradient_accumulation_steps=accumulation,
-    )  # fmt: skip
+        tmp_path, copy.deepcopy(model), copy.deepcopy(reference), gradient_accumulation_steps=accumulation, **options
+    )
     steps = recorded(ours, accumulation)
     ours.train()
-    theirs = eager_run(model, steps, reference, alpha=alpha, variant=variant)
+    theirs = eager_run(model, steps, reference, **options)
     assert len(theirs) == 4
     assert losses(ours) == pytest.approx(theirs, rel=1e-6)
     assert worst(parameters(ours.model), parameters(model)) < 1e-6

@@ -68,19 +68,23 @@ def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def published_loss(
-    z: Tensor, r: Tensor, labels: Tensor, beta: float = 0.1, alpha: float | None = None, variant: str = "tdpo2"
-) -> Tensor:
-    """Return TDPO of whole ``(2P, L, V)`` logits, as in the paper's repository."""
+    z: Tensor, r: Tensor, labels: Tensor, beta: float = 0.1, alpha: float | None = None, variant: str = "tdpo2",
+    sft_weight: float = 0.0, length_normalized: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return TDPO of whole ``(2P, L, V)`` logits, as in the paper's repository, and the two terms beside it."""
     z, r, labels = z[:, :-1].double(), r[:, :-1].double(), labels[:, 1:]
     counts = labels != -100
     log_p, log_q = F.log_softmax(z, -1), F.log_softmax(r, -1)
     pick = labels.masked_fill(~counts, 0)[..., None]
-    margin = ((log_p - log_q).gather(-1, pick)[..., 0] * counts).sum(-1)
-    kl = ((log_q.exp() * (log_q - log_p)).sum(-1) * counts).sum(-1)
+    lengths = counts.sum(-1)
+    each = 1 / lengths if length_normalized else torch.ones_like(lengths)
+    margin = ((log_p - log_q).gather(-1, pick)[..., 0] * counts).sum(-1) * each
+    kl = ((log_q.exp() * (log_q - log_p)).sum(-1) * counts).sum(-1) * each
+    nll = -((log_p.gather(-1, pick)[..., 0] * counts).sum(-1) / lengths).chunk(2)[0]
     (chosen, rejected), (kl_chosen, kl_rejected) = margin.chunk(2), kl.chunk(2)
     alpha = 0.5 if alpha is None else alpha
     d = kl_rejected - kl_chosen if variant == "tdpo1" else alpha * (kl_rejected - kl_chosen.detach())
-    return -F.logsigmoid(beta * (chosen - rejected - d)).mean()
+    return (-F.logsigmoid(beta * (chosen - rejected - d)) + sft_weight * nll).mean()
 
 
 def published_gradients(policy: nn.Module, z: Tensor, r: Tensor, labels: Tensor, more: Tensor | float = 0.0):
