@@ -1,15 +1,17 @@
 """The command `tdpo`.
 
-usage: tdpo train | cache | merge | verify | bench | env [options], or tdpo --version
+usage: tdpo train | data | eval | cache | merge | verify | bench | env [options], or tdpo --version
 
   train   TDPO on preference pairs: a model directory or hub name, a JSONL or Parquet file or hub name
+  data    what the pairs of a run are: how many, how long, duplicates, what max_length cuts; no model is loaded
+  eval    a trained model on held-out pairs: loss, accuracies, KLs, margins, with intervals over the pairs
   cache   only writes the reference cache that `train` with the same options and --reference_cache will use
   merge   an adapter that was trained and its model, into one model: tdpo merge ADAPTER FOLDER
   verify  every kernel backend against float64; a table, non-zero exit on a failure
   bench   time and memory against other implementations (in a checkout)
   env     versions, devices, and what runs here and why
 
-Options of train and cache: flags, or `--config FILE.yaml` with the same names; `tdpo train --help` lists them.
+Options of train, data, eval and cache: flags, or `--config FILE.yaml` with the same names; `tdpo train --help` lists them.
 Under several processes: `accelerate launch -m tdpo_trainer train ...`, or
 `torchrun --nproc-per-node 2 -m tdpo_trainer train ...`.
 
@@ -48,7 +50,7 @@ def command_line() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status, 2 where the command line is wrong."""
     command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
-    if command in ("train", "cache", "merge"):
+    if command in ("train", "data", "eval", "cache", "merge"):
         return _training(command, rest)
     if command in ("verify", "env"):
         return _env(rest) if command == "env" else _python_m("tdpo_kernels", "verify", *rest)
@@ -60,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"tdpo-kernels {_version('tdpo-kernels')}")
         return 0
-    return _wrong(f"got {command!r}, wanted train, cache, merge, verify, bench or env")
+    return _wrong(f"got {command!r}, wanted train, data, eval, cache, merge, verify, bench or env")
 
 
 def _training(command: str, argv: list[str]) -> int:
     try:
-        from . import merge, run
+        from . import evaluate, merge, report, run
         from .errors import UsageError
         from .head import UnsupportedModel
     except ModuleNotFoundError as error:
@@ -73,7 +75,8 @@ def _training(command: str, argv: list[str]) -> int:
             raise
         return _wrong(f"{command} needs {error.name}, which is not installed: {INSTALL}")
     try:
-        return merge.merge(argv) if command == "merge" else getattr(run, command)(argv)
+        commands = dict(train=run.train, data=report.data, eval=evaluate.evaluate, cache=run.cache, merge=merge.merge)
+        return commands[command](argv)
     except (UsageError, UnsupportedModel) as error:
         if os.environ.get("TDPO_TRACEBACK"):
             raise

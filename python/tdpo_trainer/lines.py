@@ -6,14 +6,16 @@ Imports no package. Both trainers' data and the examples' go through `check_pair
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from json.decoder import WHITESPACE
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 FIELDS = ("prompt", "chosen", "rejected")
 TEXT, MESSAGES = "a string", "messages (objects with a role and content)"
@@ -39,19 +41,40 @@ class Layout(NamedTuple):
 TEXTS = Layout()
 
 
-def records(path: Path) -> Iterator[tuple[str, object]]:
+def format_of(path: Path) -> str:
+    """Return the ending that says how a file is written, ``".jsonl"``, also where gzip has compressed it."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
+def records(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, object]]:
     """Yield the values of a file, each with where it stands (``"pairs.jsonl, line 7"``), a line in memory at a time.
 
     A JSON file that is one array, or objects of several lines, is read as a whole and its values are numbered as rows.
+    `columns`: the file's names of fields, by the names that they get.
     """
-    if path.suffix.lower() == ".csv":
+    for where, value in _records(path):
+        yield where, renamed(where, value, columns) if columns and isinstance(value, dict) else value
+
+
+def renamed(where: str, record: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
+    """Return the record with the names of `columns`, which go before fields that have such a name already."""
+    if missing := [theirs for theirs in columns.values() if theirs not in record]:
+        raise BadPair(f"{where}: columns names {missing[0]!r}: got {', '.join(map(str, record)) or 'none'}")
+    others = {name: value for name, value in record.items() if name not in {*columns, *columns.values()}}
+    return others | {ours: record[theirs] for ours, theirs in columns.items()}
+
+
+def _records(path: Path) -> Iterator[tuple[str, object]]:
+    if format_of(path) == ".csv":
         yield from _rows_of_csv(path)
     elif _is_by_line(path):
         for number, line in _lines(path):
             where = f"{path}, line {number}"
             yield from ((where, value) for value in _values(where, line))
     else:
-        arrays = (x if isinstance(x, list) else [x] for x in _values(str(path), path.read_bytes().removeprefix(BOM)))
+        with _opened(path) as file:
+            text = file.read().removeprefix(BOM)
+        arrays = (x if isinstance(x, list) else [x] for x in _values(str(path), text))
         rows = (row for array in arrays for row in array)
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
 
@@ -184,9 +207,13 @@ def _is_by_line(path: Path) -> bool:
     return True
 
 
+def _opened(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered from 1, without blank ones and a byte order mark."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
             line = line.removeprefix(BOM) if number == 1 else line
             if line.strip():
@@ -220,7 +247,7 @@ def _object(members: list[tuple[str, object]]) -> dict[str, object]:
 
 def _rows_of_csv(path: Path) -> Iterator[tuple[str, object]]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(_opened(path), encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             for row in reader:
                 where = f"{path}, line {reader.line_num}"

@@ -7,7 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from .config import REFUSED, TDPOConfig, expand_home
 from .errors import said_in_one_line
+from .lines import FIELDS
 
 UNUSED = ("ignore_bias_buffers", "do_train", "do_eval", "do_predict")  # of TRL's and transformers' own scripts
+IN_DATASETS = ("path", "name", "split", "columns", "fraction")
 WANT = {  # options that are without effect unless another one is given
     "use_peft": [x.name for x in fields(ModelConfig) if x.name.startswith(("lora_", "use_rslora", "use_dora"))],
     "load_in_4bit": [x.name for x in fields(ModelConfig) if "bnb_" in x.name],
@@ -28,8 +30,19 @@ WANT = {  # options that are without effect unless another one is given
 
 @dataclass
 class DataArguments(ScriptArguments):
-    """TRL's, and: where the pairs to evaluate on come from, and a reference that is not the model itself."""
+    """TRL's, and: data of several places and of other names, pairs to evaluate on, and a reference of its own."""
 
+    datasets: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": "in YAML, in place of dataset_name: a list of path, and name, split, columns, fraction"},
+    )
+    columns: str | None = field(
+        default=None,
+        metadata={"help": "the data's own names: prompt=question,chosen=good,rejected=bad; in YAML a mapping"},
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "a Jinja file, or a model, whose chat template stands for the model's own"}
+    )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "file or hub name of pairs to evaluate on; else a split of dataset_name"}
     )
@@ -67,9 +80,12 @@ def parse(argv: Sequence[str], command: str) -> tuple[DataArguments, TDPOConfig,
 
 def check(data: DataArguments, args: TDPOConfig, model: ModelConfig, command: str) -> None:
     """Raise ValueError for options that do not go together, are without effect, or name what is not there."""
-    for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", data.dataset_name)):
+    where = data.dataset_name or data.datasets
+    for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", where)):
         if value is None:
             raise ValueError(f"{name}: got none, wanted a path or a name on the hub")
+    data.columns = columns_of("columns", data.columns)
+    _check_datasets(data)
     for name, needs in (
         ("eval_dataset_config", "eval_dataset_name"), ("ref_model_revision", "ref_model_name_or_path"),
     ):  # fmt: skip
@@ -91,6 +107,10 @@ def check(data: DataArguments, args: TDPOConfig, model: ModelConfig, command: st
     if is_adapter(name) and model.use_peft:
         raise ValueError(f"use_peft: got it with {name}, an adapter, which is trained on; wanted one of them")
     _check_model("model_name_or_path", base_of(name) if is_adapter(name) else name, args.model_init_kwargs)
+    if command == "eval" and data.ref_model_name_or_path is None:
+        if not is_adapter(name):
+            raise ValueError("ref_model_name_or_path: got none for a whole model, wanted what its training began with")
+        data.ref_model_name_or_path = base_of(name)
     if data.ref_model_name_or_path is not None:
         _check_model("ref_model_name_or_path", data.ref_model_name_or_path, loading_of_reference(data, args))
 
@@ -103,7 +123,8 @@ def _check_evaluation(data: DataArguments, args: TDPOConfig) -> None:
             raise ValueError(f"{name}: got {seen} without evaluation, wanted eval_strategy steps or epoch, or neither")
     if args.do_eval and not evaluates or args.do_predict:
         raise ValueError("do_eval, do_predict: got True, wanted eval_strategy steps or epoch")
-    for option, name in (("dataset_train_split", data.dataset_name), ("dataset_test_split", data.eval_dataset_name)):
+    splits = (("dataset_train_split", data.dataset_name), ("dataset_test_split", data.eval_dataset_name))
+    for option, name in splits:
         split, usual = getattr(data, option), getattr(ScriptArguments, option)
         if split != usual and name is not None and not _has_splits(name):
             raise ValueError(f"{option}: got {split!r} for {name}, which has no splits, wanted none")
@@ -112,7 +133,7 @@ def _check_evaluation(data: DataArguments, args: TDPOConfig) -> None:
     if data.test_split_size is not None:
         if data.eval_dataset_name is not None:
             raise ValueError("test_split_size: got it with eval_dataset_name, wanted one of them to evaluate on")
-    elif data.eval_dataset_name is None and not _has_splits(data.dataset_name):
+    elif data.eval_dataset_name is None and (data.datasets or not _has_splits(data.dataset_name)):
         raise ValueError(
             "eval_strategy: got one dataset without splits, which is trained on, wanted test_split_size or "
             "eval_dataset_name to evaluate on"
@@ -122,6 +143,34 @@ def _check_evaluation(data: DataArguments, args: TDPOConfig) -> None:
         raise ValueError(f"{name}: got {getattr(data, name)}, which is trained on, wanted other pairs to evaluate on")
 
 
+def _check_datasets(data: DataArguments) -> None:
+    """Check the list that stands in place of one dataset, and fill in each one's names of columns."""
+    if data.datasets is None:
+        return
+    for option in ("dataset_name", "dataset_config"):
+        if getattr(data, option) is not None:
+            raise ValueError(f"{option}: got {getattr(data, option)} and datasets, wanted one of them")
+    for number, each in enumerate(data.datasets, 1):
+        known = isinstance(each, dict) and "path" in each and set(each) <= {*IN_DATASETS}
+        if not known:
+            seen = ", ".join(map(str, each)) if isinstance(each, dict) else each
+            raise ValueError(
+                f"datasets, number {number}: got {seen}, wanted path, and any of {', '.join(IN_DATASETS[1:])}"
+            )
+        each["columns"] = columns_of(f"datasets, number {number}: columns", each.get("columns")) or data.columns
+
+
+def columns_of(name: str, given: str | dict[str, str] | None) -> dict[str, str] | None:
+    """Return the data's names of columns by ours, as a mapping or ``"prompt=question,chosen=good"`` say them."""
+    found = given
+    if isinstance(given, str):
+        found = dict(part.split("=", 1) for part in given.split(",") if "=" in part)
+        found = found if len(found) == given.count(",") + 1 else None
+    if given is not None and not (isinstance(found, dict) and found and set(found) <= set(FIELDS)):
+        raise ValueError(f"{name}: got {given}, wanted names for some of {', '.join(FIELDS)}, as prompt=question")
+    return found
+
+
 def _has_splits(name: str) -> bool:
     """Return whether splits have names there: not in a file, nor in one dataset that `save_to_disk` wrote."""
     path = Path(name)
@@ -129,6 +178,8 @@ def _has_splits(name: str) -> bool:
 
 
 def _is_trained_on(data: DataArguments) -> bool:
+    if data.datasets:
+        return any(_is_trained_on(_alone(data, each)) for each in data.datasets)
     trained, evaluated = data.dataset_name, data.eval_dataset_name or data.dataset_name
     if os.path.exists(trained) and os.path.exists(evaluated):
         trained, evaluated = os.path.realpath(trained), os.path.realpath(evaluated)
@@ -136,6 +187,13 @@ def _is_trained_on(data: DataArguments) -> bool:
         return trained == evaluated
     same_config = data.eval_dataset_config in (None, data.dataset_config)
     return same_config and data.dataset_train_split == data.dataset_test_split
+
+
+def _alone(data: DataArguments, each: dict[str, Any]) -> DataArguments:
+    return replace(
+        data, datasets=None, dataset_name=each["path"], dataset_config=each.get("name"),
+        dataset_train_split=each.get("split", "train"),
+    )  # fmt: skip
 
 
 def _loading(args: TDPOConfig, model: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Leave on disk what a run did: `METRICS`, `CURVES`, and what the model card says of TDPO."""
+"""Leave on disk what a run did: `METRICS`, `CURVES`, `REPORT`, and what the model card says of TDPO."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .fingerprint import COLUMNS
 from .metrics import TOKENS_SEEN
 from .step import LossOptions
 
-METRICS, CURVES, CARD = "metrics.jsonl", "curves.png", "README.md"
+METRICS, CURVES, CARD, REPORT = "metrics.jsonl", "curves.png", "README.md", "data_report.json"
 SETTINGS = "TDPO settings"  # under this name a checkpoint keeps what the run was given
 PROBED = 1000  # pairs, about, by which the data are known again
 COLOURS = {"": "#555555", "chosen": "#1f77b4", "rejected": "#d62728"}
 
 
 class Record(TrainerCallback):
-    """Write each logged line to `METRICS` in the output folder, and `CURVES` at the end of training.
+    """Write each logged line to `METRICS` in the output folder, `CURVES` at the end of training, `REPORT` before it.
 
     A resumed run goes on where its checkpoint was made, and says which settings differ from the checkpoint's.
     """
 
-    def __init__(self, options: LossOptions, pairs: object) -> None:
-        self.options = options
+    def __init__(self, options: LossOptions, pairs: object, report: Mapping[str, Any] | None = None) -> None:
+        self.options, self.report = options, report
         self.settings = {
             "variant": options.variant, "alpha": options.alpha_used, "beta": options.beta,
             "sft_weight": options.sft_weight or None, "length_normalized": options.length_normalized or None,
@@ -47,6 +47,8 @@ class Record(TrainerCallback):
         if changed:
             print(f"TDPO: the checkpoint is of a run with other settings: {', '.join(changed)}", flush=True)
         _write(Path(args.output_dir), state.log_history, "w")
+        if self.report:
+            Path(args.output_dir, REPORT).write_text(json.dumps(self.report, indent=1))
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from torch import nn
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoProcessor, AutoTokenizer, TrainerCallback
 from trl import get_peft_config
 
 from .config import TDPOConfig
-from .data import Pairs, hold_out, load_pairs
+from .data import Pairs, hold_out, load_pairs, mixture
 from .errors import OF_OPTIONS, UsageError, one_line, said_in_one_line
 from .options import DataArguments, base_of, check, is_adapter, loading_of_reference, parse
 from .trainer import TDPOTrainer
@@ -40,15 +40,19 @@ def cache(argv: Sequence[str]) -> int:
     return 0
 
 
-def make_trainer(argv: Sequence[str], command: str) -> TDPOTrainer:
+def make_trainer(argv: Sequence[str], command: str, kind: type[TDPOTrainer] | None = None) -> TDPOTrainer:
     """Raises UsageError for options, files and models that are not as they should be, SystemExit for bad values."""
     with said_in_one_line(command, (*OF_OPTIONS, TypeError)):
         data, args, model = parse(argv, command)
         check(data, args, model, command)
-        pairs, evaluated = _datasets(data, args)
+        pairs, evaluated = datasets(data, args)
+        evaluated = pairs if command == "eval" else evaluated
     with said_in_one_line(command):
         policy, tokenizer = _policy(model.model_name_or_path, args)
-        return TDPOTrainer(
+        if data.chat_template_path is not None:
+            tokenizer = tokenizer or AutoProcessor.from_pretrained(model.model_name_or_path)
+            tokenizer.chat_template = _chat_template(data.chat_template_path)
+        return (kind or TDPOTrainer)(
             model=policy,
             ref_model=_reference(data, args),
             args=args,
@@ -73,11 +77,26 @@ def _policy(name: str, args: TDPOConfig) -> tuple[str | nn.Module, object | None
     return policy, AutoTokenizer.from_pretrained(name if own else base)
 
 
-def _datasets(data: DataArguments, args: TDPOConfig) -> tuple[Pairs, Pairs | None]:
-    def load(name: str, split: str, config: str | None) -> Pairs:
-        return load_pairs(name, split, config, data.dataset_streaming)
+def _chat_template(path: str) -> str:
+    if Path(path).is_file():
+        return Path(path).read_text()
+    template = AutoTokenizer.from_pretrained(path).chat_template
+    if not template:
+        raise ValueError(f"chat_template_path: got {path}, whose tokenizer has none, wanted one, or a Jinja file")
+    return template
 
-    pairs = load(data.dataset_name, data.dataset_train_split, data.dataset_config)
+
+def datasets(data: DataArguments, args: TDPOConfig) -> tuple[Pairs, Pairs | None]:
+    """Return the pairs to train on, and those to evaluate on if the run does."""
+
+    def load(name: str, split: str, config: str | None, columns: dict[str, str] | None = data.columns) -> Pairs:
+        return load_pairs(name, split, config, data.dataset_streaming, columns=columns)
+
+    if data.datasets:
+        parts = [load(x["path"], x.get("split", "train"), x.get("name"), x["columns"]) for x in data.datasets]
+        pairs = mixture(parts, [x.get("fraction") for x in data.datasets])
+    else:
+        pairs = load(data.dataset_name, data.dataset_train_split, data.dataset_config)
     if data.test_split_size is not None:
         return hold_out(pairs, data.test_split_size)
     if data.eval_dataset_name is not None:

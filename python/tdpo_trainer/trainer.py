@@ -27,6 +27,7 @@ from .mixin import TDPOMixin
 from .parallelism import copies_of_a_batch
 from .record import Record
 from .redirect import instead, refuse_compiled
+from .report import report, table
 from .samples import Samples
 from .step import Batch, datasets_of, refuse_functions_of_logits
 
@@ -73,6 +74,7 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
         if ref_model is None and args.reference_cache is None and kwargs.get("peft_config") is None:
             ref_model = _initial(model)
         self.begin(args.loss_options(), args, args.padding_free)
+        self._report: dict[str, Any] = {}
         self._caches: dict[str, ReferenceCache] = {}
         self._ref_head: LMHead | None = None
         self._initialised = self._ref_model_left = False
@@ -89,7 +91,9 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
             args.gradient_accumulation_steps = args.accumulation(self.accelerator.num_processes // copies)
         if args.reference_cache is not None:
             self._leave_reference_model()
-        self._recorder = Record(self.loss_options, self.train_dataset)
+        if self._report and args.process_index == 0:
+            print(table(self._report), flush=True)
+        self._recorder = Record(self.loss_options, self.train_dataset, self._report)
         self.add_callback(self._recorder)
         if args.samples:
             self.add_callback(Samples(self, args.samples))
@@ -101,8 +105,12 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
         if self.is_world_process_zero():
             self._recorder.add_to_card(self.args, self._kept())
 
-    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Pairs:
-        return prepared(super()._prepare_dataset, *args, **kwargs)
+    def _prepare_dataset(self, pairs: Pairs, processing_class: Any, args: Any, name: str) -> Pairs:
+        made = prepared(super()._prepare_dataset, pairs, processing_class, args, name)
+        if name == "train" and isinstance(made, Dataset):
+            eos = getattr(processing_class, "tokenizer", processing_class).eos_token_id
+            self._report = report(made, len(pairs), args.max_length, eos)
+        return made
 
     # The loss.
 

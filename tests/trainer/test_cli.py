@@ -74,7 +74,7 @@ def test_what_is_one_repository_s_is_not_another_s(here: Path, tmp_path: Path, m
 
     seen = {}
     monkeypatch.setattr(options, "_check_model", lambda *_: None)
-    monkeypatch.setattr(run, "load_pairs", lambda name, split, config, streaming: seen.update({name: config}) or [name])
+    monkeypatch.setattr(run, "load_pairs", lambda name, split, config, *_, **__: seen.update({name: config}) or [name])
     monkeypatch.setattr(trl.trainer.utils, "create_model_from_path", lambda name, **kwargs: seen.update({name: kwargs}))
     monkeypatch.setattr(run, "TDPOTrainer", lambda **kwargs: seen.update({kwargs["model"]: dict(kwargs)}))
     base = ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path), "--model_name_or_path", "m"]

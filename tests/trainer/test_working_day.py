@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
-from runs import config, llama, pairs, trainer
-from tdpo_trainer import PlainTDPOTrainer, cli, options
+from runs import TEMPLATE, config, llama, pairs, text_pairs, tokenizer, trainer
+from tdpo_trainer import PlainTDPOTrainer, cli, options, run
+from tdpo_trainer.data import load_pairs, mixture
 from tdpo_trainer.record import METRICS
 from tdpo_trainer.step import LossOptions
 from tdpo_trainer.tokens import tokenize
@@ -133,3 +138,73 @@ def test_what_is_wrong_is_said_in_one_line(command: str, wanted: str, here: Path
     assert cli.main(command.replace("{}", str(here)).split()) == 2
     said = capsys.readouterr().err
     assert wanted.replace("{}", str(here)) in said and said.count("\n") == 1
+
+
+# --- where data come from ---------------------------------------------------------------------------------------------
+
+
+def written(path: Path, rows: list[dict]) -> Path:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["pairs.jsonl.gz", "pairs.jsonl", "pairs.csv.gz", "pairs.parquet"])
+def test_foreign_names_and_compressed_files(name: str, streaming: bool, tmp_path: Path):
+    rows, path = text_pairs(3), tmp_path / name
+    foreign = [{"question": x["prompt"], "good": x["chosen"], "rejected": x["rejected"], "prompt": "no"} for x in rows]
+    if ".csv" in name:
+        with gzip.open(path, "wt", newline="") as file:
+            table = csv.DictWriter(file, list(foreign[0]))
+            table.writeheader()
+            table.writerows(foreign)
+    elif name.endswith("parquet"):
+        Dataset.from_list(foreign).to_parquet(path)
+    else:
+        written(path, foreign)
+    columns = options.columns_of("columns", "prompt=question,chosen=good")
+    assert list(load_pairs(str(path), streaming=streaming, columns=columns)) == rows
+    with pytest.raises(ValueError, match="columns names 'bad': got "):
+        load_pairs(str(path), streaming=streaming, columns={"rejected": "bad"})
+
+
+def test_data_of_several_places_are_all_pairs_or_shares(here: Path, tmp_path: Path, monkeypatch):
+    a, b = text_pairs(8, 1), text_pairs(6, 2)
+    written(tmp_path / "a.jsonl", a)
+    Dataset.from_list(b).rename_column("prompt", "q").to_parquet(tmp_path / "b.parquet")
+    places = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.parquet"), "columns": {"prompt": "q"}}]
+    trained = []
+    monkeypatch.setattr(run, "TDPOTrainer", lambda train_dataset, **_: trained.append(train_dataset.to_list()))
+    for fractions in ((None, None), (3, 1)):
+        listed = [place | ({"fraction": x} if x else {}) for place, x in zip(places, fractions, strict=True)]
+        text = (here / "run.yaml").read_text().replace("dataset_name:", "unused:")
+        (tmp_path / "run.yaml").write_text(re.sub("unused:.*\n", "", text) + f"datasets: {json.dumps(listed)}\n")
+        run.make_trainer(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path)], "train")
+    assert trained[0] == a + b
+    assert trained[1] == a + b[:3]  # of 8 / (3 / 4) = 10.67 in all
+
+
+@pytest.mark.parametrize(
+    "fractions, why", [([1.0, None], "wanted a positive one for each or none"), ([1, 1], "wanted all alike")]
+)
+def test_a_mixture_that_is_none_is_refused(fractions: list, why: str):
+    messages = [{name: [{"role": "user", "content": "a"}] for name in ("prompt", "chosen", "rejected")}]
+    with pytest.raises(ValueError, match=f"^datasets: got .*{why}"):
+        mixture([Dataset.from_list(text_pairs(2)), Dataset.from_list(messages)], fractions)
+
+
+@pytest.mark.parametrize("as_model", [False, True])
+def test_a_chat_template_of_another_place(as_model: bool, here: Path, tmp_path: Path, monkeypatch):
+    path = tmp_path / "template.jinja"
+    path.write_text(TEMPLATE)
+    if as_model:
+        path = tmp_path / "other"
+        tokenizer(chat_template=TEMPLATE).save_pretrained(path)
+    taken = []
+    monkeypatch.setattr(run, "TDPOTrainer", lambda processing_class, **_: taken.append(processing_class.chat_template))
+    run.make_trainer(
+        ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path), "--chat_template_path", str(path)], "train"
+    )
+    assert taken == [TEMPLATE]
