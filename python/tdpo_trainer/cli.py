@@ -11,7 +11,8 @@ usage: tdpo train | data | eval | cache | merge | verify | bench | env [options]
   bench   time and memory against other implementations (in a checkout)
   env     versions, devices, and what runs here and why
 
-Options of train, data, eval and cache: flags, or `--config FILE.yaml` with the same names; `tdpo train --help` lists them.
+Options of train, data, eval and cache: flags, or `--config FILE.yaml` with the same names; `tdpo train --help` lists
+them.
 Under several processes: `accelerate launch -m tdpo_trainer train ...`, or
 `torchrun --nproc-per-node 2 -m tdpo_trainer train ...`.
 

@@ -23,10 +23,10 @@ def report(made: Dataset, given: int, max_length: int | None, eos: int | None) -
         given: the number of pairs before those were dropped whose prompt fills `max_length`.
         eos: the token that ends a completion; one of nothing else is empty.
     """
-    pairs, prompts, odd, lengths, longest = Counter(), set(), Counter(), [], 0
+    pairs, prompts, odd, lengths, longest = set(), set(), Counter(), [], 0
     for row in made.select_columns(list(COLUMNS)):
-        prompt, *completions = (tuple(row[name]) for name in COLUMNS)
-        pairs[prompt, *completions] += 1
+        pair = prompt, *completions = [tuple(row[name]) for name in COLUMNS]
+        pairs.add(tuple(pair))
         prompts.add(prompt)
         odd["identical"] += completions[0] == completions[1]
         odd["empty"] += any(x in ((), (eos,)) for x in completions)
@@ -63,9 +63,8 @@ def table(facts: Mapping[str, Any]) -> str:
     odd = ("dropped", "truncated", "duplicate", "identical", "empty")
     lines = [f"{facts[name]:>9,}  {said}{'  <--' * (name in odd and facts[name] > 0)}" for name, said in words.items()]
     tokens = facts["completion_tokens"]
-    lines.append(
-        f"{tokens['p50']:>9,}  tokens in a completion, median; 95 %: {tokens['p95']:,}, at most {tokens['max']:,}"
-    )
+    most = f"95 %: {tokens['p95']:,}, at most {tokens['max']:,}"
+    lines.append(f"{tokens['p50']:>9,}  tokens in a completion, median; {most}")
     return "\n".join([*lines, *([f"loss: {facts['loss']}"] if "loss" in facts else [])])
 
 

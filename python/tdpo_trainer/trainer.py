@@ -92,6 +92,8 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
         if args.reference_cache is not None:
             self._leave_reference_model()
         if self._report and args.process_index == 0:
+            policy = self.accelerator.unwrap_model(self.model)
+            self._report["loss"] = self._way_of_the_loss(policy, self._report["longest_sequence"])
             print(table(self._report), flush=True)
         self._recorder = Record(self.loss_options, self.train_dataset, self._report)
         self.add_callback(self._recorder)

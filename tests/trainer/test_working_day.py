@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from runs import TEMPLATE, config, llama, pairs, text_pairs, tokenizer, trainer
-from tdpo_trainer import PlainTDPOTrainer, cli, options, run
+from tdpo_trainer import PlainTDPOTrainer, cli, evaluate, options, run
 from tdpo_trainer.data import load_pairs, mixture
 from tdpo_trainer.record import METRICS
 from tdpo_trainer.step import LossOptions
@@ -208,3 +208,91 @@ def test_a_chat_template_of_another_place(as_model: bool, here: Path, tmp_path: 
         ["--config", str(here / "run.yaml"), "--output_dir", str(tmp_path), "--chat_template_path", str(path)], "train"
     )
     assert taken == [TEMPLATE]
+
+
+# --- what the pairs are, and what a model makes of held-out ones ------------------------------------------------------
+
+
+def test_the_report_is_of_the_pairs_that_are_trained_on(here: Path, tmp_path: Path, capsys):
+    pair = {"prompt": "ab", "chosen": "cd", "rejected": "e"}
+    odd = [dict(rejected="cd"), dict(chosen=""), dict(chosen=9 * "f"), dict(prompt=8 * "a")]
+    odd = [pair, pair, *(pair | changed for changed in odd)]
+    flags = ["--config", str(here / "run.yaml"), "--dataset_name", str(written(tmp_path / "odd.jsonl", odd))]
+    flags += ["--max_length", "8", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["data", *flags]) == 0
+    told = capsys.readouterr().out
+    assert cli.main(["train", *flags, "--pairs_per_step", "2"]) == 0
+    ran = capsys.readouterr().out
+    facts = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    loss = facts.pop("loss")
+    assert facts == {
+        "pairs": 5, "prompts": 1, "dropped": 1, "truncated": 1, "duplicate": 1, "identical": 1, "empty": 1,
+        "completion_tokens": {"p50": 2, "p95": 7, "max": 10}, "longest_sequence": 8,
+    }  # fmt: skip
+    assert loss == "a batch of 2 pairs of 2 x 8 tokens: all logits are kept: 4 products" and f"loss: {loss}" in told
+    table = told[told.index("        5  pairs") :].strip()
+    assert table in ran and "1  repeat another pair  <--" in table and table.count("<--") == 5
+
+
+def eager_pair(policy: torch.nn.Module, reference: torch.nn.Module, row: dict) -> tuple[list, list, list]:
+    """Return log-ratios, KLs and log-probabilities of the chosen and of the rejected completion."""
+    ratios, kls, logps = [], [], []
+    for name in ("chosen_ids", "rejected_ids"):
+        ids = torch.tensor([row["prompt_ids"] + row[name]])
+        log_p, log_q = (m.double()(ids).logits[0, :-1].log_softmax(-1) for m in (policy, reference))
+        at, label = slice(len(row["prompt_ids"]) - 1, None), ids[0, 1:, None]
+        logps.append(log_p.gather(1, label)[at].sum())
+        ratios.append(logps[-1] - log_q.gather(1, label)[at].sum())
+        kls.append((log_q.exp() * (log_q - log_p)).sum(-1)[at].sum())
+    return ratios, kls, logps
+
+
+@torch.no_grad()
+def test_an_evaluation_is_exact_over_pairs(here: Path, tmp_path: Path, capsys):
+    """Against logits in float64, pair by pair, whatever the batch size."""
+    held, policy, reference = text_pairs(5, seed=9), llama(1), llama(0)
+    policy.save_pretrained(tmp_path / "policy")
+    tokenizer().save_pretrained(tmp_path / "policy")
+    flags = ["eval", "--config", str(here / "run.yaml"), "--dataset_name", str(written(tmp_path / "held.jsonl", held))]
+    flags += ["--model_name_or_path", str(tmp_path / "policy"), "--ref_model_name_or_path", str(here / "model")]
+    found = []
+    for size in ("1", "3"):
+        out = tmp_path / size
+        assert cli.main([*flags, "--output_dir", str(out), "--per_device_eval_batch_size", size]) == 0
+        found.append(json.loads((out / "eval.json").read_text()))
+        assert not (out / METRICS).exists()
+    said = capsys.readouterr().out
+    beta, alpha, rows = 0.5, 0.7, []
+    for row in tokenize(tokenizer(), held):
+        m, k, logps = eager_pair(policy, reference, row)
+        margin = beta * (m[0] + k[0] - m[1] - k[1])
+        loss = -torch.nn.functional.logsigmoid(beta * (m[0] - m[1] - alpha * (k[1] - k[0])))
+        rows.append(torch.stack([loss, margin > 0, m[0] > m[1], margin, beta * (m[0] - m[1]), *k, *logps]))
+    want = torch.stack(rows)
+    assert all(x["pairs"] == 5 for x in found) and "5 pairs" in said
+    names = [name for name in found[0] if name != "pairs"]
+    for name, x in zip(names, want.unbind(1), strict=True):
+        for each in found:
+            assert each[name]["mean"] == pytest.approx(x.mean().item(), rel=1e-4, abs=1e-5), name
+        low, high = found[0][name]["low"], found[0][name]["high"]
+        assert low <= found[0][name]["mean"] <= high
+        if not name.startswith("accuracy"):
+            assert high - low == pytest.approx(2 * 1.959964 * (x.std() / 5**0.5).item(), rel=1e-4)
+
+
+def test_wilson_s_interval():
+    """Of 1 in 10, by the formula's two roots of (p - x)^2 = z^2 x (1 - x) / n."""
+    ends = evaluate._wilson(torch.tensor([True] + 9 * [False]))[1:]
+    for x in ends:
+        assert (0.1 - x) ** 2 == pytest.approx(1.959964**2 * x * (1 - x) / 10, rel=1e-5)
+    assert 0 < ends[0] < 0.1 < ends[1] < 1
+
+
+def test_an_adapter_is_evaluated_against_its_model(here: Path, tmp_path: Path, capsys):
+    flags, out = ["--config", str(here / "run.yaml")], tmp_path / "o"
+    assert cli.main(["train", *flags, *LORA, "--output_dir", str(tmp_path / "a")]) == 0
+    assert cli.main(["eval", *flags, "--model_name_or_path", str(tmp_path / "a"), "--output_dir", str(out)]) == 0
+    found = json.loads((out / "eval.json").read_text())
+    assert 0 < found["kl_chosen"]["mean"] and found["loss"]["mean"] < 0.6931
+    assert cli.main(["eval", *flags]) == 2
+    assert "ref_model_name_or_path: got none for a whole model, wanted what" in capsys.readouterr().err
