@@ -1,12 +1,15 @@
 """TDPO as a Lightning module: copy this file. Run with lightning 2.6 on CPUs, in one process and in two (DDP).
 
     trainer = lightning.Trainer(max_epochs=1)
-    trainer.fit(TDPOModule(policy, reference, LossOptions(beta=0.1, alpha=0.5), lr=1e-6), batches)
+    trainer.fit(TDPOModule(policy, reference, LossOptions(beta=0.1, alpha=0.5), lr=1e-6), batches, held_out)
 
-`batches` yields what `tdpo_trainer.plain.collate` makes.
+`batches` and `held_out` yield what `tdpo_trainer.plain.collate` makes. Checkpoints hold the policy and no reference:
+give the module the same reference when one is loaded.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import lightning
 import torch
@@ -35,18 +38,35 @@ class TDPOModule(lightning.LightningModule):
         self.print(self.options.describe(self.device))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        inputs = model_inputs(batch)
         if self.global_step == 0 and index == 0:
             for model in (self.policy, self.reference):
-                check_head(model, inputs)
-        theirs = reference_side(self.reference, inputs, unwrapped=self.reference)
-        out = pair_outputs(self.policy, theirs, inputs, pair_loss(batch, self.options), unwrapped=self.policy)
-        pairs = len(batch["input_ids"]) // 2
-        means = means_of(out["sums"].sum(0))
-        self.log_dict({"loss": out["loss"].detach()} | means, batch_size=pairs, sync_dist=True, prog_bar=False)
+                check_head(model, model_inputs(batch))
+        loss = self._loss(batch, "")
         together = self.trainer.accumulate_grad_batches  # Lightning divides by it, in a shorter last step too
         in_step = min(together, self.trainer.num_training_batches - index // together * together)
-        return out["loss"] * (together / in_step)
+        return loss * (together / in_step)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        self._loss(batch, "val_")
+
+    def _loss(self, batch: Batch, prefix: str) -> Tensor:
+        """Return the mean over the batch's pairs, and log it under `prefix` with what `metrics` names."""
+        inputs = model_inputs(batch)
+        theirs = reference_side(self.reference, inputs, unwrapped=self.reference)
+        out = pair_outputs(self.policy, theirs, inputs, pair_loss(batch, self.options), unwrapped=self.policy)
+        means = {"loss": out["loss"].detach()} | means_of(out["sums"].sum(0))
+        named = {f"{prefix}{name}": x for name, x in means.items()}
+        self.log_dict(named, batch_size=len(batch["input_ids"]) // 2, sync_dist=True, prog_bar=False)
+        return out["loss"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out the reference, which is frozen and as large as the policy."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: x for name, x in state.items() if not name.startswith("reference.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the module's own reference."""
+        checkpoint["state_dict"] |= {f"reference.{name}": x for name, x in self.reference.state_dict().items()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.policy.parameters(), lr=self.lr, weight_decay=0.0)

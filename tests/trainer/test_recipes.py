@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -174,3 +175,36 @@ def test_the_lightning_module_is_the_eager_implementation(accumulation: int, tmp
     assert worst(parameters(policy), weights) < 1e-6
     assert all(torch.equal(x, before[name]) for name, x in reference.state_dict().items())
     assert not policy.training and "kl/margin" in trainer.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_lightning_checkpoint_holds_the_policy_alone(tmp_path: Path):
+    """And a validation before training is that of equal models: KL 0, loss log 2."""
+    lightning = pytest.importorskip("lightning")
+    module = importlib.import_module("lightning_module")
+    quiet = dict(
+        accelerator="cpu", devices=1, precision="64-true", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    trained, other, base = (llama(dtype=torch.float64) for _ in range(3))
+    make = partial(module.TDPOModule, options=LossOptions(**OPTIONS), lr=0.01)
+    model, trainer = make(trained, base), lightning.Trainer(max_epochs=1, enable_checkpointing=False, **quiet)
+    (before,) = trainer.validate(model, batches([]), verbose=False)
+    assert before["val_loss"] == pytest.approx(math.log(2)) and before["val_kl/chosen"] == 0
+    trainer.fit(model, batches([]), batches([]))
+    assert 0 < float(trainer.callback_metrics["val_kl/chosen"])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=False)["state_dict"]
+    assert state and all(name.startswith("policy.") for name in state)
+    again = make(other, copy.deepcopy(base))
+    (after,) = lightning.Trainer(**quiet).validate(
+        again, batches([]), ckpt_path=str(tmp_path / "a.ckpt"), verbose=False
+    )
+    assert after["val_loss"] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+    assert worst(parameters(other), parameters(trained)) == 0.0
+
+
+@pytest.mark.parametrize("name", ["sentiment.py", "accelerate_loop.py", "vocab_parallel.py"])
+def test_an_example_says_what_it_takes(name: str):
+    done = subprocess.run([sys.executable, str(EXAMPLES / name), "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "usage:" in done.stdout and "options:" in done.stdout
