@@ -78,6 +78,7 @@ def data(argv: Sequence[str]) -> int:
     from .options import base_of, check, is_adapter, parse
     from .run import datasets
 
+    argv = [*argv] if not argv or argv[0].startswith("-") else ["--dataset_name", *argv]
     with said_in_one_line("data", (*OF_OPTIONS, TypeError)):
         options, args, model = parse(argv, "data")
         check(options, args, model, "data")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,19 +18,40 @@ from bench.rows import load
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SHELL = {"walk-through"}  # pages whose commands run, too
 LINKED = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "python/tdpo_trainer/README.md")]
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.stem
+    "page", [x for x in PAGES if "```python" in x.read_text() and x.stem not in SHELL], ids=lambda page: page.stem
 )
-def test_code_of_a_page_runs_from_top_to_bottom(page):
-    blocks = BLOCK.findall(page.read_text())
-    assert len(blocks) == page.read_text().count("```python")
+def test_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    blocks = [(kind, code) for kind, code in BLOCK.findall(page.read_text()) if kind == "python" or page.stem in SHELL]
+    assert sum(kind == "python" for kind, _ in blocks) == page.read_text().count("```python")
     names: dict = {}
-    for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+    for number, (kind, code) in enumerate(blocks, 1):
+        if kind == "sh":
+            subprocess.run(["bash", "-euc", code], check=True, timeout=240)
+        else:
+            exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+
+
+@pytest.mark.timeout(600)
+def test_the_walk_through_ends_with_a_better_model(tmp_path, monkeypatch):
+    test_code_of_a_page_runs_from_top_to_bottom(DOCS / "walk-through.md", tmp_path, monkeypatch)
+    adapter, merged = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("out", "merged"))
+    assert adapter["loss"]["high"] < 0.6931 and adapter["accuracy"]["low"] > 0.5
+    assert all(
+        merged[name]["mean"] == pytest.approx(x["mean"], abs=1e-4) for name, x in adapter.items() if name != "pairs"
+    )
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert {"curves.png", "samples.txt", "data_report.json", "README.md"} <= {
+        x.name for x in (tmp_path / "out").iterdir()
+    }
+    assert logged[0]["loss"] < 0.6932
 
 
 @pytest.mark.parametrize("page", [*PAGES, *LINKED], ids=lambda page: str(page.relative_to(ROOT)))
