@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from numbers import Integral, Real
@@ -264,9 +264,13 @@ def _number(x: object, name: str) -> float:
     """Return x as a finite float: torch multiplies by no int beyond int64."""
     if isinstance(x, bool) or not isinstance(x, Real):
         raise wrong(name, x, "a number", TypeError)
-    if abs(x) > sys.float_info.max or x != x:
+    try:
+        number = float(x)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise wrong(name, x, "a finite number")
-    return float(x)
+    return number
 
 
 def _same_device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:

@@ -6,6 +6,7 @@ import inspect
 import pickle
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from batches import EXTRAS, D, L, P, V, close, fields_equal, grads, pack, ragged, ragged_batch, reference_loss
@@ -96,7 +97,7 @@ def test_outputs_are_frozen_and_named_as_promised():
 
 def test_signature_is_the_contract_s():
     shared = dict(ignore_index=-100, shift=True, cu_seqlens=None, extras=(), backend="auto", memory_budget=2**30)
-    own = dict(beta=0.1, alpha=None, variant="tdpo2", reduction="mean")
+    own = dict(beta=0.1, alpha=None, variant="tdpo2", reduction="mean", sft_weight=0.0, length_normalized=False)
     positional = ["hidden", "head", "ref_hidden", "ref_head", "labels"]
     for function, extra in ((fused_tdpo_loss, own), (token_stats, {})):
         parameters = inspect.signature(function).parameters.values()
@@ -152,12 +153,18 @@ def test_module_takes_offsets():
     fields_equal(TDPOLoss(variant="tdpo1")(**call), fused_tdpo_loss(**call, variant="tdpo1"))
 
 
+def test_numpy_s_numbers_are_numbers():
+    given = dict(beta=np.float32(0.5), alpha=np.float64(0.7), ignore_index=np.int64(-100), memory_budget=np.int32(999))
+    plain = {name: x.item() for name, x in given.items()}
+    fields_equal(fused_tdpo_loss(**ragged_batch(), **given), fused_tdpo_loss(**ragged_batch(), **plain))
+
+
 @pytest.mark.parametrize("backend", ("auto", *runnable()))
 def test_a_named_backend_is_the_one_that_runs(backend: str, monkeypatch: pytest.MonkeyPatch):
     ran = []
-    for name, module in BACKENDS.items():
-        forward = module.forward
-        monkeypatch.setattr(module, "forward", lambda *a, _n=name, _f=forward: (ran.append(_n), _f(*a))[1])
+    for name, real in BACKENDS.items():
+        seen = real._replace(make=lambda inputs, _n=name, _m=real.make: (ran.append(_n), _m(inputs))[1])
+        monkeypatch.setitem(BACKENDS, name, seen)
     fused_tdpo_loss(**ragged_batch(torch.float32), backend=backend)
     assert ran == [backend] or backend == "auto" and len(ran) == 1 and ran[0] in runnable()
 

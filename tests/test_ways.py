@@ -209,6 +209,10 @@ def _under_fsdp2(rank: int) -> None:
             sharded.zero_grad()
             (2 * sharded(labels[rows], rows)).backward()
             torch.testing.assert_close([g.full_tensor() for g in gradients_of(sharded)], gradients_of(whole))
+        for model in (whole, sharded):
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+        stepped = [x.detach().full_tensor() for x in sharded.parameters()]
+        torch.testing.assert_close(stepped, [x.detach() for x in whole.parameters()])
 
 
 def _with_a_split_head(rank: int, how: str) -> None:
