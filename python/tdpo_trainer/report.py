@@ -34,7 +34,7 @@ def report(made: Dataset, given: int, max_length: int | None, eos: int | None) -
         odd["truncated"] += max_length is not None and max(totals) > max_length
         lengths += map(len, completions)
         longest = max(longest, *totals)
-    p50, p95, largest = (int(np.percentile(lengths, q)) for q in (50, 95, 100))
+    p50, p95, largest = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 95, 100))
     return {
         "pairs": len(made), "prompts": len(prompts), "dropped": given - len(made), "truncated": odd["truncated"],
         "duplicate": len(made) - len(pairs), "identical": odd["identical"], "empty": odd["empty"],

@@ -48,13 +48,14 @@ def make_trainer(argv: Sequence[str], command: str, kind: type[TDPOTrainer] | No
         pairs, evaluated = datasets(data, args)
         evaluated = pairs if command == "eval" else evaluated
     with said_in_one_line(command):
+        reference = _reference(data, args)
         policy, tokenizer = _policy(model.model_name_or_path, args)
         if data.chat_template_path is not None:
             tokenizer = tokenizer or AutoProcessor.from_pretrained(model.model_name_or_path)
             tokenizer.chat_template = _chat_template(data.chat_template_path)
         return (kind or TDPOTrainer)(
             model=policy,
-            ref_model=_reference(data, args),
+            ref_model=reference,
             args=args,
             train_dataset=pairs,
             eval_dataset=evaluated,

@@ -143,7 +143,7 @@ def test_weights_in_16_bits_are_warned_of(more: list[str], said: bool, here: Pat
 
 def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["fly"]) == 2
-    assert "wanted train, cache, verify, bench or env" in capsys.readouterr().err
+    assert "wanted train, data, eval, cache, merge, verify, bench or env" in capsys.readouterr().err
     assert cli.main([]) == cli.main(["--help"]) == 0
     assert "usage: tdpo train" in capsys.readouterr().out
     assert cli.main(["--version"]) == 0 and capsys.readouterr().out.startswith("tdpo-kernels ")
