@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -249,7 +251,7 @@ def eager_pair(policy: torch.nn.Module, reference: torch.nn.Module, row: dict) -
 
 @torch.no_grad()
 def test_an_evaluation_is_exact_over_pairs(here: Path, tmp_path: Path, capsys):
-    """Against logits in float64, pair by pair, whatever the batch size."""
+    """Against logits in float64, pair by pair, whatever the batch size and the number of processes."""
     held, policy, reference = text_pairs(5, seed=9), llama(1), llama(0)
     policy.save_pretrained(tmp_path / "policy")
     tokenizer().save_pretrained(tmp_path / "policy")
@@ -261,7 +263,12 @@ def test_an_evaluation_is_exact_over_pairs(here: Path, tmp_path: Path, capsys):
         assert cli.main([*flags, "--output_dir", str(out), "--per_device_eval_batch_size", size]) == 0
         found.append(json.loads((out / "eval.json").read_text()))
         assert not (out / METRICS).exists()
-    said = capsys.readouterr().out
+    said, launch = capsys.readouterr().out, "-m torch.distributed.run --standalone --nproc-per-node 2 -m tdpo_trainer"
+    more = ["--output_dir", str(tmp_path / "two"), "--per_device_eval_batch_size", "2"]
+    subprocess.run(
+        [sys.executable, *launch.split(), *flags, *more], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    found.append(json.loads((tmp_path / "two" / "eval.json").read_text()))
     beta, alpha, rows = 0.5, 0.7, []
     for row in tokenize(tokenizer(), held):
         m, k, logps = eager_pair(policy, reference, row)
