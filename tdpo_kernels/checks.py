@@ -268,7 +268,7 @@ def _number(x: object, name: str) -> float:
         number = float(x)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    if not abs(number) < math.inf:  # a graph's symbols know no isfinite
         raise wrong(name, x, "a finite number")
     return number
 

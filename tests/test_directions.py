@@ -29,8 +29,8 @@ def gradient(call: dict, frozen: bool, upstream: float = 1.0, **options) -> tupl
 def test_a_frozen_head_s_gradient_is_the_trained_one_s(dtype: torch.dtype, options: dict, packed: bool, backend: str):
     call, eps = headed(dtype, packed), torch.finfo(dtype).eps
     for budget in (0, 5000, 2**40):
-        options |= dict(memory_budget=budget, backend=backend)
-        (loss, along), (want, dh) = (gradient(call, frozen, **options) for frozen in (True, False))
+        given = options | dict(memory_budget=budget, backend=backend)
+        (loss, along), (want, dh) = (gradient(call, frozen, **given) for frozen in (True, False))
         torch.testing.assert_close(loss, want, rtol=8 * torch.finfo(loss.dtype).eps, atol=0)
         assert (along - dh).double().norm() <= 8 * eps * dh.double().norm()
         assert not exact(along)[exact(dh) == 0].any(), "a row that predicts nothing has a gradient"
