@@ -60,7 +60,7 @@ def _overview(canvas: Canvas, rows: list[Row]) -> None:
         axes.set(title=dtype, xlabel="peak extra memory", xscale="log", yscale="log")
         axes.axhline(1.0, color=COLOURS["floor"], ls="--", lw=1)
         axes.margins(x=0.1, y=0.1)
-        axes.xaxis.set_major_formatter(_bytes)
+        axes.xaxis.set(major_formatter=_bytes, minor_formatter=NullFormatter())
         axes.grid(True, axis="y", which="minor")
     panels[0].set_ylabel("time / bare products")
     panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
