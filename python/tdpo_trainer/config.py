@@ -64,12 +64,16 @@ class TDPOConfig(DPOConfig):
         TypeError, ValueError: naming the option, what was seen and what is wanted.
     """
 
+    beta: float = field(default=0.1, metadata={"help": "how strongly the policy is pulled towards the reference; > 0"})
     variant: str = field(default="tdpo2", metadata={"help": "tdpo2 or tdpo1", "choices": ["tdpo1", "tdpo2"]})
     alpha: float | None = field(
         default=None, metadata={"help": "weight of TDPO2's KL difference, 0.5 if unset; 0 is DPO; TDPO1 has none"}
     )
     backend: str = field(default="auto", metadata={"help": "backend of tdpo_kernels: auto, fused, tiled or naive"})
     memory_budget: int = field(default=2**30, metadata={"help": "bytes kept from forward to backward"})
+    padding_free: bool = field(
+        default=False, metadata={"help": "one row of tokens without padding, where the attention keeps sequences apart"}
+    )
     sft_weight: float = field(
         default=0.0, metadata={"help": "weight of the chosen completion's negative log-probability a token"}
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from .config import REFUSED, TDPOConfig, expand_home
 from .errors import said_in_one_line
@@ -66,6 +66,7 @@ def parse(argv: Sequence[str], command: str) -> tuple[DataArguments, TDPOConfig,
     for action in parser._actions:
         if action.dest in (*REFUSED, *UNUSED):
             action.help = argparse.SUPPRESS
+    _group(parser)
     argv = [part for x in argv for part in (x.split("=", 1) if x.startswith("--config=") else [x])]
     if argv[-1:] == ["--config"]:
         raise ValueError("config: got none, wanted a YAML file")
@@ -76,6 +77,19 @@ def parse(argv: Sequence[str], command: str) -> tuple[DataArguments, TDPOConfig,
         model.lora_target_modules = [module]  # TRL makes a pattern of a single name, which no module matches
     args.model_init_kwargs = _loading(args, model)
     return data, args, model
+
+
+def _group(parser: argparse.ArgumentParser) -> None:
+    """Show the options in groups: the loss, the data, the model, then what TRL and transformers have for any run."""
+    of = {x.name: "training, of transformers" for x in fields(TrainingArguments)}
+    of |= {x.name: "training, of TRL" for x in fields(DPOConfig) if x.name not in of}
+    of |= {x.name: "model" for x in fields(ModelConfig)} | {x.name: "data" for x in fields(DataArguments)}
+    of |= dict.fromkeys(TDPOConfig.__annotations__, "the loss and what TDPO adds")
+    for title in ("the loss and what TDPO adds", "data", "model", "training, of TRL", "training, of transformers"):
+        group = parser.add_argument_group(title)
+        group._group_actions += [x for x in parser._optionals._group_actions if of.get(x.dest) == title]
+    grouped = [x for group in parser._action_groups[2:] for x in group._group_actions]
+    parser._optionals._group_actions = [x for x in parser._optionals._group_actions if x not in grouped]
 
 
 def check(data: DataArguments, args: TDPOConfig, model: ModelConfig, command: str) -> None:

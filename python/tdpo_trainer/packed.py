@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import UsageError
 from .head import family, run_backbone
 from .redirect import evaluating, redirect
 from .step import Batch
@@ -24,10 +25,10 @@ def packed(batch: Batch) -> dict[str, Tensor]:
     ``(2P + 1,)`` int32 are the offsets at which they begin, and N. There is no ``attention_mask``.
 
     Raises:
-        ValueError: the batch has more than text.
+        UsageError: the batch has more than text.
     """
     if others := set(batch) - TAKEN - {"ref_chosen_logps", "ref_rejected_logps"}:
-        raise ValueError(f"padding_free: got a batch with {', '.join(sorted(others))}, wanted text alone, or False")
+        raise UsageError(f"padding_free: got a batch with {', '.join(sorted(others))}, wanted text alone, or False")
     there = batch["attention_mask"].bool()
     row = {name: batch[name][there][None] for name in ("input_ids", "completion_mask", "ref_hidden") if name in batch}
     row["position_ids"] = (there.cumsum(-1) - 1)[there][None]
@@ -41,7 +42,7 @@ def check_packing(model: nn.Module, inputs: Mapping[str, Any], cu_seqlens: Tenso
     Under a wrapper every process has to call this.
 
     Raises:
-        ValueError: they differ, because the model's attention (or state) goes beyond a sequence's beginning.
+        UsageError: they differ, because the model's attention (or state) goes beyond a sequence's beginning.
     """
     start = int(cu_seqlens[-2])
     alone = {name: x[:, start:] for name, x in inputs.items()}
@@ -53,7 +54,7 @@ def check_packing(model: nn.Module, inputs: Mapping[str, Any], cu_seqlens: Tenso
     beside, by_itself = beside[:, start:].float(), by_itself.float()
     apart, size = float((beside - by_itself).abs().max()), float(by_itself.abs().max())
     if not apart <= max(CLOSE, IN_EPS * torch.finfo(model.dtype).eps) * size:
-        raise ValueError(
+        raise UsageError(
             f"padding_free: got True for {family(model)} with attn_implementation "
             f"{getattr(model.config, '_attn_implementation', None)!r}, in which a sequence sees the one before it in "
             f"its row: hidden states off by {apart / size:.2g} of the largest; wanted False, or another attention"

@@ -63,7 +63,7 @@ class PlainTDPOTrainer(TDPOMixin, Trainer):
         args.remove_unused_columns = False
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = partial(collate, pad=tokenizer.pad_token_id, max_length=max_length)
-            _check_columns(kwargs)
+            _check_rows(kwargs, max_length)
         self.begin(options or LossOptions(), args, padding_free)
         self.ref_model = ref_model
         super().__init__(model=model, args=args, **kwargs)
@@ -88,13 +88,23 @@ def _router_aux_loss_coef(model: nn.Module, given: float | None) -> float:
     return given if given is not None else getattr(config, "router_aux_loss_coef", 0.0) if makes_one else 0.0
 
 
-def _check_columns(kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError for rows that are not `tokenize`'s, where there is a first one to look at."""
+def _check_rows(kwargs: Mapping[str, Any], max_length: int | None) -> None:
+    """Raise ValueError for rows that are not `tokenize`'s, where they can be looked at, and for those without room.
+
+    A prompt that fills `max_length` leaves no completion to learn from: `tokenize` leaves such pairs out.
+    """
     for name, rows in datasets_of(kwargs):
-        seen = rows[0] if hasattr(rows, "__getitem__") and len(rows) else COLUMNS
-        if not set(COLUMNS) <= set(seen):
-            got, wanted = ", ".join(seen), ", ".join(COLUMNS)
+        if not hasattr(rows, "__getitem__") or not len(rows):
+            continue
+        if not set(COLUMNS) <= set(rows[0]):
+            got, wanted = ", ".join(rows[0]), ", ".join(COLUMNS)
             raise ValueError(f"{name}: got rows of {got}; wanted {wanted}, as tokens.tokenize makes them")
+        filled = sum(max_length is not None and len(row["prompt_ids"]) >= max_length for row in rows)
+        if filled:
+            raise ValueError(
+                f"{name}: got {filled} of {len(rows)} pairs with a prompt that fills max_length={max_length}, wanted "
+                "none: tokens.tokenize(..., max_length) leaves them out"
+            )
 
 
 def _refuse_what_has_no_effect(args: Any, others: Mapping[str, Any]) -> None:

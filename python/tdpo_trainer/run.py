@@ -46,7 +46,8 @@ def make_trainer(argv: Sequence[str], command: str, kind: type[TDPOTrainer] | No
         data, args, model = parse(argv, command)
         check(data, args, model, command)
         pairs, evaluated = datasets(data, args)
-        evaluated = pairs if command == "eval" else evaluated
+        if command == "eval":  # on what a run with these options would evaluate on, else on all
+            pairs = evaluated = pairs if evaluated is None else evaluated
     with said_in_one_line(command):
         reference = _reference(data, args)
         policy, tokenizer = _policy(model.model_name_or_path, args)

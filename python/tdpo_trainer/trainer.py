@@ -91,7 +91,7 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
             args.gradient_accumulation_steps = args.accumulation(self.accelerator.num_processes // copies)
         if args.reference_cache is not None:
             self._leave_reference_model()
-        if self._report and args.process_index == 0:
+        if self._report:
             policy = self.accelerator.unwrap_model(self.model)
             self._report["loss"] = self._way_of_the_loss(policy, self._report["longest_sequence"])
             print(table(self._report), flush=True)
@@ -109,7 +109,7 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
 
     def _prepare_dataset(self, pairs: Pairs, processing_class: Any, args: Any, name: str) -> Pairs:
         made = prepared(super()._prepare_dataset, pairs, processing_class, args, name)
-        if name == "train" and isinstance(made, Dataset):
+        if name == "train" and isinstance(made, Dataset) and args.process_index == 0:
             eos = getattr(processing_class, "tokenizer", processing_class).eos_token_id
             self._report = report(made, len(pairs), args.max_length, eos)
         return made

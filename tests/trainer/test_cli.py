@@ -141,6 +141,16 @@ def test_weights_in_16_bits_are_warned_of(more: list[str], said: bool, here: Pat
     assert ("tdpo: warning: weights are trained in bfloat16" in capsys.readouterr().err) == said
 
 
+def test_help_is_grouped(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    groups = re.split(r"\n(?=[a-z][^\n]*:\n)", capsys.readouterr().out)[-6:]
+    first = ["-h", "--beta", "--dataset_name", "--model_name_or_path", "--disable_dropout", "--output_dir"]
+    for group, option in zip(groups, first, strict=True):
+        assert option in re.findall(r"^  (--?[a-z_]+)", group, re.MULTILINE), group[:300]
+    assert "--alpha" in groups[1] and "--columns" in groups[2] and "--lora_r" in groups[3]
+
+
 def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["fly"]) == 2
     assert "wanted train, data, eval, cache, merge, verify, bench or env" in capsys.readouterr().err

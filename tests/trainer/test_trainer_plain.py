@@ -175,3 +175,11 @@ def test_rows_are_padded_and_cut_on_the_right():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 1, 0], [5, 6, 8, 9, 9]]
     assert batch["completion_mask"].tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_pairs_without_room_for_a_completion_are_refused():
+    rows = tokenize(tokenizer(), text_pairs())
+    filled = sum(len(row["prompt_ids"]) >= 4 for row in rows)
+    assert 0 < filled < len(rows)
+    with pytest.raises(ValueError, match=f"^train_dataset: got {filled} of {len(rows)} pairs with a prompt that fills"):
+        PlainTDPOTrainer(llama(), llama(1), train_dataset=rows, processing_class=tokenizer(), max_length=4)

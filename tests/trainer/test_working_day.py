@@ -301,5 +301,7 @@ def test_an_adapter_is_evaluated_against_its_model(here: Path, tmp_path: Path, c
     assert cli.main(["eval", *flags, "--model_name_or_path", str(tmp_path / "a"), "--output_dir", str(out)]) == 0
     found = json.loads((out / "eval.json").read_text())
     assert 0 < found["kl_chosen"]["mean"] and found["loss"]["mean"] < 0.6931
+    more = ["--eval_strategy", "steps", "--test_split_size", "3", "--ref_model_name_or_path", str(here / "model")]
+    assert cli.main(["eval", *flags, *more]) == 0 and "\n3 pairs" in capsys.readouterr().out
     assert cli.main(["eval", *flags]) == 2
     assert "ref_model_name_or_path: got none for a whole model, wanted what" in capsys.readouterr().err
