@@ -15,8 +15,10 @@ help:  ## what there is to make
 $(READY): constraints.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0])'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (the first time takes minutes)"
+	@echo "installing into $(VENV), once: usually three to five minutes"
+	@echo "  1 of 2: torch"
 	@$(PY) -m pip install -q -c constraints.txt torch
+	@echo "  2 of 2: transformers, TRL, this package, and what its tests need"
 	@$(PY) -m pip install -q -c constraints.txt -e '.[test]'
 	@touch $@
 
@@ -101,7 +103,7 @@ matrix:  ## the core laws in other Pythons and versions, CPU only (gigabytes); M
 			echo "$$said: one is installed"; \
 			PIP_CONSTRAINT= $$py -m pip install -q "$$(echo "$$said" | grep -o 'numpy < [0-9.]*')"; \
 		fi; \
-		$$py -m pytest -n 2 -m "not long" tests/device; \
+		$$py -m pytest -n 2 -m "not long" tests/device tests/test_accuracy.py tests/test_equality.py; \
 		unset TRITON_INTERPRET; \
 	done
 
