@@ -140,7 +140,6 @@ REFUSED = [
     ("llama-factory", dict(tdpo_alfa=0.5), "got a setting 'alfa', wanted one of alpha, variant"),
     ("axolotl", dict(dpo_label_smoothing=0.1), "label_smoothing: got 0.1, wanted 0.0"),
     ("axolotl", dict(precompute_ref_log_probs=True), "precompute_ref_log_probs: got True, wanted False"),
-    ("axolotl", dict(dpo_padding_free=True), "padding_free: got True, wanted False"),
     ("axolotl", dict(trainer_cls=None), "trainer_cls: got None, wanted 'axolotl_tdpo_trainer.TDPOTrainer'"),
     ("axolotl", dict(plugins=[]), "plugins: wanted axolotl_tdpo.TDPOPlugin"),
     ("axolotl", dict(tdpo_alfa=0.5), "got a setting 'alfa', wanted one of alpha, variant"),
