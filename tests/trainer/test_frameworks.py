@@ -158,6 +158,10 @@ def test_a_frameworks_command_trains_as_the_eager_implementation(made: Path, nam
     assert METRICS <= set().union(*ours.kept["log"])
 
 
+def test_axolotl_s_padding_free_batches_are_those_of_the_eager_implementation(made: Path):
+    same(ours := run("axolotl", made, dpo_padding_free=True), *eager(ours, REFERENCES["axolotl"], beta=0.5))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_with_lora_the_reference_is_the_model_without_it(made: Path, name: str):
     """One epoch, and an evaluation on the same pairs after it."""
