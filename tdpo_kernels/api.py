@@ -61,7 +61,8 @@ def fused_tdpo_loss(
         hidden, head, ref_hidden, ref_head, labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
         extras=extras, backend=backend, memory_budget=memory_budget,
     )  # fmt: skip
-    which = counted(labels, cu_seqlens, call.ignore_index, shift) if terms.counts_tokens else None
+    counts = terms.length_normalized or terms.sft_weight > 0
+    which = counted(labels, cu_seqlens, call.ignore_index, shift) if counts else None
     loss = partial(preference_loss, terms=terms, reduction=reduction, cu_seqlens=cu_seqlens, counted=which)
     plan = groups.plan(call) if reduction != "none" else None
     if plan is None:

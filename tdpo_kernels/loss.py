@@ -41,17 +41,13 @@ class Terms(NamedTuple):
     sft_weight: float = 0.0
     length_normalized: bool = False
 
-    @property
-    def counts_tokens(self) -> bool:
-        return self.length_normalized or self.sft_weight > 0
-
 
 def preference_loss(
     stats: TokenStats, terms: Terms, reduction: str, cu_seqlens: Tensor | None = None, counted: Tensor | None = None
 ) -> TDPOOutput:
     """Return the loss in the statistics' dtype; everything before it is computed in float64.
 
-    counted: which labels count, in their shape, where `terms` count tokens.
+    counted: which labels count, in their shape, where `terms` have a use for numbers of tokens.
     """
     sums = (sequence_sums(x, cu_seqlens) for x in (stats.logp, stats.ref_logp, stats.kl))
     count_S = None if counted is None else sequence_sums(counted, cu_seqlens)

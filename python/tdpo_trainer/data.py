@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from datasets import (
     Dataset,
     DatasetDict,
@@ -139,11 +141,21 @@ def prepared(prepare: Callable[..., Pairs], pairs: Pairs, processing_class: obje
         raise ValueError(f"{name}_dataset: got texts, and the tokenizer has no eos_token to end them with, wanted one")
     made = prepare(_with_prompt(pairs, layout), processing_class, args, name)
     if isinstance(made, Dataset):
+        made = _with_room(made, args) if len(made) == len(pairs) else made  # older versions of TRL drop none
         say_left_out(f"{name}_dataset", len(pairs), len(made), args.max_length)
     front, back = added_by(tokenizer)
     if layout.wanted == MESSAGES or not (front or back):
         return made
     return made.map(once, fn_kwargs={"front": front, "back": back})
+
+
+def _with_room(made: Dataset, args: Any) -> Dataset:
+    """Return the pairs whose prompt leaves room for a completion, where sequences lose their end."""
+    if args.max_length is None or args.truncation_mode != "keep_start":
+        return made
+    column = made.with_format("arrow", columns=["prompt_ids"])
+    lengths = np.concatenate([x["prompt_ids"].combine_chunks().value_lengths().to_numpy() for x in column.iter(1024)])
+    return made if (lengths < args.max_length).all() else made.select(np.flatnonzero(lengths < args.max_length))
 
 
 def _from_records(path: Path, streaming: bool, texts: bool, columns: Mapping[str, str] | None) -> Pairs:

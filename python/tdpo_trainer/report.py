@@ -88,7 +88,7 @@ def data(argv: Sequence[str]) -> int:
         if not isinstance(pairs, Dataset):
             raise ValueError("dataset_streaming: got it, wanted all pairs to be counted")
         reader = AutoProcessor.from_pretrained(base)
-        holder = SimpleNamespace(_tokenizer=getattr(reader, "tokenizer", reader))
+        holder = SimpleNamespace(_tokenizer=getattr(reader, "tokenizer", reader), _is_vlm=False)  # of some versions
         made = prepared(lambda *rest: DPOTrainer._prepare_dataset(holder, *rest), pairs, reader, args, "train")
         facts = report(made, len(pairs), args.max_length, holder._tokenizer.eos_token_id)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

@@ -78,6 +78,7 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
         self._caches: dict[str, ReferenceCache] = {}
         self._ref_head: LMHead | None = None
         self._initialised = self._ref_model_left = False
+        self._own_reference = ref_model is None
         self._model_digests: dict[str, str] | None = None
         if args.reference_cache is not None and ref_model is not None and args.process_index == 0:
             self._model_digests = _model_digests(ref_model)  # before it is sharded
@@ -168,7 +169,7 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
 
     def _reference_beforehand(self) -> Callable[[Batch], Reference]:
         """The reference's side of a batch before training has begun, when the policy is still what it was."""
-        own = self.ref_model is None
+        own = self._own_reference  # some versions of TRL load one by its name all the same
         model = self.model if own else self.accelerator.unwrap_model(self.ref_model)
         under_adapter = own and is_peft_model(model)
         self.check_models()  # before it is written
@@ -214,7 +215,7 @@ class TDPOTrainer(TDPOMixin, DPOTrainer):
         """Let go of the reference model once a cache has its states on disk and its head here."""
         if not self._caches:
             raise _other_trl("DPOTrainer did not call _precompute_ref_logps, where the reference cache is written")
-        self._ref_model_left = self.ref_model is not None
+        self._ref_model_left = self.ref_model is not None and not self._own_reference
         self.ref_model = None
 
     def _set_signature_columns_if_needed(self) -> None:

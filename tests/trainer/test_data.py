@@ -215,7 +215,7 @@ def test_both_trainers_make_the_same_ids_and_add_nothing_twice(kind, adds, promp
     tokenizer, pair = reader(kind, adds), {"prompt": prompt, "chosen": chosen, "rejected": "e"}
     (ours,) = tokenize(tokenizer, [pair])
     args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
-    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    trainer = SimpleNamespace(_tokenizer=tokenizer, _is_vlm=False)
     prepare = DPOTrainer._prepare_dataset.__get__(trainer)
     theirs = prepared(prepare, Dataset.from_list([pair]), tokenizer, args, "train")[0]
     assert ours == {name: theirs[name] for name in ours}
@@ -226,7 +226,8 @@ def test_both_trainers_make_the_same_ids_and_add_nothing_twice(kind, adds, promp
 def test_pairs_without_room_are_counted_and_none_left_is_one_line(capsys: pytest.CaptureFixture[str]):
     tokenizer, rows = reader("bpe", "$A"), Dataset.from_list([PAIR, PAIR | {"prompt": "adadad"}])
     args = SimpleNamespace(dataset_num_proc=None, max_length=4, truncation_mode="keep_start")
-    prepare = DPOTrainer._prepare_dataset.__get__(SimpleNamespace(_tokenizer=tokenizer))
+    trainer = SimpleNamespace(_tokenizer=tokenizer, _is_vlm=False)
+    prepare = DPOTrainer._prepare_dataset.__get__(trainer)
     assert len(prepared(prepare, rows, tokenizer, args, "train")) == len(tokenize(tokenizer, rows, 4)) == 1
     assert capsys.readouterr().out.count("1 of 2 left out, their prompt fills max_length=4") == 2
     with pytest.raises(ValueError, match="^eval_dataset: got 1 pairs, each with a prompt that fills max_length=4"):

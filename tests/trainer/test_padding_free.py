@@ -55,9 +55,10 @@ def test_a_run_without_padding_is_the_padded_one(make, adapter: bool, attention:
     assert worst(parameters(free.model), parameters(padded.model)) < 1e-4
 
 
-def test_a_cache_written_with_padding_serves_rows_without(tmp_path: Path):
+def test_a_cache_written_with_padding_serves_rows_without(tmp_path: Path, model_folder: Path):
     runs = [
-        with_trl(tmp_path / str(x), llama(), padding_free=x, reference_cache=str(tmp_path / "c")) for x in (False, True)
+        with_trl(tmp_path / str(x), str(model_folder), padding_free=x, reference_cache=str(tmp_path / "c"))
+        for x in (False, True)
     ]
     for run in runs:
         run.train()
